@@ -1,0 +1,100 @@
+"""``python -m bench``: one command for every entry, its options from the entry's signature."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import accuracy, blind, interpolation, memory, search
+from bench.result import Result, record
+
+ENTRIES: dict[str, Callable[..., Result]] = {
+    "search": search.run,
+    "memory": memory.run,
+    "accuracy": accuracy.run,
+    "blind": blind.run,
+    "interpolation": interpolation.run,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: a sub-command per entry."""
+    main_parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure cryoalign: what it costs, what it reaches."
+    )
+    commands = main_parser.add_subparsers(dest="entry", required=True, metavar="ENTRY")
+    commands.add_parser("list", help="name the entries")
+    for name, function in ENTRIES.items():
+        text = inspect.getdoc(function) or ""
+        command = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--keep", action="store_true", help=f"write bench/results/{name}.json")
+        command.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
+        for parameter, kind in typing.get_type_hints(function, include_extras=True).items():
+            if parameter != "return":
+                default = inspect.signature(function).parameters[parameter].default
+                _add_option(command, parameter, kind, default)
+    return main_parser
+
+
+def _add_option(command: argparse.ArgumentParser, name: str, kind: Any, default: Any) -> None:
+    """One option from ``name: Annotated[kind, help] = default``."""
+    kind, explanation = typing.get_args(kind)
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        command.add_argument(flag, action=action, default=default, help=explanation)
+        return
+    several = typing.get_origin(kind) is tuple
+    if several or isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]  # tuple[int, ...] and Path | None
+    shown = " ".join(map(str, default)) if several else default
+    if default is not None:
+        explanation += f" (default {shown})"
+    command.add_argument(
+        flag, type=kind, nargs="+" if several else None, default=default, help=explanation
+    )
+
+
+def _console() -> Console:
+    """Standard output; a file or a pipe gets lines as long as the tables need."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one entry, show its table, keep it where asked."""
+    given = vars(parser().parse_args(arguments))
+    entry, console = given.pop("entry"), _console()
+    if entry == "list":
+        for name, function in ENTRIES.items():
+            console.print(
+                f"{name:15}{(inspect.getdoc(function) or '').partition(chr(10))[0]}",
+                highlight=False,
+            )
+        return
+    keep = given.pop("keep")
+    torch.set_num_threads(given.pop("threads"))
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    result = ENTRIES[entry](**options)
+    shown = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
+    made = record(entry, shown, result)
+    made.show(console)
+    if keep:
+        console.print(f"kept in bench/results/{made.keep().name}")
+
+
+if __name__ == "__main__":
+    main()

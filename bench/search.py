@@ -1,0 +1,144 @@
+"""Speed of the search, stage by stage."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+from torch import Tensor
+
+from bench import plain
+from bench.result import Result, Row
+from bench.timing import measure
+from cryoalign.correlate import correlation_peaks
+from cryoalign.particles import choose_device
+from cryoalign.polar import normalised_spectra, ring_spectra, to_polar
+from cryoalign.refine import refine
+from cryoalign.search import Search, match_spectra
+from cryoalign.synthetic import simulate
+
+# Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
+CPU_CHUNKS, CUDA_CHUNKS = (16, 4), (2048, 512)
+# The plain formulation's: entries of the table at a time, but no more than so many particles. On
+# a CPU the best of 2**18 … 2**24 and 1 … 16.
+PLAIN_CPU, PLAIN_CUDA = (2**20, 4), (2**28, 512)
+
+BASELINE = {
+    "features": "plain features",
+    "operator": "plain search",
+    "match": "plain both",
+    "match + refine": "plain both",
+}
+"""Which row of the plain formulation each stage is compared with."""
+
+
+def run(
+    k: Annotated[tuple[int, ...], "numbers of references"] = (10, 50),
+    n: Annotated[int | None, "particles; 64 on a CPU, 8192 on a GPU"] = None,
+    size: Annotated[int, "box, px"] = 90,
+    last_ring: Annotated[int, "outermost ring, px"] = 36,
+    max_shift: Annotated[float, "largest trial shift, px"] = 3.0,
+    snr: Annotated[float, "of the simulated particles"] = 0.1,
+    repeats: Annotated[int, "timings of each stage, of which the median counts"] = 5,
+    device: Annotated[str, "cpu or cuda"] = "cpu",
+) -> Result:
+    """Particles per second of features, operator, whole match and refinement.
+
+    The baseline, in the same run, is the plain formulation (grid_sample, rfft, einsum, irfft, max;
+    see bench/plain.py). Particles are simulated views of one phantom with noise; images and
+    references are on the device beforehand, and poses stay there.
+    """
+    where = choose_device(device)
+    n = n or (64 if where.type == "cpu" else 8192)
+    search = Search(max_shift=max_shift, last_ring=last_ring)
+    rows: list[Row] = []
+    for classes in k:
+        data = simulate(n, classes, size=size, snr=snr, max_shift=max_shift)
+        images, views = data.images.to(where), data.views.to(where)
+        times = measure(_stages(images, views, search), where, repeats)
+        for name, (wall, cpu) in times.items():
+            base = times[BASELINE[name]] if name in BASELINE else None
+            rows.append(
+                {
+                    "k": classes,
+                    "stage": name,
+                    "particles/s": n / wall,
+                    "wall ms/particle": 1e3 * wall / n,
+                    "CPU ms/particle": 1e3 * cpu / n,
+                    "x plain": None if base is None else base.wall / wall,
+                    "x plain, CPU": None if base is None or where.type != "cpu" else base.cpu / cpu,
+                }
+            )
+    rings, shifts = search.rings(size), search.shifts()
+    return Result(
+        rows,
+        [
+            f"{n} particles of {size} px, {len(rings.radii())} rings to {last_ring} px, "
+            f"{len(shifts)} shifts, 2 hands, {rings.n_angles} angles, "
+            f"on {where.type}; median of {repeats}",
+            "x plain compares features, operator, match, match + refine with plain features, plain "
+            "search, plain both, plain both; the plain formulation does not normalise and does "
+            "not refine",
+        ],
+    )
+
+
+def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    rings, shifts = search.rings(images.shape[-1]), search.shifts(images.device)
+    sampled, transformed = CPU_CHUNKS if images.device.type == "cpu" else CUDA_CHUNKS
+    references = ring_spectra(views, rings)[:, 0]
+
+    def features() -> Iterator[Tensor]:
+        for part in images.split(sampled):
+            for polar in to_polar(part, rings, shifts).split(transformed):
+                yield normalised_spectra(polar, rings)
+
+    spectra = list(features())
+    label, _, pose = match_spectra(images, references, search, rings).best()
+
+    def matched() -> None:
+        match_spectra(images, references, search, rings)
+
+    def refined() -> None:
+        refine(images, views, label, pose, rings)
+
+    def both() -> None:
+        label, _, pose = match_spectra(images, references, search, rings).best()
+        refine(images, views, label, pose, rings)
+
+    return {
+        "features": lambda: deque(features(), maxlen=0),
+        "operator": lambda: [correlation_peaks(part, references) for part in spectra],
+        "match": matched,
+        "refine": refined,
+        "match + refine": both,
+        **_plain_stages(images, views, search),
+    }
+
+
+def _plain_stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable[[], object]]:
+    rings, shifts = search.rings(images.shape[-1]), search.shifts(images.device)
+    shape = (rings.first_ring, rings.last_ring, rings.n_angles)
+    grid = plain.points(*shape, shifts, images.shape[-1])
+    here = plain.points(*shape, shifts.new_zeros(1, 2), images.shape[-1])
+    references = plain.weigh(plain.features(views, here)[:, 0], rings.first_ring)
+    table, most = PLAIN_CPU if images.device.type == "cpu" else PLAIN_CUDA
+    some = max(1, min(most, table // (len(views) * len(shifts) * 2 * rings.n_angles)))
+
+    def features() -> Iterator[Tensor]:
+        for part in images.split(some):
+            yield plain.features(part, grid)
+
+    spectra = list(features())
+
+    def both() -> None:
+        for part in features():
+            plain.peaks(part, references)
+
+    return {
+        "plain features": lambda: deque(features(), maxlen=0),
+        "plain search": lambda: [plain.peaks(part, references) for part in spectra],
+        "plain both": both,
+    }

@@ -1,0 +1,47 @@
+"""cryoalign: alignment and classification of 2D cryo-EM particle images with PyTorch.
+
+    from cryoalign import align_multi_reference, read_particles
+
+    particles = read_particles("particles.star")
+    alignment = align_multi_reference(particles, n_classes=10)
+    alignment.to_frame()
+
+Every stage is a function of tensors; the modules, in reading order, are listed in docs/design.md.
+"""
+
+from cryoalign.alignment import Alignment
+from cryoalign.average import Averaging
+from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
+from cryoalign.geometry import transform
+from cryoalign.io import read_images, read_particles, write_images
+from cryoalign.mra import align_multi_reference
+from cryoalign.particles import Images
+from cryoalign.polar import Rings, ring_spectra, to_polar
+from cryoalign.pose import Pose, compose, pixel_error
+from cryoalign.refine import refine
+from cryoalign.search import Search, match
+from cryoalign.synthetic import simulate
+
+__all__ = [
+    "Alignment",
+    "Averaging",
+    "Images",
+    "Pose",
+    "Rings",
+    "Search",
+    "align_multi_reference",
+    "compose",
+    "correlation_at",
+    "correlation_peaks",
+    "correlation_table",
+    "match",
+    "pixel_error",
+    "read_images",
+    "read_particles",
+    "refine",
+    "ring_spectra",
+    "simulate",
+    "to_polar",
+    "transform",
+    "write_images",
+]

@@ -1,0 +1,8 @@
+"""``python -m cryoalign``, for ``torchrun -m cryoalign``."""
+
+import sys
+
+from cryoalign.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""`Alignment`: the one result type."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cryoalign.files import replacing
+from cryoalign.filters import filter_shells
+from cryoalign.frc import wiener_curve
+from cryoalign.pose import Pose
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Poses and classes of n input particles, and the class averages they make.
+
+    Attributes:
+        pose: (n,) particle onto its class average, pixels of the *input*; NaN where set aside.
+        class_number: (n,) int64, from 1; 0 = set aside.
+        score: (n,) correlation coefficient with the reference; NaN where set aside.
+        averages: (k, size, size) plain means of the aligned, normalised members; zero if empty.
+        frc: (k, shells) half-set Fourier ring correlation of the averages under the mask; shell
+            i is i / size per pixel.
+        resolution: (k,) where the FRC falls below 0.143, in Å (pixels if the size is unknown).
+        class_sizes: (k,) members.
+        history: one row per iteration.
+        rejected: table of the particles set aside: index (0-based row), reason.
+        pixel_size: Å of the averages' pixels, or None.
+        scale: pixels of the input per pixel of the averages.
+    """
+
+    pose: Pose
+    class_number: Tensor
+    score: Tensor
+    averages: Tensor
+    frc: Tensor
+    resolution: Tensor
+    class_sizes: Tensor
+    history: pd.DataFrame
+    rejected: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(
+            {"index": np.zeros(0, np.int64), "reason": np.zeros(0, np.str_)}
+        )
+    )
+    pixel_size: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        n, k = len(self.pose), len(self.averages)
+        per_particle = {len(self.class_number), len(self.score)}
+        per_class = {len(self.frc), len(self.resolution), len(self.class_sizes)}
+        if per_particle != {n} or per_class != {k}:
+            raise ValueError(
+                f"an Alignment of {n} poses and {k} averages needs a class number and a score for "
+                f"each pose (got {len(self.class_number)}, {len(self.score)}), an FRC, a "
+                f"resolution and a size for each average (got {len(self.frc)}, "
+                f"{len(self.resolution)}, {len(self.class_sizes)})"
+            )
+
+    def filtered_averages(self) -> Tensor:
+        """(k, size, size) averages weighted by their own FRC (`frc.wiener_curve`)."""
+        return filter_shells(self.averages, wiener_curve(self.frc))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
+        (input pixels), mirror (0/1), score."""
+        return pd.DataFrame(
+            {
+                "index": np.arange(len(self.pose)),
+                "class_number": self.class_number.numpy(),
+                "angle": self.pose.angle.numpy(),
+                "shift_x": self.pose.shift[:, 0].numpy(),
+                "shift_y": self.pose.shift[:, 1].numpy(),
+                "mirror": self.pose.mirror.numpy().astype(np.int64),
+                "score": self.score.numpy(),
+            }
+        )
+
+    def class_frame(self) -> pd.DataFrame:
+        """One row per class: class_number, size, resolution, mean_score."""
+        k = len(self.averages)
+        score = pd.Series(self.score.numpy()).groupby(self.class_number.numpy()).mean()
+        return pd.DataFrame(
+            {
+                "class_number": np.arange(1, k + 1),
+                "size": self.class_sizes.numpy(),
+                "resolution": self.resolution.numpy(),
+                "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one ``.npz`` file (NumPy arrays, no pickles)."""
+        arrays = {
+            "angle": self.pose.angle,
+            "shift": self.pose.shift,
+            "mirror": self.pose.mirror,
+            "class_number": self.class_number,
+            "score": self.score,
+            "averages": self.averages,
+            "frc": self.frc,
+            "resolution": self.resolution,
+            "class_sizes": self.class_sizes,
+        }
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(
+                file,  # not a name: NumPy would add a suffix of its own to that
+                allow_pickle=False,
+                **{name: value.numpy() for name, value in arrays.items()},
+                **_columns("history", self.history),
+                **_columns("rejected", self.rejected),
+                pixel_size=np.nan if self.pixel_size is None else self.pixel_size,
+                scale=self.scale,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Alignment:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such an archive.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                data = {name: archive[name] for name in archive.files}
+            tensor = {
+                name: torch.from_numpy(value) for name, value in data.items() if "." not in name
+            }
+            return cls(
+                pose=Pose(tensor["angle"], tensor["shift"], tensor["mirror"]),
+                **{
+                    name: tensor[name]
+                    for name in (
+                        "class_number",
+                        "score",
+                        "averages",
+                        "frc",
+                        "resolution",
+                        "class_sizes",
+                    )
+                },
+                history=_table("history", data),
+                rejected=_table("rejected", data),
+                pixel_size=None if np.isnan(data["pixel_size"]) else float(data["pixel_size"]),
+                scale=float(data["scale"]),
+            )
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not an alignment that cryoalign saved ({error})") from error
+
+
+def _columns(name: str, table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Columns of a table as arrays ``name.column``: unlike CSV, that keeps every bit and text."""
+    texts = {column for column in table if pd.api.types.is_string_dtype(table[column])}
+    return {
+        f"{name}.{column}": table[column].to_numpy(np.str_ if column in texts else None)
+        for column in table
+    }
+
+
+def _table(name: str, data: dict[str, np.ndarray]) -> pd.DataFrame:
+    """The table of which ``_columns`` made arrays."""
+    start = f"{name}."
+    return pd.DataFrame({k.removeprefix(start): v for k, v in data.items() if k.startswith(start)})

@@ -1,0 +1,184 @@
+"""Class averages in half-sets, what they resolve, and the references made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass as plain_dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from cryoalign import frc
+from cryoalign.distributed import sum_over_ranks
+from cryoalign.filters import filter_shells, soft_mask
+from cryoalign.geometry import pixel_grid, transform
+from cryoalign.pose import Pose, compose
+from cryoalign.settings import FORBID
+
+Centre = Literal["members", "mass", "none"]
+
+
+@dataclass(frozen=True, config=FORBID)
+class Averaging:
+    """How class averages become references.
+
+    Attributes:
+        mask_radius: radius of the soft mask of references, pixels; None is the last ring.
+        mask_edge: width of its soft edge, pixels.
+        filter: `wiener` weights every class by its own half-set FRC; `none` leaves it.
+        centre: `members` moves an average so that its members' boxes are centred on it on
+            average, `mass` brings its centre of mass to the middle, `none` leaves it. Members'
+            poses are moved along.
+    """
+
+    mask_radius: float | None = Field(
+        default=None, gt=0, description="soft mask of references, px; null: the last ring"
+    )
+    mask_edge: float = Field(default=4.0, ge=0, description="width of the mask's soft edge, px")
+    filter: Literal["wiener", "none"] = Field(
+        default="wiener", description="per-class filter from the half-set FRC"
+    )
+    centre: Centre = Field(
+        default="members", description="members: mean shift of members; mass: centre of mass; none"
+    )
+
+
+@plain_dataclass(frozen=True, eq=False)
+class ClassSums:
+    """Sums of aligned particles by class and half-set.
+
+    Attributes:
+        total: (2, k, size, size) float64.
+        count: (2, k) int64 members.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """(k,) members."""
+        return self.count.sum(0)
+
+    def averages(self) -> Tensor:
+        """(k, size, size) float32 means over both halves; zero where a class is empty."""
+        return _mean(self.total.sum(0), self.sizes)
+
+    def half_averages(self) -> Tensor:
+        """(2, k, size, size) float32 means of each half."""
+        return _mean(self.total, self.count)
+
+    def frc(self, mask: Tensor | None = None) -> Tensor:
+        """(k, shells) FRC of the half-averages, under a mask (size, size) if given."""
+        halves = self.half_averages()
+        if mask is not None:
+            halves = halves * mask
+        return frc.ring_correlation(halves[0], halves[1])
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return (total / count.clamp(min=1)[..., None, None]).float()
+
+
+def class_sums(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    pose: Pose,
+    label: Tensor,
+    half: Tensor,
+    n_classes: int,
+    size: int,
+    device: torch.device,
+) -> ClassSums:
+    """Sum aligned particles by class and half-set, over all processes.
+
+    Images are moved by bicubic interpolation and added by a matrix product in a fixed order: the
+    result does not depend on thread timing. Sums are float64, whose rounding is far below what
+    the float32 averages keep: neither batch size nor the number of processes shows in them.
+
+    Args:
+        batches: pairs of rows (b,) into the following tensors, and images (b, size, size).
+        pose: (n,).
+        label: (n,) class index.
+        half: (n,) 0 or 1.
+        n_classes, size, device: of the sums.
+
+    Returns:
+        The sums over every process's batches.
+    """
+    total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
+    count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
+    for rows, images in batches:
+        aligned = transform(images, pose[rows].to(device)).flatten(1)  # (b, size²)
+        group = (half[rows] * n_classes + label[rows]).to(device)
+        # Only the classes that this batch has: a small product whatever K is.
+        present, member = group.unique(return_inverse=True)
+        select = torch.nn.functional.one_hot(member, len(present)).double()
+        total[present] += select.T @ aligned.double()
+        count += torch.bincount(group, minlength=2 * n_classes)
+    return ClassSums(
+        sum_over_ranks(total).reshape(2, n_classes, size, size),
+        sum_over_ranks(count).reshape(2, n_classes),
+    )
+
+
+def displacement(pose: Pose) -> Tensor:
+    """(n, 2) where a pose puts the centre of the particle's box, on the reference."""
+    return (pose.linear() @ pose.shift.unsqueeze(-1)).squeeze(-1)
+
+
+def centring(averages: Tensor, pose: Pose, label: Tensor, centre: Centre, mask: Tensor) -> Tensor:
+    """(k, 2) the shifts that centre class averages.
+
+    Args:
+        averages: (k, size, size).
+        pose: (n,) of the members, label: (n,) their class.
+        centre: see `Averaging`.
+        mask: (size, size) where mass is looked for.
+
+    Returns:
+        xy pixels to move each average by; at most a quarter of the box for `mass`.
+    """
+    k, size = averages.shape[0], averages.shape[-1]
+    if centre == "none":
+        return averages.new_zeros(k, 2)
+    if centre == "members":
+        moved = displacement(pose).to(averages)
+        total = averages.new_zeros(k, 2).index_add(0, label.to(averages.device), moved)
+        count = torch.bincount(label, minlength=k).to(averages)
+        return -total / count.clamp(min=1)[:, None]
+    # Density above the background's spread, whichever way round the contrast is.
+    weight = (averages * mask).abs()
+    peak = weight.flatten(1).amax(1)[:, None, None]
+    weight = (weight - 0.3 * peak).clamp(min=0)
+    mass = weight.flatten(1).sum(1)
+    grid = pixel_grid((size, size), averages)
+    centroid = torch.einsum("khw,hwx->kx", weight, grid) / mass.clamp(min=1e-12)[:, None]
+    return torch.where(mass[:, None] > 0, -centroid, 0.0).clamp(-size / 4, size / 4)
+
+
+def move(pose: Pose, shift: Tensor) -> Pose:
+    """Poses followed by a shift (n, 2) of the reference: what members of a moved average need."""
+    zero = torch.zeros_like(pose.angle)
+    return compose(pose, Pose(zero, shift.to(pose.shift), torch.zeros_like(pose.mirror)))
+
+
+def references_from(sums: ClassSums, averaging: Averaging, mask_radius: float) -> Tensor:
+    """(k, size, size) references: averages filtered by their FRC, under the soft mask.
+
+    Every reference's mean under the mask is removed before masking, so that the mask's own
+    disc is no feature to align to.
+    """
+    mask = soft_mask(sums.total.shape[-1], mask_radius, averaging.mask_edge, sums.total.device)
+    averages = sums.averages()
+    if averaging.filter == "wiener":
+        averages = filter_shells(averages, frc.wiener_curve(sums.frc(mask)))
+    return masked(averages, mask)
+
+
+def masked(images: Tensor, mask: Tensor) -> Tensor:
+    """(k, size, size) images minus their mean under a mask (size, size), times the mask."""
+    mean = (images * mask).flatten(1).sum(1) / mask.sum()
+    return (images - mean[:, None, None]) * mask

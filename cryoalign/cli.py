@@ -1,0 +1,213 @@
+"""The ``cryoalign`` command: run, check, simulate."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cryoalign.alignment import Alignment
+from cryoalign.check import check_stack
+from cryoalign.config import RunConfig, SimulateConfig, load_config
+from cryoalign.distributed import process_group, rank, world_size
+from cryoalign.particles import choose_device
+from cryoalign.run import run
+from cryoalign.schema import describe, known_keys, load_settings
+from cryoalign.synthetic import simulate, write_simulation
+
+LISTED = 15
+"""Classes in the table that a run ends with."""
+NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"
+_KEYS = "settings as key=value, e.g. search.max_shift=4; `--help` lists the keys"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done; 1: `check` found problems; 2: something the user can put right, told in one message;
+    130: interrupted. ``CRYOALIGN_DEBUG=1`` shows tracebacks.
+    """
+    parsed = _parser().parse_args(arguments)
+    _quieten()
+    try:
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        return _tell(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "cryoalign", description="Align and classify cryo-EM particles."
+    )
+    parser.add_argument("--version", action="version", version=f"cryoalign {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    runs = _add(commands, "run", _run, "align particles and average their classes", RunConfig)
+    runs.add_argument("config", metavar="CONFIG", help="YAML file of settings; may be left out")
+    runs.add_argument("settings", metavar="key=value", nargs="*", help=_KEYS)
+
+    check = _add(commands, "check", _check, "list all that is wrong with a stack", RunConfig)
+    check.add_argument("stack", metavar="STACK", help="STAR file, .mrcs, .mrc or .npy")
+    check.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="as for run, so that box, rings and shifts are checked too",
+    )
+
+    make = _add(commands, "simulate", _simulate, "make a stack with known poses", SimulateConfig)
+    make.add_argument("folder", metavar="OUT", help="folder to write into")
+    make.add_argument("settings", metavar="key=value", nargs="*", help=_KEYS)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    purpose: str,
+    schema: type,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"keys (name, type, default, meaning):\n{describe(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("cryoalign")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    file, settings = parsed.config, parsed.settings
+    if "=" in file and not Path(file).exists():  # settings alone will do
+        file, settings = None, [file, *settings]
+    config = load_config(file, settings)
+    # The group ends after an error was told, so that its end is not told first by the others.
+    with process_group(choose_device(config.device)):
+        try:
+            folder = run(config)
+        except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            if _first_to_fail():
+                raise
+            raise SystemExit(1) from error
+        if rank() == 0:
+            _show(folder)
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    # The words of a run, so that one line can be turned into the other.
+    config = load_config(None, [f"particles={parsed.stack}", "n_classes=1", *parsed.settings])
+    if not config.particles.exists():
+        raise FileNotFoundError(f"{config.particles}: no such file; check the path")
+    report = check_stack(
+        config.particles,
+        last_ring=config.search.last_ring,
+        max_shift=config.search.max_shift,
+        size=config.images.box,
+        root=config.root,
+        allow_outside=config.allow_outside,
+    )
+    Console().print(report.render())
+    return 1 if report.problems else 0
+
+
+def _simulate(parsed: argparse.Namespace) -> int:
+    settings = load_settings(SimulateConfig, None, parsed.settings)
+    arguments = {key: getattr(settings, key) for key, _ in known_keys(SimulateConfig)}
+    star = write_simulation(parsed.folder, simulate(**arguments))
+    print(
+        f"{settings.n} particles of {settings.n_classes} views are in {star},\n"
+        f"their true poses in {star.parent / 'truth.csv'}. Next:\n"
+        f"  cryoalign run particles={shlex.quote(str(star))} n_classes={settings.n_classes}"
+    )
+    return 0
+
+
+def _show(folder: Path) -> None:
+    """Where the results are, and the largest classes."""
+    alignment = Alignment.load(folder / "alignment.npz")
+    classes = alignment.class_frame().sort_values("size", ascending=False, kind="stable")
+    unit = "Å" if alignment.pixel_size else "px"
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("class", "particles", f"resolution ({unit})", "mean score"):
+        table.add_column(column, justify="right")
+    for number, size, resolution, score in classes.head(LISTED).to_numpy().tolist():
+        known = f"{resolution:.1f}" if math.isfinite(resolution) else "–"
+        scored = f"{score:.3f}" if size else "–"
+        table.add_row(f"{number:.0f}", f"{size:.0f}", known, scored)
+    Console().print(table)
+    if len(classes) > LISTED:
+        print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
+    if len(alignment.rejected):
+        print(f"set aside {len(alignment.rejected)} particles: {folder / 'rejected.csv'}")
+    print(f"results   {folder}")
+    print(f"report    {folder / 'report.html'}")
+    for picture in sorted(folder.glob("*.png")):
+        print(f"picture   {picture}")
+
+
+def _first_to_fail() -> bool:
+    """Whether this process is the first of those that ``torchrun`` started here to fail.
+
+    When one fails the others do, for want of it: only the first has something to tell.
+    """
+    # torchrun gives each process a file of its own, <folder of this attempt>/<rank>/error.json.
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if world_size() == 1 or errors is None:
+        return True
+    try:
+        (Path(errors).parent.parent / "cryoalign-failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return rank() == 0
+    return True
+
+
+def _tell(error: BaseException) -> int:
+    if os.environ.get("CRYOALIGN_DEBUG"):
+        traceback.print_exception(error)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = str(error) or "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        text = (
+            f"the GPU's memory does not suffice: use a smaller batch_size, or images.box ({text})"
+        )
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"cryoalign: {'' if interrupted else 'error: '}{text}", file=sys.stderr)
+    return 130 if interrupted else 2
+
+
+def _quieten() -> None:
+    """Keep what libraries say to their developers from the user; show our own warnings plainly."""
+    for category in (DeprecationWarning, FutureWarning, UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category, module=NOISY)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"cryoalign: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

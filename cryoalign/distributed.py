@@ -1,0 +1,93 @@
+"""Several processes as arithmetic: the only module that imports ``torch.distributed``.
+
+Code says ``sum_over_ranks(class_sums)``; in one process that returns its argument.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, 0 when there is one only."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(n: int) -> slice:
+    """This process's contiguous part of n particles: r n // W up to (r + 1) n // W."""
+    return slice(rank() * n // world_size(), (rank() + 1) * n // world_size())
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor (all of one shape), on every process."""
+    if world_size() == 1:
+        return tensor
+    total = _for_backend(tensor).clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """Every process's tensor joined along the first axis in order of rank, on every process."""
+    if world_size() == 1:
+        return tensor
+    ours = _for_backend(tensor).contiguous()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=ours.device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(ours)], device=ours.device))
+    longest = max(int(n) for n in lengths)
+    padded = ours.new_zeros(longest, *ours.shape[1:])
+    padded[: len(ours)] = ours
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    joined = torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+    return joined.to(tensor.device)
+
+
+def same_on_all_ranks(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor on every process."""
+    if world_size() == 1:
+        return tensor
+    shared = _for_backend(tensor).clone()
+    dist.broadcast(shared, 0)
+    return shared.to(tensor.device)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the group that ``torchrun`` launched, if it did; yields this process's device.
+
+    gloo on a CPU, NCCL on GPUs, one GPU to a process (by LOCAL_RANK).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own: start at most "
+                f"--nproc-per-node {torch.cuda.device_count()}, or use device=cpu"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _for_backend(tensor: Tensor) -> Tensor:
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()

@@ -1,0 +1,58 @@
+"""Fourier ring correlation and what it says: resolution, and the best linear filter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_fourier_shell_correlation import fourier_ring_correlation
+
+
+def ring_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """(n, size // 2 + 1) Fourier ring correlation of image pairs (n, size, size).
+
+    Shell i is the spatial frequency i / size (1/px), a component between two shells counting in
+    both by linear weights. Shell 0 is always 1; with an empty image (all zero) the others are 0.
+    """
+    return torch.nan_to_num(fourier_ring_correlation(a, b), nan=0.0)
+
+
+def resolution(frc: Tensor, size: int, pixel_size: float = 1.0, threshold: float = 0.143) -> Tensor:
+    """Where FRC curves first fall below a threshold.
+
+    Args:
+        frc: (n, shells).
+        size: box in pixels.
+        pixel_size: Å per pixel (1: the answer is in pixels).
+        threshold: 0.143 between half-sets; 0.5 against a known truth.
+
+    Returns:
+        (n,) resolution in Å (period), linear between shells; the Nyquist limit where the curve
+        never falls, and infinite where it is below from the first shell on.
+    """
+    curve = frc[:, 1:]
+    below = curve < threshold
+    first = torch.where(below.any(1), below.to(torch.uint8).argmax(1), curve.shape[1] - 1)  # (n,)
+    here = curve.gather(1, first[:, None]).squeeze(1)
+    before = curve.gather(1, (first - 1).clamp(min=0)[:, None]).squeeze(1)
+    part = ((before - threshold) / (before - here).clamp(min=1e-6)).clamp(0, 1)
+    shell = torch.where(below.any(1), first + part, curve.shape[1] * torch.ones_like(part))
+    # ``first`` counts from shell 1: at 0 even the lowest frequency is below.
+    period = size * pixel_size / shell.clamp(min=1e-6)
+    return torch.where(below[:, 0], torch.inf, period)
+
+
+def wiener_curve(frc: Tensor) -> Tensor:
+    """(n, shells) the linear filter of least squared error for the average of two half-sets.
+
+    With the signal-to-noise ratio of the full average SNR = 2 FRC / (1 - FRC), it is
+    SNR / (1 + SNR) = 2 FRC / (1 + FRC) (Rosenthal & Henderson 2003). The curve is smoothed over
+    three shells and is zero from its first non-positive shell on: beyond, it only follows noise.
+    Shell 0 passes unchanged.
+    """
+    smooth = torch.nn.functional.avg_pool1d(
+        torch.nn.functional.pad(frc.unsqueeze(1), (1, 1), mode="replicate"), 3, stride=1
+    ).squeeze(1)
+    smooth = smooth.clamp(0, 1)
+    alive = torch.cumprod((smooth > 0).to(smooth.dtype), 1)
+    curve = 2 * smooth / (1 + smooth) * alive
+    return torch.cat([torch.ones_like(curve[:, :1]), curve[:, 1:]], 1)

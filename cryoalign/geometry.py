@@ -1,0 +1,79 @@
+"""Where pixels are, and images sampled between them: the one home of ``grid_sample``.
+
+Points are (x, y) in pixels about the centre (w // 2, h // 2); y is the row. Outside the image
+there is zero, so images come here normalised to a background of zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cryoalign.pose import Pose
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def pixel_grid(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """(h, w, 2) the xy position of every pixel about the centre, with dtype and device of like."""
+    height, width = shape
+    y = torch.arange(height, device=like.device, dtype=like.dtype) - height // 2
+    x = torch.arange(width, device=like.device, dtype=like.dtype) - width // 2
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+
+
+def radius_grid(size: int, device: torch.device | str | None = None) -> Tensor:
+    """(size, size) distance of every pixel from the centre, in pixels."""
+    return pixel_grid((size, size), torch.empty(0, device=device)).norm(dim=-1)
+
+
+def sample(images: Tensor, points: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
+    """Values of images at points; zero outside. Differentiable in both.
+
+    Args:
+        images: (n, *c, h, w); the channels of an image share its points.
+        points: (n, *p, 2), each image's own, or (1, *p, 2) shared by all; xy pixels about the
+            centre.
+        interpolation: ``bilinear`` or ``bicubic`` (Keys' kernel, a = -0.75).
+
+    Returns:
+        (n, *c, *p).
+
+    Raises:
+        ValueError: there are points for another number of images.
+    """
+    n, *channels, height, width = images.shape
+    if len(points) not in (1, n):
+        raise ValueError(
+            f"points of {len(points)} images do not fit {n}: give each its own, or all (1, ..., 2)"
+        )
+    scale = points.new_tensor([2.0 / width, 2.0 / height])
+    offset = points.new_tensor([(2 * (width // 2) + 1) / width, (2 * (height // 2) + 1) / height])
+    grid = (points * scale + (offset - 1.0)).flatten(1, -2).unsqueeze(2)  # (n or 1, P, 1, 2)
+    # With shared points all images are channels of one: a point's weights serve them all.
+    stack = images.reshape(len(points), -1, height, width)
+    values = F.grid_sample(stack, grid, mode=interpolation, align_corners=False)
+    return values.reshape(n, *channels, *points.shape[1:-1])
+
+
+def transform(images: Tensor, pose: Pose, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Images moved by their poses: out(v') = image(v) with v' = F^mirror R(angle) (v + shift).
+
+    One interpolation per image, zero from outside; differentiable in images, angle and shift.
+
+    Args:
+        images: (n, h, w).
+        pose: (n,).
+        interpolation: see `sample`; ``python -m bench interpolation`` shows what each loses.
+
+    Returns:
+        (n, h, w).
+    """
+    target = pixel_grid((images.shape[-2], images.shape[-1]), images)  # (h, w, 2)
+    # v = L^-1 v' - shift, and L is orthogonal: rows times L are columns times its transpose.
+    linear = pose.linear().to(images.dtype)  # (n, 2, 2)
+    source = target.flatten(0, 1) @ linear - pose.shift.to(images.dtype).unsqueeze(1)
+    return sample(images, source.reshape(len(images), *target.shape), interpolation)

@@ -1,0 +1,370 @@
+"""Multi-reference alignment (MRA): references become class averages, over and over.
+
+Chung et al. 2020, Algorithm 1: every particle is searched against every reference over shifts,
+hands and in-plane angles, joins the best, and the averages of what joined, filtered, masked and
+centred, are the next references.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cryoalign import frc
+from cryoalign.alignment import Alignment
+from cryoalign.average import (
+    Averaging,
+    ClassSums,
+    centring,
+    class_sums,
+    masked,
+    move,
+    references_from,
+)
+from cryoalign.distributed import gather_over_ranks
+from cryoalign.files import replacing
+from cryoalign.filters import fourier_resize, soft_mask
+from cryoalign.geometry import transform
+from cryoalign.io import read_images
+from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
+from cryoalign.polar import Rings, ring_spectra
+from cryoalign.pose import Pose, pixel_error
+from cryoalign.refine import refine
+from cryoalign.search import Search, match_spectra
+from cryoalign.seeding import SEEDINGS, seed_references
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, particles done, particles in all) now and then."""
+
+
+@dataclass(frozen=True, eq=False)
+class MraState:
+    """Where an alignment stands after an iteration: enough to go on from.
+
+    Attributes:
+        iteration: iterations done.
+        references: (k, size, size) for the next one.
+        label: (n,) class index of the usable particles; pose (n,); score (n,).
+        history: a row per iteration.
+        settled: whether the assignment has come to rest.
+    """
+
+    iteration: int
+    references: Tensor
+    label: Tensor
+    pose: Pose
+    score: Tensor
+    history: list[dict[str, Any]] = field(default_factory=list)
+    settled: bool = False
+
+    def save(self, path: str | Path) -> None:
+        """Write to one ``.npz`` file (no pickles), all or nothing."""
+        with replacing(path) as beside:
+            np.savez(
+                beside,
+                allow_pickle=False,
+                iteration=self.iteration,
+                references=self.references.cpu().numpy(),
+                label=self.label.numpy(),
+                angle=self.pose.angle.numpy(),
+                shift=self.pose.shift.numpy(),
+                mirror=self.pose.mirror.numpy(),
+                score=self.score.numpy(),
+                history=pd.DataFrame(self.history).to_json(orient="records"),
+                settled=self.settled,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> MraState:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a state.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                data = {name: archive[name] for name in archive.files}
+            return cls(
+                int(data["iteration"]),
+                torch.from_numpy(data["references"]),
+                torch.from_numpy(data["label"]),
+                Pose(*(torch.from_numpy(data[name]) for name in ("angle", "shift", "mirror"))),
+                torch.from_numpy(data["score"]),
+                json.loads(str(data["history"])),
+                bool(data["settled"]),
+            )
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a checkpoint of cryoalign ({error})") from error
+
+
+def align_multi_reference(
+    particles: Stack | Tensor,
+    references: Tensor | str | Path = "random",
+    *,
+    n_classes: int | None = None,
+    iterations: int = 20,
+    search: Search | None = None,
+    images: Images | None = None,
+    averaging: Averaging | None = None,
+    min_class_share: float = 0.2,
+    settle: float = 0.002,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int | None = None,
+    max_rejected: float = 0.1,
+    resume: MraState | None = None,
+    on_iteration: Callable[[MraState], None] | None = None,
+    progress: Progress | None = None,
+) -> Alignment:
+    """Align particles to references and the references to what they gathered, until it settles.
+
+    A class that ends an iteration with fewer members than ``min_class_share`` of the mean size is
+    given half of the largest class: those members that fit there worst. The last iteration does
+    not do so, and an empty class then has an average of zeros and no resolution.
+
+    Args:
+        particles: a stack (`io.read_particles`) or a tensor (n, size, size).
+        references: (k, size, size), the path of such a stack, or a way to choose them
+            (`seeding.SEEDINGS`).
+        n_classes: how many, unless the references say.
+        iterations: at most.
+        search: what poses are tried.
+        images: how particles are prepared.
+        averaging: how averages become references.
+        min_class_share: see above; 0 never re-seeds.
+        settle: stop when no larger share of the particles changed class.
+        seed: of the random choices.
+        device: auto, cpu or cuda.
+        batch_size: particles at a time; None chooses.
+        max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
+        resume: go on from this state, with the same particles and settings.
+        on_iteration: called with the state after every iteration.
+        progress: called now and then.
+
+    Returns:
+        The `Alignment`, of the whole input on every process.
+
+    Raises:
+        ValueError: anything that does not fit, before the first iteration.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, not {iterations}")
+    search, averaging = search or Search(), averaging or Averaging()
+    stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
+    if stack.shape[0] == stack.shape[1]:  # what does not fit should say so before pixels are read
+        search.rings((images or Images()).box or stack.shape[0])
+    prepared = PreparedParticles(
+        stack, images or Images(), choose_device(device), max_rejected, batch_size
+    )
+    job = _Job(prepared, search, averaging, min_class_share, settle, progress)
+    state = resume or _start(job, references, n_classes, seed)
+    if len(state.label) != len(prepared) or state.references.shape[-1] != prepared.size:
+        raise ValueError(
+            f"the checkpoint has {len(state.label)} particles of {state.references.shape[-1]} px, "
+            f"the input {len(prepared)} of {prepared.size} px: resume with the same input and "
+            "settings"
+        )
+    sums: ClassSums | None = None
+    while state.iteration < iterations and not state.settled:
+        state, sums = _iterate(job, state, last=state.iteration + 1 == iterations)
+        if on_iteration is not None:
+            on_iteration(state)
+    if sums is None:  # resumed at its end: the averages follow from the poses
+        sums = job.sum_classes(state.label, state.pose, len(state.references))
+    return _finish(job, state, sums)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same from one iteration to the next."""
+
+    particles: PreparedParticles
+    search: Search
+    averaging: Averaging
+    min_class_share: float
+    settle: float
+    progress: Progress | None
+
+    @property
+    def rings(self) -> Rings:
+        return self.search.rings(self.particles.size)
+
+    @property
+    def mask_radius(self) -> float:
+        return self.averaging.mask_radius or self.rings.last_ring
+
+    def mask(self) -> Tensor:
+        return soft_mask(
+            self.particles.size, self.mask_radius, self.averaging.mask_edge, self.particles.device
+        )
+
+    def batches(self, doing: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's particles, with progress told after each batch."""
+        done = 0
+        for members, images in self.particles.batches():
+            yield members, images
+            done += len(members)
+            if self.progress is not None:
+                self.progress(doing, done, len(self.particles))
+
+    def sum_classes(self, label: Tensor, pose: Pose, k: int) -> ClassSums:
+        # Half-sets by the row of the input, so that they do not depend on what was set aside.
+        half = self.particles.rows % 2
+        return class_sums(
+            self.batches("average"), pose, label, half, k, self.particles.size,
+            self.particles.device,
+        )  # fmt: skip
+
+
+def _start(
+    job: _Job, references: Tensor | str | Path, n_classes: int | None, seed: int
+) -> MraState:
+    n, size = len(job.particles), job.particles.size
+    if isinstance(references, str) and references in SEEDINGS:
+        if n_classes is None or not 1 <= n_classes <= n:
+            raise ValueError(
+                f"n_classes must be from 1 to the {n} usable particles when references are chosen "
+                f"by {references!r}; got {n_classes}"
+            )
+        images = seed_references(job.particles, references, n_classes, seed)
+    else:
+        images = references if isinstance(references, Tensor) else read_images(references)
+        expected = job.particles.stack.shape[0]
+        if images.ndim != 3 or images.shape[-2:] != job.particles.stack.shape:
+            raise ValueError(
+                f"references {tuple(images.shape)} do not fit particles of {expected} x {expected} "
+                "px: they must be a stack (k, h, w) of the same box and pixel size"
+            )
+        if n_classes is not None and n_classes != len(images):
+            raise ValueError(
+                f"n_classes is {n_classes} but there are {len(images)} references: leave "
+                "n_classes out, or make them agree"
+            )
+        if not torch.isfinite(images).all():
+            raise ValueError("references contain NaN or infinite pixels")
+        images = fourier_resize(images.float().to(job.particles.device), size)
+    return MraState(
+        iteration=0,
+        references=masked(images, job.mask()),
+        label=torch.full((n,), -1),
+        pose=Pose.identity(n),
+        score=torch.zeros(n),
+    )
+
+
+def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSums]:
+    started = time.perf_counter()
+    label, pose, score = _assign(job, state.references.to(job.particles.device))
+    reassigned = float((label != state.label).double().mean())
+    moved = pixel_error(pose, state.pose, job.rings.last_ring).sqrt().median()
+    settled = reassigned <= job.settle
+    k = len(state.references)
+    split = 0
+    if not (last or settled):
+        label, split = split_largest(label, score, k, job.min_class_share * len(label) / k)
+    sums = job.sum_classes(label, pose, k)
+    references = references_from(sums, job.averaging, job.mask_radius)
+    if not (last or settled):
+        averages = sums.averages()
+        shift = centring(averages, pose, label, job.averaging.centre, job.mask())
+        references = transform(references, move(Pose.identity(k), shift.cpu()).to(shift.device))
+        pose = move(pose, shift.cpu()[label])
+    row = {
+        "iteration": state.iteration + 1,
+        "mean_score": float(score.mean()),
+        "reassigned": reassigned,
+        "pose_change_px": float(moved),
+        "smallest_class": int(sums.sizes.min()),
+        "largest_class": int(sums.sizes.max()),
+        "empty_classes": int((sums.sizes == 0).sum()),
+        "split_classes": split,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    history = [*state.history, row]
+    return MraState(
+        state.iteration + 1, references, label, pose, score, history, settled
+    ), sums
+
+
+def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
+    """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
+    rings = job.rings
+    spectra = ring_spectra(references, rings)[:, 0]
+    found = [torch.zeros(0, 6, dtype=torch.float64)]
+    for _, images in job.batches("align"):
+        label, score, pose = match_spectra(images, spectra, job.search, rings).best()
+        if job.search.refine:
+            pose, score = refine(images, references, label, pose, rings)
+        columns = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
+        found.append(torch.stack([c.double() for c in columns], 1).cpu())
+    table = gather_over_ranks(torch.cat(found))
+    pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
+    return table[:, 0].long(), pose, table[:, 5].float()
+
+
+def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[Tensor, int]:
+    """Give each class of fewer than ``least`` members half of the largest class.
+
+    The half that fits there worst moves (as in CL2D, Sorzano et al. 2010): it keeps its poses,
+    which hold on the new class as on the old. What members the small class has stay.
+
+    Args:
+        label: (n,) class index; score: (n,).
+        k: number of classes.
+        least: smallest size that is left alone.
+
+    Returns:
+        New labels (n,) and how many classes were so re-seeded.
+    """
+    label = label.clone()
+    sizes = torch.bincount(label, minlength=k)
+    small = [int(c) for c in sizes.argsort() if sizes[c] < least]
+    done = 0
+    for c in small:
+        largest = int(sizes.argmax())
+        if sizes[largest] < max(2 * least, 2):
+            break
+        members = (label == largest).nonzero().squeeze(1)
+        worst = members[score[members].argsort(stable=True)[: len(members) // 2]]
+        label[worst] = c
+        sizes = torch.bincount(label, minlength=k)
+        done += 1
+    return label, done
+
+
+def _finish(job: _Job, state: MraState, sums: ClassSums) -> Alignment:
+    particles = job.particles
+    n = len(particles.stack)
+    angle, score = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
+    shift = torch.full((n, 2), torch.nan)
+    mirror = torch.zeros(n, dtype=torch.bool)
+    class_number = torch.zeros(n, dtype=torch.int64)
+    rows = particles.rows
+    angle[rows], score[rows] = state.pose.angle, state.score
+    shift[rows] = state.pose.shift * particles.scale
+    mirror[rows], class_number[rows] = state.pose.mirror, state.label + 1
+    curves = sums.frc(job.mask())
+    resolution = frc.resolution(curves, particles.size, particles.pixel_size or particles.scale)
+    return Alignment(
+        pose=Pose(angle, shift, mirror),
+        class_number=class_number,
+        score=score,
+        averages=sums.averages().cpu(),
+        frc=curves.cpu(),
+        resolution=resolution.cpu(),
+        class_sizes=sums.sizes.cpu(),
+        history=pd.DataFrame(state.history),
+        rejected=particles.rejected,
+        pixel_size=particles.pixel_size,
+        scale=particles.scale,
+    )

@@ -1,0 +1,244 @@
+"""One HTML page per run: the numbers, the pictures, and what deserves a second look.
+
+The page holds everything, pictures included, and asks nothing of the network: it can be mailed.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cryoalign import plot
+from cryoalign.alignment import Alignment
+from cryoalign.files import replacing
+
+LISTED = 20
+"""Particles set aside that the page lists; ``rejected.csv`` has them all."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page, as a data URI."""
+
+    title: str
+    caption: str
+    source: str
+
+
+def write_report(
+    alignment: Alignment,
+    folder: str | Path,
+    config: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> Path:
+    """Write ``report.html`` into ``folder``, made if need be, and return its path.
+
+    Args:
+        alignment: what the run found.
+        config: its settings, nested as in the YAML file; listed on the page. ``particles`` names
+            the input and ``search.max_shift`` the limit that shifts are held against.
+        figures: more pictures, by title, to stand after the run's own.
+    """
+    config = config or {}
+    limit = shift_limit(alignment, config)
+    pictures = list(_pictures(alignment, limit, figures or {}))
+    table = class_table(alignment)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("cryoalign"), autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template("report.html")
+    page = template.render(
+        title="Class averages by cryoalign",
+        subtitle=str(config.get("particles", "")),
+        numbers=_numbers(alignment, table),
+        flags=flags(alignment, limit),
+        unit=_unit(alignment),
+        montage=pictures[0],
+        pictures=pictures[1:],
+        classes=_rows(alignment, table),
+        n_particles=len(alignment.pose),
+        n_rejected=len(alignment.rejected),
+        rejected=alignment.rejected.head(LISTED).to_dict("records"),
+        settings=list(_flat(config)),
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "report.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
+    """``search.max_shift`` in pixels of the input, which an alignment's shifts are in."""
+    search = config.get("search")
+    limit = search.get("max_shift") if isinstance(search, Mapping) else None
+    return None if limit is None else float(limit) * alignment.scale
+
+
+def class_table(alignment: Alignment) -> pd.DataFrame:
+    """``Alignment.class_frame`` with each class's share of the particles used; largest first."""
+    table = alignment.class_frame()
+    table["share"] = table["size"] / max(1, table["size"].sum())
+    return table.sort_values("size", ascending=False, kind="stable")
+
+
+def flags(alignment: Alignment, max_shift: float | None = None) -> list[str]:
+    """What a look at the numbers finds wrong with a run, each with a remedy; empty if nothing.
+
+    Args:
+        max_shift: the search's limit on each axis, pixels of the input.
+    """
+    table = class_table(alignment)
+    found = [_piled_up_shifts(alignment, max_shift)] if max_shift else []
+    empty = table.loc[table["size"] == 0, "class_number"]
+    if len(empty):
+        found.append(
+            f"{len(empty)} of {len(table)} classes are empty ({_listed(empty)}): ask for fewer "
+            f"classes, or start from other references or another seed."
+        )
+    # Of few classes a fair one is large.
+    attracting = table[table["share"] > max(0.4, 1.5 / len(table))]
+    for row in attracting.itertuples():
+        found.append(
+            f"Class {row.class_number} attracts {row.share:.0%} of the particles: look for "
+            f"different views in it, and align its particles again with more classes."
+        )
+    unresolved = table.loc[(table["size"] > 0) & ~np.isfinite(table["resolution"]), "class_number"]
+    if len(unresolved):
+        found.append(
+            f"In {_these(unresolved)} the two halves of the particles do not agree at any "
+            f"resolution: too few particles, or noise; leave such classes out of a selection."
+        )
+    history = alignment.history
+    # In a first and only iteration every particle changes from no class to one.
+    share = history["reassigned"].iloc[-1] if "reassigned" in history and len(history) > 1 else 0
+    if share > 0.05:
+        found.append(
+            f"{share:.0%} of the particles still changed class in the last iteration: allow more "
+            f"iterations."
+        )
+    return [flag for flag in found if flag]
+
+
+def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:
+    """A warning where shifts crowd at the search's limit.
+
+    A tenth of uniform shifts lies in the outer tenth of the range; a quarter or more tells of
+    particles that belong further out.
+    """
+    used = alignment.class_number > 0
+    outside = (alignment.pose.shift[used].abs() > 0.9 * limit).double()
+    if not len(outside):
+        return None
+    share = float(outside.mean(0).max())
+    if share <= 0.25:
+        return None
+    return (
+        f"{share:.0%} of the shifts along one axis lie in the outer tenth of the search range "
+        f"(±{limit:g} px): raise search.max_shift, or centre the particles first."
+    )
+
+
+def _listed(numbers: pd.Series) -> str:
+    shown = ", ".join(str(number) for number in sorted(numbers)[:10])
+    return shown + (", …" if len(numbers) > 10 else "")
+
+
+def _these(numbers: pd.Series) -> str:
+    return f"class{'es' * (len(numbers) > 1)} {_listed(numbers)}"
+
+
+def _unit(alignment: Alignment) -> str:
+    return "Å" if alignment.pixel_size else "px"
+
+
+def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The page's headline figures."""
+    used = int((alignment.class_number > 0).sum())
+    filled = int((table["size"] > 0).sum())
+    resolved = table[(table["size"] > 0) & np.isfinite(table["resolution"])]["resolution"]
+    unit, size = _unit(alignment), alignment.averages.shape[-1]
+    sampling = f", {alignment.pixel_size:.4g} Å/px" if alignment.pixel_size else ""
+    best = f"{resolved.min():.1f} / {resolved.median():.1f} {unit}" if len(resolved) else "–"
+    score = alignment.score[alignment.class_number > 0].mean().item() if used else math.nan
+    return [
+        ("particles", f"{len(alignment.pose):,}"),
+        ("used", f"{used:,}"),
+        ("set aside", f"{len(alignment.pose) - used:,}"),
+        ("classes with particles", f"{filled:,} of {len(table):,}"),
+        ("resolution, best / median", best),
+        ("mean score", _number(score, 3)),
+        ("iterations", f"{len(alignment.history):,}"),
+        ("averages", f"{size} px{sampling}"),
+    ]
+
+
+def _rows(alignment: Alignment, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The class table's rows as the template wants them."""
+    averages = alignment.filtered_averages()
+    rows = []
+    for row in table.to_dict("records"):
+        image = averages[row["class_number"] - 1]
+        rows.append(
+            {str(name): value for name, value in row.items()}
+            | {
+                "thumbnail": _data_uri(plot.thumbnail(image)) if row["size"] else "",
+                "resolution_text": _number(row["resolution"], 1),
+                "score_text": _number(row["mean_score"], 3),
+            }
+        )
+    return rows
+
+
+def _pictures(
+    alignment: Alignment, limit: float | None, more: Mapping[str, Figure]
+) -> Iterator[Picture]:
+    frame, averages = alignment.to_frame(), alignment.averages
+    montage = plot.montage(
+        alignment.filtered_averages(),
+        alignment.class_sizes,
+        alignment.resolution,
+        pixel_size=alignment.pixel_size,
+    )
+    caption = "Largest class first; each weighted by its own Fourier ring correlation."
+    yield _picture("Class averages", caption, montage)
+    poses = plot.pose_histograms(frame, limit, len(averages))
+    yield _picture("Poses and class sizes", "Shifts in pixels of the input.", poses)
+    curves = plot.frc_curves(alignment.frc, alignment.pixel_size, size=averages.shape[-1])
+    yield _picture("Resolution", "Fourier ring correlation of two half-sets, per class.", curves)
+    if set(plot.HISTORY) & set(alignment.history):
+        yield _picture("Convergence", "", plot.history(alignment.history))
+    for title, figure in more.items():
+        yield _picture(title, "", figure)
+
+
+def _picture(title: str, caption: str, figure: Figure) -> Picture:
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=110, facecolor="white")
+    return Picture(title, caption, _data_uri(png.getvalue()))
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as (dotted key, value) pairs."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "–" if value is None else str(value)
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"

@@ -1,0 +1,144 @@
+"""The files of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cryoalign import plot
+from cryoalign.alignment import Alignment
+from cryoalign.config import RunConfig, as_mapping
+from cryoalign.export import embed, features, neighbour_purity
+from cryoalign.files import replacing
+from cryoalign.io import (
+    ParticleStack,
+    write_class_averages_star,
+    write_images,
+    write_particles_star,
+)
+from cryoalign.report import shift_limit, write_report
+
+CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
+AVERAGES = "class_averages.mrcs"
+RUN_FILES = (
+    CONFIG,
+    CHECKPOINT,
+    HISTORY,
+    AVERAGES,
+    "class_averages.star",
+    "class_averages_unfiltered.mrcs",
+    "class_averages.png",
+    "particles.star",
+    "particles.csv",
+    "particles.parquet",
+    "classes.csv",
+    "rejected.csv",
+    "alignment.npz",
+    "histograms.png",
+    "frc.png",
+    "history.png",
+    "tsne.png",
+    "report.html",
+)
+"""All that a run writes, and all that ``overwrite`` removes."""
+EMBEDDED = 2000
+"""Particles in the t-SNE maps, at most."""
+
+
+def write_results(
+    folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment
+) -> None:
+    """Write tables, averages, pictures and the report, each file whole or not at all."""
+    _write_tables(folder, stack, alignment)
+    write_images(folder / AVERAGES, alignment.filtered_averages(), alignment.pixel_size)
+    write_images(
+        folder / "class_averages_unfiltered.mrcs", alignment.averages, alignment.pixel_size
+    )
+    write_class_averages_star(
+        folder / "class_averages.star",
+        AVERAGES,
+        alignment.class_sizes,
+        alignment.resolution,
+        alignment.pixel_size,
+    )
+    alignment.save(folder / "alignment.npz")
+    pictures = _draw(config, alignment)
+    maps = _embedding(config, stack, alignment) if config.embedding else None
+    if maps is not None:
+        pictures["tsne.png"] = maps
+    for name, figure in pictures.items():
+        plot.save(figure, folder / name)
+    more = {} if maps is None else {"Particles before and after alignment (t-SNE)": maps}
+    write_report(alignment, folder, as_mapping(config), more)
+
+
+def particle_table(alignment: Alignment) -> pd.DataFrame:
+    """``Alignment.to_frame`` with the pose cells of particles set aside (class 0) empty."""
+    frame = alignment.to_frame()
+    # Int64 has a place for "no value".
+    frame["mirror"] = frame["mirror"].astype("Int64").mask(frame["class_number"] == 0)
+    return frame
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """A table as CSV, whole or not at all."""
+    with replacing(path) as beside:
+        table.to_csv(beside, index=False)
+
+
+def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> None:
+    frame = particle_table(alignment)
+    write_csv(folder / "particles.csv", frame)
+    with replacing(folder / "particles.parquet") as beside:
+        frame.to_parquet(beside, index=False)
+    write_csv(folder / "classes.csv", alignment.class_frame())
+    write_csv(folder / HISTORY, alignment.history)
+    write_csv(folder / "rejected.csv", alignment.rejected)
+    write_particles_star(
+        folder / "particles.star",
+        stack,
+        alignment.pose,
+        alignment.class_number,
+        alignment.class_number > 0,
+        alignment.score,
+    )
+
+
+def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
+    """Pictures by file name."""
+    limit = shift_limit(alignment, as_mapping(config))
+    size, classes = alignment.averages.shape[-1], len(alignment.averages)
+    return {
+        "class_averages.png": plot.montage(
+            alignment.filtered_averages(),
+            alignment.class_sizes,
+            alignment.resolution,
+            pixel_size=alignment.pixel_size,
+        ),
+        "histograms.png": plot.pose_histograms(alignment.to_frame(), limit, classes),
+        "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
+        "history.png": plot.history(alignment.history),
+    }
+
+
+def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:
+    """t-SNE maps of some of the particles, coloured by class; None for fewer than four."""
+    used = (alignment.class_number > 0).nonzero().flatten().numpy()
+    if len(used) < 4:
+        return None
+    chosen = np.random.default_rng(config.seed).choice(
+        used, min(EMBEDDED, len(used)), replace=False
+    )
+    rows = np.sort(chosen)
+    rings = config.search.rings(alignment.averages.shape[-1])
+    radius = rings.last_ring * alignment.scale
+    labels = alignment.class_number.numpy()[rows]
+    maps = [
+        embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
+        for aligned in (None, alignment)
+    ]
+    before, after = (neighbour_purity(places, labels) for places in maps)
+    return plot.embedding(maps[0], maps[1], labels, (before, after))

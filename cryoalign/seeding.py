@@ -1,0 +1,21 @@
+"""First references, when none are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryoalign.distributed import same_on_all_ranks
+from cryoalign.filters import filter_shells, low_pass_curve
+from cryoalign.particles import PreparedParticles
+
+SEEDINGS = ("random",)
+LOW_PASS = 0.1  # 1/px: a single noisy particle has nothing to say beyond
+
+
+def seed_references(particles: PreparedParticles, how: str, n_classes: int, seed: int) -> Tensor:
+    """(k, size, size) first references chosen from the particles."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(particles), generator=generator)[:n_classes]
+    images = particles.read(same_on_all_ranks(chosen))
+    return filter_shells(images, low_pass_curve(particles.size, LOW_PASS).to(images.device))

@@ -1,0 +1,156 @@
+"""The bench's own arithmetic: bound, agreement, truth files, plain formulation, command."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import accuracy, plain
+from bench.__main__ import ENTRIES, main, parser
+from bench.agreement import agreement
+from bench.bound import expected_medians, pose_covariance
+from bench.data import read_set
+from bench.result import Result, record
+from cryoalign.correlate import correlation_peaks
+from cryoalign.geometry import pixel_grid
+from cryoalign.io import write_images
+from cryoalign.polar import Rings, ring_spectra
+from cryoalign.pose import Pose, compose
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the bench has it; small products gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ellipse(amplitude: float, a: float, b: float) -> torch.Tensor:
+    """(1, 64, 64) Gaussian of widths a along x, b along y."""
+    x, y = pixel_grid((64, 64), torch.empty(0, dtype=torch.float64)).unbind(-1)
+    return (amplitude * torch.exp(-0.5 * (x / a).square() - 0.5 * (y / b).square()))[None]
+
+
+def test_bound_of_an_ellipse_is_its_integrals():
+    amplitude, a, b = 1.7, 4.0, 6.0
+    covariance = pose_covariance(ellipse(amplitude, a, b))[0]
+    turn = (amplitude * (a**-2 - b**-2)) ** 2 * math.pi * (a * b) ** 3 / 4
+    along_x, along_y = (amplitude**2 * math.pi * q / 2 for q in (b / a, a / b))
+    exact = torch.diag(1 / torch.tensor([turn, along_x, along_y], dtype=torch.float64))
+    torch.testing.assert_close(covariance, exact, rtol=1e-6, atol=1e-9)
+
+
+def test_expected_medians_of_normal_errors():
+    views = ellipse(1.7, 4.0, 4.4)
+    sigma = pose_covariance(views)[0].diagonal().sqrt()
+    medians = expected_medians(views, torch.zeros(5, dtype=torch.int64))
+    assert medians.angle == pytest.approx(math.degrees(0.67449 * float(sigma[0])), rel=0.01)
+    # Nearly equal deviations: the length of the error is Rayleigh's, median sigma sqrt(2 ln 2).
+    mean = float(sigma[1:].square().mean().sqrt())
+    assert medians.shift == pytest.approx(mean * math.sqrt(2 * math.log(2)), rel=0.01)
+
+
+def random_pose(n: int, generator: torch.Generator) -> Pose:
+    return Pose(
+        360 * torch.rand(n, generator=generator) - 180,
+        6 * torch.rand(n, 2, generator=generator) - 3,
+        torch.rand(n, generator=generator) < 0.5,
+    )
+
+
+def test_agreement_knows_no_names_and_no_gauge():
+    generator = torch.Generator().manual_seed(3)
+    n, views = 400, 5
+    view = torch.arange(n) % views
+    truth, gauge = random_pose(n, generator), random_pose(views, generator)
+    pose = compose(truth, gauge[view])
+    label = torch.tensor([4, 2, 0, 1, 5])[view]  # class 3 of 6 stays empty
+    perfect = agreement(label, pose, view, truth, 6)
+    assert (perfect.rand_index, perfect.empty, perfect.views_found, perfect.right) == (1, 1, 5, 1)
+    assert perfect.angle < 1e-3
+    assert perfect.shift < 1e-4
+    spoilt = torch.arange(n) < 100  # spread evenly over the classes
+    turned = Pose(pose.angle + 30.0 * spoilt, pose.shift, pose.mirror)
+    flipped = Pose(pose.angle, pose.shift, pose.mirror ^ spoilt)
+    moved = Pose(pose.angle, pose.shift + 3.0 * spoilt[:, None], pose.mirror)
+    for wrong in (turned, flipped, moved):
+        assert agreement(label, wrong, view, truth, 6).right == 0.75
+    wrong_class = torch.where(spoilt, label[(torch.arange(n) + 1) % n], label)
+    score = agreement(wrong_class, pose, view, truth, 6)
+    assert score.right <= 0.75
+    assert score.rand_index < 0.7
+
+
+def test_truth_files_take_particles_onto_views(tmp_path: Path):
+    generator = torch.Generator().manual_seed(5)
+    pose = random_pose(20, generator).to(torch.float64)
+    matrix, shift = pose.inverse().matrix()[:, :2, :2], pose.inverse().matrix()[:, :2, 2]
+    write_images(tmp_path / "a.mrcs", torch.randn(20, 16, 16))
+    write_images(tmp_path / "a_views.mrcs", torch.randn(2, 16, 16))
+    label = torch.arange(20) % 2
+    np.savez(tmp_path / "a_truth.npz", label=label, B=matrix, shift=shift)
+    known = read_set(tmp_path / "a")
+    torch.testing.assert_close(known.pose.matrix(), pose.matrix())
+    assert torch.equal(known.view, label)
+
+
+def test_plain_formulation_finds_the_same_pose():
+    # With one shift the normalisation changes no particle's best hand and angle.
+    generator = torch.Generator().manual_seed(7)
+    images, views = torch.randn(2, 6, 40, 40, generator=generator)
+    rings, shifts = Rings(1, 15), torch.tensor([[1.0, -2.0]])
+    _, place = correlation_peaks(
+        ring_spectra(images, rings, shifts), ring_spectra(views, rings)[:, 0]
+    )
+    grid, here = (plain.points(1, 15, 256, s, 40) for s in (shifts, torch.zeros(1, 2)))
+    references = plain.weigh(plain.features(views, here)[:, 0], 1)
+    references[..., 0] = 0  # a constant has no angle, but it would prefer neither hand
+    _, plain_place = plain.peaks(plain.features(images, grid), references)
+    assert torch.equal(place, plain_place)
+
+
+def test_every_entry_explains_itself(capsys: pytest.CaptureFixture[str]):
+    main(["list"])
+    listed = capsys.readouterr().out
+    for name in ENTRIES:
+        assert name in listed
+        with pytest.raises(SystemExit) as stopped:
+            parser().parse_args([name, "--help"])
+        assert stopped.value.code == 0
+
+
+def test_accuracy_meets_the_bound_on_a_small_set():
+    (row,) = accuracy.run(n=300, views=3, size=48, snr=(0.3,)).rows
+    assert row["class and mirror right %"] == 100
+    # The median of 300 errors is itself uncertain by about 7 %.
+    assert 0.8 < row["angle / bound"] < 1.25
+    assert 0.8 < row["shift / bound"] < 1.25
+
+
+def test_nothing_is_kept_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    kept = []
+    monkeypatch.setattr(
+        "bench.result.Record.keep", lambda made: kept.append(made.entry) or Path("x.json")
+    )
+    command = ["interpolation", "--n", "4", "--size", "48", "--repeats", "1"]
+    main(command)
+    assert "bicubic" in capsys.readouterr().out
+    assert not kept
+    main([*command, "--keep"])
+    assert kept == ["interpolation"]
+
+
+def test_a_kept_result_names_no_folders(tmp_path: Path):
+    made = record("blind", {"data": Path("/a/secret/place/e0.1")}, Result([{"x": 1.0}]))
+    kept = made.keep(tmp_path)
+    assert json.loads(kept.read_text())["result"]["rows"] == [{"x": 1.0}]
+    assert "secret" not in kept.read_text()
+    assert "e0.1" in kept.read_text()

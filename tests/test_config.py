@@ -1,0 +1,173 @@
+"""Settings: what is shipped loads, what is wrong is refused in the user's own words."""
+
+import re
+from dataclasses import fields, replace
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config
+from cryoalign.mra import align_multi_reference
+from cryoalign.schema import describe, known_keys
+from cryoalign.synthetic import simulate
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+GIVEN = ("particles=stack.mrcs", "n_classes=3")
+
+
+def load_text(tmp_path, text, *overrides):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    config = load_config(path, ["particles=other.star"])
+    assert config.particles == Path("other.star")
+
+
+def test_mra_yaml_shows_every_key_with_its_default():
+    path = next(path for path in CONFIGS if path.name == "mra.yaml")
+    written = yaml.safe_load(path.read_text())
+    keys = {
+        f"{name}.{leaf}" if leaf else name
+        for name, value in written.items()
+        for leaf in (value if isinstance(value, dict) else [""])
+    }
+    assert keys == set(dict(known_keys(RunConfig)))
+    assert load_config(path, GIVEN) == load_config(None, GIVEN)
+
+
+def test_keys_are_the_arguments_of_the_functions_behind_them():
+    arguments = signature(align_multi_reference).parameters
+    by_name = {field.name: field for field in fields(RunConfig)}
+    special = {"particles", "resume", "on_iteration", "progress", "search", "images", "averaging"}
+    defaults = load_config(None, GIVEN)
+    for name in set(arguments) - special - {"n_classes"}:
+        assert name in by_name
+        assert getattr(defaults, name) == arguments[name].default, name
+    simulation = signature(simulate).parameters
+    assert [field.name for field in fields(SimulateConfig)] == list(simulation)
+    for name in set(simulation) - {"n", "n_classes"}:
+        assert getattr(SimulateConfig(), name) == simulation[name].default, name
+
+
+def test_overrides_go_before_the_file_and_later_ones_before_earlier(tmp_path):
+    text = "particles: a.star\nn_classes: 4\nsearch:\n  max_shift: 2\n"
+    config = load_text(tmp_path, text, "search.max_shift=5", "search.max_shift=4", "settle=1e-3")
+    assert (config.search.max_shift, config.settle, config.n_classes) == (4.0, 1e-3, 4)
+    assert config.search.shift_step == 1.0  # the rest of a section stays
+    assert load_text(tmp_path, text, "search={ring_step: 2}").search.max_shift == 2
+
+
+def test_texts_on_the_command_line_are_taken_as_written():
+    config = load_config(None, ["particles=a: b #1.star", "n_classes=2", "output=2024"])
+    assert (config.particles, config.output) == (Path("a: b #1.star"), Path("2024"))
+
+
+def test_yaml_means_what_it_shows(tmp_path):
+    """YAML 1.1's surprises: 1e-3 is a text there, 010 is 8, and `no` is false."""
+    config = load_text(tmp_path, "particles: no\nn_classes: 010\nsettle: 1e-3\nsearch:\n")
+    assert (config.particles, config.n_classes, config.settle) == (Path("no"), 10, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("search.lastring=30", "unknown key search.lastring; did you mean search.last_ring?"),
+        ("max_shift=3", "unknown key max_shift; did you mean search.max_shift?"),
+        ("nclasses=3", "unknown key nclasses; did you mean n_classes?"),
+        ("qqq=1", "unknown key qqq; `cryoalign run --help` lists the keys"),
+        ("search=3", "search: should hold keys of its own, got 3"),
+        ("n_classes=ten", "n_classes: should be a whole number, got the text 'ten'"),
+        ("n_classes='10'", "n_classes: should be a whole number, got the text '10'"),
+        ("n_classes=2.5", "n_classes: should be a whole number, got 2.5"),
+        ("n_classes=true", "n_classes: should be a whole number, got true"),
+        ("n_classes=0", "n_classes: should be greater than or equal to 1, got 0"),
+        ("search.mirror=yes", "search.mirror: should be true or false, got the text 'yes'"),
+        ("search.mirror=1", "search.mirror: should be true or false, got 1"),
+        ("search.max_shift=.inf", "search.max_shift: should be a finite number, got inf"),
+        ("search.max_shift=.nan", "search.max_shift: should be a finite number, got nan"),
+        ("search.max_shift=[1]", "search.max_shift: should be a number, got a list"),
+        ("settle=null", "settle is missing"),
+        ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
+        ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
+        ("settle=[1", "settle: '[1' is not a value that YAML can read"),
+        ("settle", "'settle' should be key=value"),
+        ("=3", "'=3' should be key=value"),
+        ("particles=", "particles is missing; add particles=..."),
+        ("n_classes=null", "n_classes is missing: references=random needs it"),
+        ("search.last_ring=4 search.first_ring=6", "search.last_ring 4 px lies inside"),
+        ("images.box=20 search.last_ring=9", "use search.last_ring <= 6"),
+        ("overwrite=true resume=true output=x", "exclude each other"),
+        ("resume=true", "resume needs output"),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(None, [*GIVEN, *wrong.split()])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_classes: 3\nn_classes: 4\n", "the key n_classes stands there twice"),
+        ("search: {max_shift: 3, max_shift: 4}\n", "the key max_shift stands there twice"),
+        ("- n_classes\n", "should hold lines like `key: value`, not a list"),
+        ("n_classes: [\n", "is not a YAML file that can be read"),
+        ("n_classes: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("n_classes: !!int x\n", "a value cannot be read"),
+        ("? [1, 2]\n: 3\n", "is not a YAML file"),
+        ("1: 2\n", "unknown key 1"),
+        ("search:\n  1: 2\n", "unknown key search.1"),
+        ("seed: 2024-01-01\n", "seed: should be a whole number, got the text '2024-01-01'"),
+        ("particles: 10\n", "particles: should be text (quote it), got 10"),
+    ],
+)
+def test_wrong_files_are_refused_in_words(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_text(tmp_path, text, *(() if "particles" in text else GIVEN[:1]))
+    assert "some.yaml" in str(error.value)
+
+
+def test_all_problems_are_told_at_once_with_their_places(tmp_path):
+    text = "search:\n  max_shift: wide\n  lastring: 4\nn_classes: 0\n"
+    with pytest.raises(ValueError, match=r"^6 problems in the settings:") as error:
+        load_text(tmp_path, text, "device=gpu", "settle=2")
+    told = str(error.value)
+    assert "particles is missing" in told
+    assert told.count("some.yaml: ") == 3
+    assert told.count("command line: ") == 2
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such configuration file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_saved_settings_load_as_the_same(tmp_path):
+    """Texts that look like numbers or words of YAML must come back as texts."""
+    for name in ("1e3", "yes", "null", "010", "a: b", "ü #1", "~", "2024-01-01"):
+        config = load_config(None, [*GIVEN, "search.max_shift=1e-7"])
+        config = replace(config, output=Path(name), particles=Path("x", name))
+        save_config(tmp_path / "config.yaml", config)
+        assert load_config(tmp_path / "config.yaml") == config, name
+
+
+def test_flat_has_the_value_of_every_key():
+    values = flat(load_config(None, [*GIVEN, "search.max_shift=4"]))
+    assert list(values) == list(dict(known_keys(RunConfig)))
+    assert (values["search.max_shift"], values["n_classes"]) == (4.0, 3)
+
+
+def test_description_has_a_line_for_every_key():
+    lines = describe(RunConfig).splitlines()
+    assert [line.split()[0] for line in lines] == list(dict(known_keys(RunConfig)))
+    shift = next(line for line in lines if "search.max_shift" in line)
+    assert "3.0" in shift
+    assert "≥ 0" in shift
+    assert "px" in shift
+    assert all(field.description for _, field in known_keys(RunConfig))

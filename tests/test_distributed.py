@@ -1,0 +1,68 @@
+"""Two processes under torchrun give what one gives, and an error is told once."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryoalign.config import load_config
+from cryoalign.run import run
+from cryoalign.synthetic import simulate, write_simulation
+
+
+@pytest.fixture(scope="module")
+def star(tmp_path_factory):
+    simulation = simulate(101, 3, size=32, snr=0.5, max_shift=1.0, seed=5)
+    return write_simulation(tmp_path_factory.mktemp("stack"), simulation)
+
+
+SAME = ("device=cpu", "embedding=false")
+
+
+def command(*words):
+    """Run ``cryoalign run`` with two processes; the finished launcher."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "cryoalign", "run", *words, *SAME],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_two_processes_give_what_one_gives(star, tmp_path):
+    words = (f"particles={star}", "n_classes=3", "iterations=3", "search.max_shift=1")
+    process = command(*words, f"output={tmp_path / '2'}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("iteration   2 of 3") == 1  # one process speaks
+    run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))
+    one, two = (pd.read_csv(tmp_path / name / "particles.csv") for name in "12")
+    np.testing.assert_array_equal(one["class_number"], two["class_number"])
+    np.testing.assert_array_equal(one["mirror"], two["mirror"])
+    turn = (one["angle"] - two["angle"] + 180) % 360 - 180
+    assert turn.abs().max() < 1e-3
+    for column in ("shift_x", "shift_y", "score"):
+        np.testing.assert_allclose(one[column], two[column], atol=1e-3)
+    history = [pd.read_csv(tmp_path / name / "history.csv") for name in "12"]
+    np.testing.assert_allclose(history[0]["mean_score"], history[1]["mean_score"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("n_classes=102", "n_classes must be from 1 to the 101 usable particles"),  # in all
+        ("n_classes=3 output={star.parent}", "no run of cryoalign"),  # in process 0 only
+    ],
+)
+def test_an_error_ends_all_processes_and_is_told_once(star, tmp_path, words, message):
+    output = f"output={tmp_path / 'out'}"
+    process = command(f"particles={star}", output, *words.format(star=star).split())
+    assert process.returncode != 0
+    assert process.stderr.count("cryoalign: error: ") == 1, process.stderr
+    assert message in process.stderr
+    assert not (tmp_path / "out").exists()
