@@ -18,7 +18,6 @@ from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose, compose, pixel_error
-from cryoalign.refine import refine
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
 
@@ -38,7 +37,6 @@ __all__ = [
     "pixel_error",
     "read_images",
     "read_particles",
-    "refine",
     "ring_spectra",
     "simulate",
     "to_polar",

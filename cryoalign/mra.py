@@ -291,9 +291,7 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
         "seconds": round(time.perf_counter() - started, 3),
     }
     history = [*state.history, row]
-    return MraState(
-        state.iteration + 1, references, label, pose, score, history, settled
-    ), sums
+    return MraState(state.iteration + 1, references, label, pose, score, history, settled), sums
 
 
 def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:

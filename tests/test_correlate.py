@@ -38,9 +38,7 @@ def test_the_table_is_the_formula(size: int, dtype: torch.dtype) -> None:
         for k in range(2):
             for s, shift in enumerate(shifts.tolist()):
                 for hand in (False, True):
-                    expected = correlation(
-                        particles[n], references[k], radii, angles, shift, hand
-                    )
+                    expected = correlation(particles[n], references[k], radii, angles, shift, hand)
                     got = table[n, k, s, int(hand)].double().numpy()
                     error = np.abs(got - expected).max() / np.abs(expected).max()
                     assert error < (1e-5 if dtype == torch.float32 else 1e-12)
@@ -51,7 +49,7 @@ def test_the_table_is_the_formula(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_the_operator_is_the_tables_maximum(mirror, shape, dtype, monkeypatch) -> None:
     particles, references = _spectra(*shape, dtype=dtype)
-    n, k, s, _, m = shape
+    s, m = shape[2], shape[4]
     table = correlation_table(particles, references, mirror).flatten(2)
     best, where = table.max(-1)
     for block in (1, 500, 2**20):  # however the work is cut
@@ -64,7 +62,9 @@ def test_the_operator_is_the_tables_maximum(mirror, shape, dtype, monkeypatch) -
         )
         assert (place == where).double().mean() > 0.9
     shift, hand, angle = unravel_place(place, 2 * (m - 1), mirror)
-    assert shift.max() < s and hand.max() <= int(mirror) and angle.max() < 2 * (m - 1)
+    assert shift.max() < s
+    assert hand.max() <= int(mirror)
+    assert angle.max() < 2 * (m - 1)
     torch.testing.assert_close((shift * (1 + mirror) + hand) * 2 * (m - 1) + angle, place)
 
 
@@ -190,7 +190,7 @@ def test_gradient_at_the_peak_is_the_gradient_of_the_tables_maximum() -> None:
         3, 17, 17, generator=generator, dtype=torch.float64, requires_grad=True
     )
     x, y = ring_spectra(images, rings, shifts), ring_spectra(references, rings)[:, 0]
-    best, where = correlation_table(x, y).flatten(2).diagonal().T.max(-1)
+    best = correlation_table(x, y).flatten(2).diagonal().T.amax(-1)
     expected = torch.autograd.grad(best.sum(), (images, references))
 
     _, place = correlation_peaks(x.detach(), y.detach())
@@ -207,9 +207,7 @@ def test_correlation_at_gradcheck() -> None:
     generator = torch.Generator().manual_seed(6)
 
     def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(
-            *shape, generator=generator, dtype=torch.float64, requires_grad=True
-        )
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     images, references = leaf(2, 11, 11), leaf(2, 11, 11)
     angle, shift = leaf(2), leaf(2, 2)

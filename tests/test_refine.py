@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from bench.bound import pose_covariance
+from cryoalign.geometry import pixel_grid
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.refine import refine
 from cryoalign.search import Search
@@ -22,42 +24,26 @@ def test_noise_free_particles_come_back_to_their_pose(size: int) -> None:
     rings = Search(max_shift=2).rings(size)
     label = data.class_number - 1
     pose, score = refine(data.images, data.views, label, _off_grid(data.pose, 0), rings)
-    assert wrap_degrees(pose.angle - data.pose.angle).abs().max() < 0.1
+    # What bilinear interpolation of the reference costs at worst; the median is 0.01 degrees.
+    error = wrap_degrees(pose.angle - data.pose.angle).abs()
+    assert error.median() < 0.03
+    assert error.max() < 0.15
     assert (pose.shift - data.pose.shift).norm(dim=-1).max() < 0.02
     assert torch.equal(pose.mirror, data.pose.mirror)
     assert score.min() > 0.99
 
 
 def test_errors_meet_the_cramer_rao_bound() -> None:
-    """At SNR 0.1, against Fisher information by finite differences of exact projections."""
     data = simulate(n=400, n_classes=4, size=64, snr=0.1, max_shift=2.0, seed=7)
     label = data.class_number - 1
     rings = Search(max_shift=2).rings(64)
     pose, _ = refine(data.images, data.views, label, _off_grid(data.pose, 0), rings)
-    angle_error = wrap_degrees(pose.angle - data.pose.angle).double()
+    angle_error = torch.deg2rad(wrap_degrees(pose.angle - data.pose.angle)).double()
     shift_error = (pose.shift - data.pose.shift).double()
-
-    from cryoalign.geometry import transform
-
-    h = 1e-2
-    views = data.views.double()
-    zero = Pose.identity(len(views)).to(torch.float64)
-
-    def moved(angle: float, x: float, y: float) -> torch.Tensor:
-        pose = Pose(zero.angle + angle, zero.shift + torch.tensor([x, y]), zero.mirror)
-        return transform(views, pose).flatten(1)
-
-    columns = [
-        (moved(h, 0, 0) - moved(-h, 0, 0)) / (2 * h),
-        (moved(0, h, 0) - moved(0, -h, 0)) / (2 * h),
-        (moved(0, 0, h) - moved(0, 0, -h)) / (2 * h),
-        views.flatten(1),  # the amplitude is unknown too
-    ]
-    jacobian = torch.stack(columns, -1) / data.sigma
-    bound = torch.linalg.inv(jacobian.mT @ jacobian)  # (k, 4, 4)
-    variance = bound.diagonal(dim1=-2, dim2=-1)[label]
+    # `bench.bound` is tested against integrals of a Gaussian.
+    variance = pose_covariance(data.views).diagonal(dim1=-2, dim2=-1)[label]
     ratio_angle = (angle_error.square() / variance[:, 0]).mean().sqrt()
-    ratio_shift = (shift_error.square().sum(1) / variance[:, 1:3].sum(1)).mean().sqrt()
+    ratio_shift = (shift_error.square().sum(1) / variance[:, 1:].sum(1)).mean().sqrt()
     # 400 draws of a normal: a relative error of 1 / sqrt(800) = 3.5 %; three of those and 10 %.
     assert 0.85 < ratio_angle < 1.2
     assert 0.85 < ratio_shift < 1.2
@@ -70,7 +56,7 @@ def test_a_step_never_lowers_the_score() -> None:
     start = _off_grid(data.pose, 0)
     _, before = refine(data.images, data.views, label, start, rings, steps=0)
     _, after = refine(data.images, data.views, label, start, rings, steps=4)
-    assert (after >= before).all()
+    assert (after >= before - 1e-6).all()  # rounding
     assert (after > before).double().mean() > 0.9
 
 
@@ -83,11 +69,10 @@ def test_references_that_say_nothing_leave_the_pose() -> None:
     assert torch.equal(pose.shift, torch.zeros(3, 2))
     assert torch.equal(score, torch.zeros(3))
     # A round reference has no angle: the shift is found all the same.
-    from cryoalign.geometry import pixel_grid
-
     grid = pixel_grid((41, 41), images)
     disc = torch.exp(-grid.square().sum(-1) / 50)[None]
     particle = torch.exp(-(grid + torch.tensor([0.4, -0.3])).square().sum(-1) / 50)[None]
     pose, score = refine(particle, disc, label[:1], Pose.identity(1), Search().rings(41))
     torch.testing.assert_close(pose.shift[0], torch.tensor([0.4, -0.3]), atol=2e-3, rtol=0)
-    assert math.isfinite(float(pose.angle)) and score > 0.999
+    assert math.isfinite(float(pose.angle))
+    assert score > 0.999

@@ -66,7 +66,7 @@ def test_rings_stay_in_the_box(size: int) -> None:
     with pytest.raises(ValueError, match=rf"search.last_ring <= {rings.last_ring}"):
         Search(max_shift=3, last_ring=rings.last_ring + 1).rings(size)
     with pytest.raises(ValueError, match="leaves no ring"):
-        Search(max_shift=14).rings(size)
+        Search(max_shift=15).rings(size)
 
 
 @pytest.mark.parametrize(
