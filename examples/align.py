@@ -1,0 +1,36 @@
+"""Particles in, class averages out: the same run as ``cryoalign run``, in Python.
+
+python examples/align.py              simulates its own particles
+python examples/align.py STACK [K]    a STAR file, .mrcs, .mrc or .npy, into K classes
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cryoalign import Search, align_multi_reference, plot, read_particles, simulate
+
+
+def main(stack: str | None = None, n_classes: int = 4, output: Path = Path("align-example")) -> None:
+    """Align, print the classes, write a table and a montage."""
+    particles = read_particles(stack) if stack else simulate(400, n_classes, seed=1).images
+    alignment = align_multi_reference(
+        particles, n_classes=n_classes, search=Search(max_shift=3), seed=3
+    )
+    print(alignment.class_frame().to_string(index=False))
+
+    output.mkdir(exist_ok=True)
+    alignment.to_frame().to_csv(output / "particles.csv", index=False)
+    montage = plot.montage(
+        alignment.filtered_averages(),
+        alignment.class_sizes,
+        alignment.resolution,
+        pixel_size=alignment.pixel_size,
+    )
+    plot.save(montage, output / "class_averages.png")
+    print(f"{output}/particles.csv and {output}/class_averages.png are written")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
