@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 import types
 import typing
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import accuracy, blind, interpolation, memory, search
-from bench.result import Result, record
+from bench import accuracy, blind, interpolation, iteration, memory, scaling, search
+from bench.result import RESULTS, Result, compare, record
 
 ENTRIES: dict[str, Callable[..., Result]] = {
     "search": search.run,
+    "iteration": iteration.run,
+    "scaling": scaling.run,
     "memory": memory.run,
     "accuracy": accuracy.run,
     "blind": blind.run,
@@ -92,6 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
     shown = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
     made = record(entry, shown, result)
     made.show(console)
+    kept = RESULTS / f"{entry}.json"
+    if kept.exists():
+        for line in compare(made, json.loads(kept.read_text())):
+            console.print(f"- {line}", highlight=False)
     if keep:
         console.print(f"kept in bench/results/{made.keep().name}")
 

@@ -2,16 +2,24 @@
 
 ``grid_sample`` at every trial shift, ``rfft`` over the angles, ``einsum`` over the rings,
 ``irfft``, ``max``, in chunks of particles. It does *not* normalise each particle and shift, as
-cryoalign does: it is given that work for free. Nothing but PyTorch is used.
+cryoalign does: it is given that work for free.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cryoalign.search import Search
+
+# The plain formulation's: entries of the table at a time, but no more than so many particles. On
+# a CPU the best of 2**18 … 2**24 and 1 … 16.
+PLAIN_CPU, PLAIN_CUDA = (2**20, 4), (2**28, 512)
 
 
 def points(first_ring: int, last_ring: int, angles: int, shifts: Tensor, size: int) -> Tensor:
@@ -46,3 +54,30 @@ def weigh(references: Tensor, first_ring: int) -> Tensor:
     """Reference spectra (k, r, m) times their rings' radii, the area that a ring stands for."""
     radius = first_ring + torch.arange(references.shape[1], device=references.device)
     return references * radius[:, None]
+
+
+def stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable[[], object]]:
+    """What is timed of it, by name."""
+    rings, shifts = search.rings(images.shape[-1]), search.shifts(images.device)
+    shape = (rings.first_ring, rings.last_ring, rings.n_angles)
+    grid = points(*shape, shifts, images.shape[-1])
+    here = points(*shape, shifts.new_zeros(1, 2), images.shape[-1])
+    references = weigh(features(views, here)[:, 0], rings.first_ring)
+    table, most = PLAIN_CPU if images.device.type == "cpu" else PLAIN_CUDA
+    some = max(1, min(most, table // (len(views) * len(shifts) * 2 * rings.n_angles)))
+
+    def spectra_of_chunks() -> Iterator[Tensor]:
+        for part in images.split(some):
+            yield features(part, grid)
+
+    spectra = list(spectra_of_chunks())
+
+    def both() -> None:
+        for part in spectra_of_chunks():
+            peaks(part, references)
+
+    return {
+        "plain features": lambda: deque(spectra_of_chunks(), maxlen=0),
+        "plain search": lambda: [peaks(part, references) for part in spectra],
+        "plain both": both,
+    }

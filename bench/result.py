@@ -58,6 +58,32 @@ class Record:
         return path
 
 
+def compare(now: Record, kept: dict[str, Any]) -> list[str]:
+    """What has changed since a kept result: a line for each speed of each row that both have.
+
+    Rows are matched by their figures that say what was measured (texts and whole numbers).
+    """
+    lines = []
+    if kept["machine"].get("cpu") != now.machine.get("cpu") or kept["machine"].get(
+        "gpu"
+    ) != now.machine.get("gpu"):
+        lines.append("kept on another machine: speeds do not compare")
+    before = {_subject(row): row for row in kept["result"]["rows"]}
+    for row in now.result.rows:
+        old = before.get(_subject(row), {})
+        for name in ("particles/s", "x plain", "x plain search"):
+            if row.get(name) and old.get(name):
+                lines.append(
+                    f"{dict(_subject(row))}: {name} {row[name]:.4g}, kept {old[name]:.4g} "
+                    f"of {kept['date']}, ratio {row[name] / old[name]:.2f}"
+                )
+    return lines
+
+
+def _subject(row: Row) -> tuple[tuple[str, Any], ...]:
+    return tuple((k, v) for k, v in row.items() if isinstance(v, str | int))
+
+
 def record(entry: str, options: dict[str, Any], result: Result) -> Record:
     """Put a result together with this machine and these versions."""
     return Record(entry, options, machine(), versions(), datetime.date.today().isoformat(), result)

@@ -20,10 +20,6 @@ from cryoalign.synthetic import simulate
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
 CPU_CHUNKS, CUDA_CHUNKS = (16, 4), (2048, 512)
-# The plain formulation's: entries of the table at a time, but no more than so many particles. On
-# a CPU the best of 2**18 … 2**24 and 1 … 16.
-PLAIN_CPU, PLAIN_CUDA = (2**20, 4), (2**28, 512)
-
 BASELINE = {
     "features": "plain features",
     "operator": "plain search",
@@ -114,31 +110,5 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
         "match": matched,
         "refine": refined,
         "match + refine": both,
-        **_plain_stages(images, views, search),
-    }
-
-
-def _plain_stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable[[], object]]:
-    rings, shifts = search.rings(images.shape[-1]), search.shifts(images.device)
-    shape = (rings.first_ring, rings.last_ring, rings.n_angles)
-    grid = plain.points(*shape, shifts, images.shape[-1])
-    here = plain.points(*shape, shifts.new_zeros(1, 2), images.shape[-1])
-    references = plain.weigh(plain.features(views, here)[:, 0], rings.first_ring)
-    table, most = PLAIN_CPU if images.device.type == "cpu" else PLAIN_CUDA
-    some = max(1, min(most, table // (len(views) * len(shifts) * 2 * rings.n_angles)))
-
-    def features() -> Iterator[Tensor]:
-        for part in images.split(some):
-            yield plain.features(part, grid)
-
-    spectra = list(features())
-
-    def both() -> None:
-        for part in features():
-            plain.peaks(part, references)
-
-    return {
-        "plain features": lambda: deque(features(), maxlen=0),
-        "plain search": lambda: [plain.peaks(part, references) for part in spectra],
-        "plain both": both,
+        **plain.stages(images, views, search),
     }
