@@ -16,19 +16,16 @@ from cryoalign.pose import Pose, wrap_degrees
 # A step from a grid of 1 px and 1.4 degrees; longer ones leave the peak that was found.
 MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
-CHUNK = 32
+CHUNK = 16
 
 
 class _Fit(NamedTuple):
-    """The references seen through the poses: values and derivatives on the particles' pixels."""
+    """The references seen through the poses, on the particles' pixels."""
 
     angle: Tensor  # (n,) degrees
     shift: Tensor  # (n, 2)
     score: Tensor  # (n,)
-    residual: Tensor  # (n, p) particle - amplitude * reference, over the amplitude
-    reference: Tensor  # (n, p) mean removed
-    jacobian: Tensor  # (n, p, 3) derivatives by angle (radian), shift x, shift y
-    weight: Tensor  # (n, p)
+    moments: Tensor  # (n, 6, 6) see `_evaluate`
 
 
 def refine(
@@ -58,12 +55,12 @@ def refine(
         The poses (n,) and their scores (n,): the correlation coefficient of particle and moved
         reference over the pixels of the disc.
     """
-    templates = torch.stack([references, *_gradient(references)], 1)  # (k, 3, h, w)
+    templates = _templates(references)  # (k, 4, h, w)
     poses, scores = [], []
     for start in range(0, len(images), CHUNK):
         part = slice(start, start + CHUNK)
         found, score = _refine_chunk(
-            images[part], templates[label[part]], pose[part], rings, steps
+            images[part], templates.index_select(0, label[part]), pose[part], rings, steps
         )
         poses.append(found)
         scores.append(score)
@@ -73,18 +70,20 @@ def refine(
 def _refine_chunk(
     images: Tensor, templates: Tensor, pose: Pose, rings: Rings, steps: int
 ) -> tuple[Pose, Tensor]:
-    grid = pixel_grid((images.shape[-2], images.shape[-1]), images)
+    grid = pixel_grid((images.shape[-2], images.shape[-1]), images).flatten(0, 1)
     # Every pixel that the disc can cover, wherever these poses and their steps bring it.
     reach = rings.last_ring + 1 + float(pose.shift.norm(dim=-1).max()) + steps * MAX_MOVE
-    near = grid.norm(dim=-1) <= reach
-    pixels, particles = grid[near], images[:, near]  # (p, 2), (n, p)
+    near = (grid.norm(dim=-1) <= reach).nonzero().squeeze(1)
+    pixels = grid.index_select(0, near)  # (p, 2)
+    values = images.flatten(1).index_select(1, near)  # (n, p)
+    particles = torch.stack([torch.ones_like(values), values], 1)  # (n, 2, p)
 
     def fit(angle: Tensor, shift: Tensor) -> _Fit:
         return _evaluate(particles, templates, pixels, Pose(angle, shift, pose.mirror), rings)
 
     now = fit(pose.angle.to(images.dtype), pose.shift.to(images.dtype))
     for _ in range(steps):
-        turn, move = _step(now)
+        turn, move = _step(now, pose.mirror)
         trial = fit(now.angle + turn, now.shift + move)
         better = trial.score > now.score
         now = _Fit(
@@ -96,48 +95,72 @@ def _refine_chunk(
     return Pose(wrap_degrees(now.angle), now.shift, pose.mirror), now.score
 
 
-def _evaluate(particles: Tensor, templates: Tensor, pixels: Tensor, pose: Pose, rings: Rings) -> _Fit:
+def _templates(references: Tensor) -> Tensor:
+    """(k, 4, h, w) what is sampled: references (k, h, w), their derivatives by place x and y and
+    by a turn about the centre, which brings a place v' along (-y', x')."""
+    along_x, along_y = _gradient(references)
+    x, y = pixel_grid((references.shape[-2], references.shape[-1]), references).unbind(-1)
+    return torch.stack([references, along_x, along_y, x * along_y - y * along_x], 1)
+
+
+def _evaluate(
+    particles: Tensor, templates: Tensor, pixels: Tensor, pose: Pose, rings: Rings
+) -> _Fit:
+    """Score and moments at poses of particles (n, 2, p): a row of ones, a row of pixels.
+
+    The moments are the sums over pixels of products of 1, particle, reference and the reference's
+    three derivatives, weighted by the disc: all that score and step need, from one product.
+    """
     linear = pose.linear()  # (n, 2, 2)
-    places = (pixels + pose.shift.unsqueeze(1)) @ linear.mT  # (n, p, 2) on the reference
-    values = sample(templates, places)  # (n, 3, p)
-    radius = places.norm(dim=-1)
-    weight = _annulus(radius, rings)
-    total = weight.sum(1, keepdim=True)
-    x = particles - (weight * particles).sum(1, keepdim=True) / total
-    reference = values[:, 0]
-    y = reference - (weight * reference).sum(1, keepdim=True) / total
-    xy, xx, yy = ((weight * a * b).sum(1) for a, b in ((x, y), (x, x), (y, y)))
-    tiny = torch.finfo(x.dtype).tiny
-    score = xy / (xx * yy).clamp(min=tiny).sqrt()
-    gradient = values[:, 1:].mT  # (n, p, 2)
-    # Turning the particle moves a reference place v' along (-y', x'), backwards if mirrored.
-    around = torch.stack([-places[..., 1], places[..., 0]], -1)
-    hand = torch.where(pose.mirror, -1.0, 1.0).to(x.dtype)
-    by_angle = (gradient * around).sum(-1) * hand[:, None]
-    jacobian = torch.cat([by_angle.unsqueeze(-1), gradient @ linear], -1)  # (n, p, 3)
-    # Least squares wants the amplitude positive; where it is not there is nothing to follow.
-    amplitude = (xy / yy.clamp(min=tiny)).clamp(min=1e-3)
-    residual = x / amplitude[:, None] - y
-    return _Fit(pose.angle, pose.shift, score, residual, y, jacobian, weight)
+    centre = linear @ pose.shift.unsqueeze(-1)  # (n, 2, 1)
+    # Sums by hand: a matrix product of two columns costs ten times as much.
+    x, y = (
+        torch.addcmul(centre[:, i], linear[:, i, :1], pixels[:, 0]).addcmul(
+            linear[:, i, 1:], pixels[:, 1]
+        )
+        for i in (0, 1)
+    )  # (n, p) each: the particle's pixels on the reference
+    values = sample(templates, torch.stack([x, y], -1))  # (n, 4, p)
+    weight = _annulus(torch.addcmul(x * x, y, y).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
+    own = weight * particles
+    across = own @ values.mT  # (n, 2, 4)
+    moments = torch.cat(
+        [
+            torch.cat([own @ particles.mT, across], 2),
+            torch.cat([across.mT, (weight * values) @ values.mT], 2),
+        ],
+        1,
+    )  # (n, 6, 6)
+    central = _without(moments, 0)
+    xx, xy, yy = central[:, 1, 1], central[:, 1, 2], central[:, 2, 2]
+    score = xy / (xx * yy).clamp(min=torch.finfo(xy.dtype).tiny).sqrt()
+    return _Fit(pose.angle, pose.shift, score, central)
 
 
-def _step(fit: _Fit) -> tuple[Tensor, Tensor]:
+def _without(moments: Tensor, index: int) -> Tensor:
+    """Moments (n, c, c) of what is left of the columns when column ``index`` is projected out."""
+    row = moments[:, index]  # (n, c)
+    power = row[:, index].clamp(min=torch.finfo(row.dtype).tiny)
+    return moments - row.unsqueeze(-1) * (row / power.unsqueeze(-1)).unsqueeze(-2)
+
+
+def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) degrees and (n, 2) pixels: the Gauss-Newton step, amplitude and constant projected out."""
-    weight = fit.weight.unsqueeze(-1)
-    jacobian = fit.jacobian - (weight * fit.jacobian).sum(1, keepdim=True) / weight.sum(
-        1, keepdim=True
-    )
-    y = fit.reference.unsqueeze(-1)
-    power = (weight * y.square()).sum(1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
-    jacobian = jacobian - y * (weight * jacobian * y).sum(1, keepdim=True) / power
-    normal = (weight * jacobian).mT @ jacobian  # (n, 3, 3)
-    right = ((weight * jacobian).mT @ fit.residual.unsqueeze(-1)).squeeze(-1)
+    moments = fit.moments
+    xy, yy = moments[:, 1, 2], moments[:, 2, 2]
+    # Least squares wants the amplitude positive; where it is not there is nothing to follow.
+    amplitude = (xy / yy.clamp(min=torch.finfo(xy.dtype).tiny)).clamp(min=1e-3)
+    rest = _without(moments, 2)
+    normal, right = rest[:, 3:, 3:], rest[:, 3:, 1] / amplitude.unsqueeze(-1)
     # A trace of a ridge: a round reference has no angle, an empty one nothing at all.
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-4 * diagonal + 1e-4 * diagonal.amax(-1, keepdim=True) * 1e-2 + 1e-12
-    step = torch.linalg.solve(normal + torch.diag_embed(ridge), right)
-    turn = torch.rad2deg(step[:, 0]).clamp(-MAX_TURN, MAX_TURN)
-    return turn, step[:, 1:].clamp(-MAX_MOVE, MAX_MOVE)
+    step = torch.linalg.solve(normal + torch.diag_embed(ridge), right)  # x', y', turn
+    # From the reference's frame to the particle's: mirrored, a turn goes backwards.
+    turn = torch.rad2deg(step[:, 2]) * torch.where(mirror, -1.0, 1.0).to(step.dtype)
+    linear = Pose(fit.angle, fit.shift, mirror).linear()
+    move = (linear.mT @ step[:, :2].unsqueeze(-1)).squeeze(-1)
+    return turn.clamp(-MAX_TURN, MAX_TURN), move.clamp(-MAX_MOVE, MAX_MOVE)
 
 
 def _annulus(radius: Tensor, rings: Rings) -> Tensor:
