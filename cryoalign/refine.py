@@ -28,6 +28,15 @@ class _Fit(NamedTuple):
     moments: Tensor  # (n, 6, 6) see `_evaluate`
 
 
+class _Pixels(NamedTuple):
+    """Pixels near the disc, about the particle's centre."""
+
+    x: Tensor  # (p,)
+    y: Tensor  # (p,)
+    square: Tensor  # (p,) squared distance from the centre
+    place: Tensor  # (n, p) complex: x + iy, or x - iy for mirrored particles
+
+
 def refine(
     images: Tensor,
     references: Tensor,
@@ -74,7 +83,7 @@ def _refine_chunk(
     # Every pixel that the disc can cover, wherever these poses and their steps bring it.
     reach = rings.last_ring + 1 + float(pose.shift.norm(dim=-1).max()) + steps * MAX_MOVE
     near = (grid.norm(dim=-1) <= reach).nonzero().squeeze(1)
-    pixels = grid.index_select(0, near)  # (p, 2)
+    pixels = _pixels(grid.index_select(0, near), pose.mirror)
     values = images.flatten(1).index_select(1, near)  # (n, p)
     particles = torch.stack([torch.ones_like(values), values], 1)  # (n, 2, p)
 
@@ -95,6 +104,14 @@ def _refine_chunk(
     return Pose(wrap_degrees(now.angle), now.shift, pose.mirror), now.score
 
 
+def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
+    """Pixels xy (p, 2) made ready for particles of these hands (n,)."""
+    place = torch.view_as_complex(xy)
+    hand = torch.where(mirror.unsqueeze(1), place.conj().resolve_conj(), place)
+    x, y = (column.contiguous() for column in xy.unbind(-1))
+    return _Pixels(x, y, x * x + y * y, hand)
+
+
 def _templates(references: Tensor) -> Tensor:
     """(k, 4, h, w) what is sampled: references (k, h, w), their derivatives by place x and y and
     by a turn about the centre, which brings a place v' along (-y', x')."""
@@ -104,24 +121,23 @@ def _templates(references: Tensor) -> Tensor:
 
 
 def _evaluate(
-    particles: Tensor, templates: Tensor, pixels: Tensor, pose: Pose, rings: Rings
+    particles: Tensor, templates: Tensor, pixels: _Pixels, pose: Pose, rings: Rings
 ) -> _Fit:
     """Score and moments at poses of particles (n, 2, p): a row of ones, a row of pixels.
 
     The moments are the sums over pixels of products of 1, particle, reference and the reference's
     three derivatives, weighted by the disc: all that score and step need, from one product.
     """
-    linear = pose.linear()  # (n, 2, 2)
-    centre = linear @ pose.shift.unsqueeze(-1)  # (n, 2, 1)
-    # Sums by hand: a matrix product of two columns costs ten times as much.
-    x, y = (
-        torch.addcmul(centre[:, i], linear[:, i, :1], pixels[:, 0]).addcmul(
-            linear[:, i, 1:], pixels[:, 1]
-        )
-        for i in (0, 1)
-    )  # (n, p) each: the particle's pixels on the reference
-    values = sample(templates, torch.stack([x, y], -1))  # (n, 4, p)
-    weight = _annulus(torch.addcmul(x * x, y, y).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
+    matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
+    shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)
+    centre = (matrix * pose.shift).sum(1, keepdim=True)  # (n, 1)
+    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: see `_pixels`.
+    places = torch.addcmul(centre, pixels.place, matrix[:, :1])  # (n, p) on the reference
+    values = sample(templates, torch.view_as_real(places))  # (n, 4, p)
+    # A turn keeps distances: |v + shift| is that on the reference.
+    square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
+    square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
+    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
     own = weight * particles
     across = own @ values.mT  # (n, 2, 4)
     moments = torch.cat(
