@@ -14,6 +14,7 @@ x -> -x takes the ring angle theta to pi - theta. (Chung et al. 2020, RPC; DESIG
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ from cryoalign.pose import Pose
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
-CPU_BLOCK = 2**20
+CPU_BLOCK = 3 * 2**18
 CUDA_BLOCK = 2**27
+# Angular frequencies that share a ring product's extent: few leave little out, many are fast.
+BAND = 16
 
 
 class Place(NamedTuple):
@@ -86,23 +89,7 @@ def correlation_peaks(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(particles, references)
-    n, s, r, m = particles.shape
-    k, hands = len(references), 1 + mirror
-    score = particles.new_empty(n, k, dtype=particles.real.dtype)
-    place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
-    cpu = particles.device.type == "cpu"
-    per_pair = s * hands * 2 * (m - 1)
-    k_block = max(1, min(k, (CPU_BLOCK if cpu else CUDA_BLOCK) // per_pair))
-    # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
-    # rounding, does not depend on how many particles there are.
-    n_block = 1 if cpu else max(1, min(n, CUDA_BLOCK // (per_pair * k_block)))
-    for first in range(0, k, k_block):
-        some = slice(first, first + k_block)
-        columns = _reference_columns(references[some], mirror)  # (m, 2r, k' hands 2)
-        for start in range(0, n, n_block):
-            rows = slice(start, start + n_block)
-            score[rows, some], place[rows, some] = _block_peaks(particles[rows], columns, hands)
-    return score, place
+    return peaks_of(particles, ring_factors(references), mirror)
 
 
 @correlation_peaks.register_fake
@@ -141,35 +128,98 @@ def _check(particles: Tensor, references: Tensor) -> None:
         )
 
 
-def _reference_columns(references: Tensor, mirror: bool) -> Tensor:
-    """(k, r, m) complex -> (m, 2r, k hands 2) real: right factor of the ring product.
+class RingFactors(NamedTuple):
+    """References made ready for ring products.
 
-    Against a row [Re X, Im X] of every ring the columns of a reference give the real and
-    imaginary part of sum_r conj(X) Y, and of (-1)^m sum_r conj(X) conj(Y) for the mirrored hand.
+    Attributes:
+        pairs: (m, 2, r, k, 2) real: Y as (Re, Im), then -i Y likewise.
+        bands: (first m, end m, first ring, end ring) outside of which all references are zero.
     """
-    y = references.permute(2, 1, 0)  # (m, r, k)
-    re, im = y.real, y.imag
-    columns = [torch.stack([re, im], 2), torch.stack([im, -re], 2)]  # (m, r, 2, k) each
-    if mirror:
-        sign = 1 - 2 * (torch.arange(len(y), device=y.device) % 2)
-        sign = sign.to(re.dtype)[:, None, None, None]
-        columns += [sign * torch.stack([re, -im], 2), -sign * torch.stack([im, re], 2)]
-    return torch.stack(columns, -1).flatten(3).flatten(1, 2)
+
+    pairs: Tensor
+    bands: list[tuple[int, int, int, int]]
 
 
-def _block_peaks(particles: Tensor, columns: Tensor, hands: int) -> tuple[Tensor, Tensor]:
-    """Peaks of a block of particles against a block of references, (n, k) each."""
-    n, s, _, m = particles.shape
+def ring_factors(references: Tensor) -> RingFactors:
+    """Make spectra (k, r, m) ready for `peaks_of`."""
+    y = references.permute(2, 1, 0).resolve_conj()  # (m, r, k)
+    both = torch.stack([y.real, y.imag, y.imag, -y.real], -1).unflatten(-1, (2, 2))
+    held = (references != 0).any(0).cpu()  # (r, m)
+    bands = []
+    for start in range(0, len(y), BAND):
+        rows = held[:, start : start + BAND].any(1).nonzero()
+        if len(rows):
+            end = min(start + BAND, len(y))
+            bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
+    return RingFactors(both.permute(0, 3, 1, 2, 4).contiguous(), bands)
+
+
+def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` with references at hand."""
+    n, s, r, m = particles.shape
+    k, hands = factors.pairs.shape[3], 1 + mirror
+    score = particles.new_empty(n, k, dtype=particles.real.dtype)
+    place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
+    cpu = particles.device.type == "cpu"
+    per_pair = s * hands * 2 * (m - 1)
+    most = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK) // per_pair)
+    k_block = math.ceil(k / math.ceil(k / most)) if k else 1
+    # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
+    # rounding, does not depend on how many particles there are.
+    n_block = 1 if cpu else max(1, min(n, CUDA_BLOCK // (per_pair * k_block)))
+    for start in range(0, n, n_block):
+        rows = slice(start, start + n_block)
+        x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
+        x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
+        for first in range(0, k, k_block):
+            some = slice(first, first + k_block)
+            score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror)
+    return score, place
+
+
+def _block_peaks(
+    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    """Peaks of a block of particles against a block of references, (n, k) each.
+
+    Real and imaginary part of the particles make a correlation each, A of sum_r Re(X) Y and B of
+    sum_r Im(X) (-i Y). Then A + B is the table's plain hand, and (A - B) read backwards from half
+    a turn its mirrored one: two real products and two transforms serve both.
+
+    Args:
+        parts: (m, 2, n s, r) real and imaginary part of the particles' spectra.
+    """
+    m, _, ns, _ = parts.shape
     a = 2 * (m - 1)
-    rows = torch.view_as_real(particles.permute(3, 0, 1, 2).contiguous())  # (m, n, s, r, 2)
-    product = torch.bmm(rows.reshape(m, n * s, -1), columns)  # (m, n s, k hands 2)
-    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))  # (m, n s, k hands)
-    table = torch.fft.irfft(spectrum, n=a, dim=0)  # (a, n s, k hands)
-    peak = table.amax(0).reshape(n, s, -1, hands).permute(0, 2, 1, 3)  # (n, k, s, hands)
+    columns = factors.pairs[..., some, :].flatten(3)  # (m, 2, r, k 2)
+    product = parts.new_empty(m, 2, ns, columns.shape[-1])
+    done = 0
+    for start, end, low, high in factors.bands:
+        product[done:start] = 0
+        torch.bmm(
+            parts[start:end, :, :, low:high].flatten(0, 1),
+            columns[start:end, :, low:high].flatten(0, 1),
+            out=product[start:end].flatten(0, 1),
+        )
+        done = end
+    product[done:] = 0
+    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))  # (m, 2, n s, k)
+    half_a, half_b = torch.fft.irfft(spectrum, n=a, dim=0).unbind(1)  # (a, n s, k) each
+    plain = half_a + half_b
+    peaks = [plain.amax(0)]
+    if mirror:
+        mirrored = half_a - half_b
+        peaks.append(mirrored.amax(0))
+    hands = len(peaks)
+    peak = torch.stack(peaks, -1).reshape(ns // s, s, -1, hands).permute(0, 2, 1, 3)
     score, pose = peak.flatten(2).max(-1)  # (n, k)
-    n_index = torch.arange(n, device=pose.device)[:, None]
-    k_index = torch.arange(pose.shape[1], device=pose.device)
-    best = table[:, n_index * s + pose // hands, k_index * hands + pose % hands]  # (a, n, k)
+    row = torch.arange(ns // s, device=pose.device)[:, None] * s + pose // hands
+    column = torch.arange(pose.shape[1], device=pose.device)
+    best = plain[:, row, column]  # (a, n, k)
+    if mirror:
+        backwards = (a // 2 - torch.arange(a, device=pose.device)) % a
+        other = mirrored[:, row, column][backwards]
+        best = torch.where(pose % 2 == 1, other, best)
     angle = (best == score).to(torch.uint8).argmax(0)
     return score, pose * a + angle
 

@@ -37,7 +37,7 @@ from cryoalign.filters import fourier_resize, soft_mask
 from cryoalign.geometry import transform
 from cryoalign.io import read_images
 from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
-from cryoalign.polar import Rings, ring_spectra
+from cryoalign.polar import Rings, reference_spectra
 from cryoalign.pose import Pose, pixel_error
 from cryoalign.refine import refine
 from cryoalign.search import Search, match_spectra
@@ -297,7 +297,7 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
 def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
     rings = job.rings
-    spectra = ring_spectra(references, rings)[:, 0]
+    spectra = reference_spectra(references, rings)
     found = [torch.zeros(0, 6, dtype=torch.float64)]
     for _, images in job.batches("align"):
         label, score, pose = match_spectra(images, spectra, job.search, rings).best()

@@ -10,8 +10,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.correlate import correlation_peaks, unravel_place
-from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
+from cryoalign.correlate import correlation_peaks, peaks_of, ring_factors, unravel_place
+from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.settings import FORBID
 
@@ -103,7 +103,7 @@ def match(images: Tensor, references: Tensor, search: Search) -> Match:
         A `Match` of (n, k).
     """
     rings = search.rings(images.shape[-1])
-    spectra = ring_spectra(references, rings)[:, 0]  # (k, r, m)
+    spectra = reference_spectra(references, rings)  # (k, r, m)
     return match_spectra(images, spectra, search, rings)
 
 
@@ -111,7 +111,10 @@ def match_spectra(images: Tensor, references: Tensor, search: Search, rings: Rin
     """`match` with the references' ring spectra (k, r, m) at hand."""
     shifts = search.shifts(images.device)
     bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
-    budget = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    cpu = images.device.type == "cpu"
+    budget = CPU_CHUNK if cpu else CUDA_CHUNK
+    # The operator's CPU body makes references ready at every call: here that is done once.
+    factors = ring_factors(references) if cpu else None
     few = max(1, budget // bytes_each)
     scores, places = [], []
     # Sampling shares its weights among the images of a call, spectra want to stay in cache:
@@ -119,8 +122,11 @@ def match_spectra(images: Tensor, references: Tensor, search: Search, rings: Rin
     for start in range(0, len(images), 4 * few):
         polar = to_polar(images[start : start + 4 * few], rings, shifts)
         for part in polar.split(few):
-            score, place = correlation_peaks(
-                normalised_spectra(part, rings), references, search.mirror
+            spectra = normalised_spectra(part, rings)
+            score, place = (
+                correlation_peaks(spectra, references, search.mirror)
+                if factors is None
+                else peaks_of(spectra, factors, search.mirror)
             )
             scores.append(score)
             places.append(place)
