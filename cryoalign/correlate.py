@@ -18,6 +18,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
@@ -25,10 +26,13 @@ from cryoalign.pose import Pose
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
-CPU_BLOCK = 3 * 2**18
+CPU_BLOCK = 2**20
 CUDA_BLOCK = 2**27
 # Angular frequencies that share a ring product's extent: few leave little out, many are fast.
 BAND = 16
+# References that a ring product takes together. Some BLAS kernels round the columns past a
+# multiple of their width otherwise, and equal references should score the same.
+GROUP = 8
 
 
 class Place(NamedTuple):
@@ -132,10 +136,12 @@ class RingFactors(NamedTuple):
     """References made ready for ring products.
 
     Attributes:
-        pairs: (m, 2, r, k, 2) real: Y as (Re, Im), then -i Y likewise.
+        count: k.
+        pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y likewise; zeros past k.
         bands: (first m, end m, first ring, end ring) outside of which all references are zero.
     """
 
+    count: int
     pairs: Tensor
     bands: list[tuple[int, int, int, int]]
 
@@ -151,19 +157,22 @@ def ring_factors(references: Tensor) -> RingFactors:
         if len(rows):
             end = min(start + BAND, len(y))
             bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
-    return RingFactors(both.permute(0, 3, 1, 2, 4).contiguous(), bands)
+    pairs = both.permute(0, 3, 1, 2, 4)  # (m, 2, r, k, 2)
+    k = len(references)
+    pairs = F.pad(pairs, (0, 0, 0, -k % GROUP if k > 2 else 0))
+    return RingFactors(k, pairs.contiguous(), bands)
 
 
 def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Tensor, Tensor]:
     """`correlation_peaks` with references at hand."""
     n, s, r, m = particles.shape
-    k, hands = factors.pairs.shape[3], 1 + mirror
+    k, hands = factors.count, 1 + mirror
     score = particles.new_empty(n, k, dtype=particles.real.dtype)
     place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
     cpu = particles.device.type == "cpu"
     per_pair = s * hands * 2 * (m - 1)
     most = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK) // per_pair)
-    k_block = math.ceil(k / math.ceil(k / most)) if k else 1
+    k_block = -(-k // math.ceil(k / most) // GROUP) * GROUP if k else 1
     # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
     # rounding, does not depend on how many particles there are.
     n_block = 1 if cpu else max(1, min(n, CUDA_BLOCK // (per_pair * k_block)))
@@ -172,7 +181,7 @@ def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Ten
         x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
         x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
         for first in range(0, k, k_block):
-            some = slice(first, first + k_block)
+            some = slice(first, min(first + k_block, k))
             score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror)
     return score, place
 
@@ -191,7 +200,9 @@ def _block_peaks(
     """
     m, _, ns, _ = parts.shape
     a = 2 * (m - 1)
-    columns = factors.pairs[..., some, :].flatten(3)  # (m, 2, r, k 2)
+    k = some.stop - some.start
+    whole = slice(some.start, some.start + k + (-k % GROUP if k > 2 else 0))
+    columns = factors.pairs[..., whole, :].flatten(3)  # (m, 2, r, k' 2)
     product = parts.new_empty(m, 2, ns, columns.shape[-1])
     done = 0
     for start, end, low, high in factors.bands:
@@ -203,7 +214,7 @@ def _block_peaks(
         )
         done = end
     product[done:] = 0
-    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))  # (m, 2, n s, k)
+    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))[..., :k]  # (m, 2, n s, k)
     half_a, half_b = torch.fft.irfft(spectrum, n=a, dim=0).unbind(1)  # (a, n s, k) each
     plain = half_a + half_b
     peaks = [plain.amax(0)]

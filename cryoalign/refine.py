@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cryoalign.filters import frequency_grid
@@ -28,12 +29,13 @@ class _Fit(NamedTuple):
     moments: Tensor  # (n, 6, 6) see `_evaluate`
 
 
-class _Pixels(NamedTuple):
-    """Pixels near the disc, about the particle's centre."""
+class _Window(NamedTuple):
+    """The pixels of each particle that its disc can cover, about a pixel near its centre."""
 
+    centre: Tensor  # (n, 2) that pixel, about the image's centre
     x: Tensor  # (p,)
     y: Tensor  # (p,)
-    square: Tensor  # (p,) squared distance from the centre
+    square: Tensor  # (n, p) squared distance from it; infinite outside of the image
     place: Tensor  # (n, p) complex: x + iy, or x - iy for mirrored particles
 
 
@@ -79,16 +81,12 @@ def refine(
 def _refine_chunk(
     images: Tensor, templates: Tensor, pose: Pose, rings: Rings, steps: int
 ) -> tuple[Pose, Tensor]:
-    grid = pixel_grid((images.shape[-2], images.shape[-1]), images).flatten(0, 1)
-    # Every pixel that the disc can cover, wherever these poses and their steps bring it.
-    reach = rings.last_ring + 1 + float(pose.shift.norm(dim=-1).max()) + steps * MAX_MOVE
-    near = (grid.norm(dim=-1) <= reach).nonzero().squeeze(1)
-    pixels = _pixels(grid.index_select(0, near), pose.mirror)
-    values = images.flatten(1).index_select(1, near)  # (n, p)
-    particles = torch.stack([torch.ones_like(values), values], 1)  # (n, 2, p)
+    near, window = _window(images, pose, rings.last_ring + 1 + steps * MAX_MOVE)
+    pixels = images.flatten(1).gather(1, near)  # (n, p)
+    particles = torch.stack([torch.ones_like(pixels), pixels], 1)  # (n, 2, p)
 
     def fit(angle: Tensor, shift: Tensor) -> _Fit:
-        return _evaluate(particles, templates, pixels, Pose(angle, shift, pose.mirror), rings)
+        return _evaluate(particles, templates, window, Pose(angle, shift, pose.mirror), rings)
 
     now = fit(pose.angle.to(images.dtype), pose.shift.to(images.dtype))
     for _ in range(steps):
@@ -104,12 +102,30 @@ def _refine_chunk(
     return Pose(wrap_degrees(now.angle), now.shift, pose.mirror), now.score
 
 
-def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
-    """Pixels xy (p, 2) made ready for particles of these hands (n,)."""
-    place = torch.view_as_complex(xy)
-    hand = torch.where(mirror.unsqueeze(1), place.conj().resolve_conj(), place)
-    x, y = (column.contiguous() for column in xy.unbind(-1))
-    return _Pixels(x, y, x * x + y * y, hand)
+def _window(images: Tensor, pose: Pose, radius: float) -> tuple[Tensor, _Window]:
+    """The pixels within ``radius`` of each particle's own centre, to the nearest pixel.
+
+    Their number does not depend on the particles, so that neither does any rounding.
+
+    Returns:
+        (n, p) where they are in the flattened images, and the window.
+    """
+    height, width = images.shape[-2:]
+    reach = math.ceil(radius)
+    grid = pixel_grid((2 * reach + 1, 2 * reach + 1), images).flatten(0, 1)
+    disc = grid[grid.square().sum(-1) <= (radius + 0.71) ** 2]  # (p, 2)
+    disc = F.pad(disc, (0, 0, 0, -len(disc) % 16), value=math.inf)  # whole vectors
+    centre = -pose.shift.detach().nan_to_num().round()  # (n, 2)
+    x, y = disc.nan_to_num(0, 0).unbind(-1)
+    column = x + (centre[:, :1] + width // 2)  # (n, p)
+    row = y + (centre[:, 1:] + height // 2)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    near = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    # What is not there is infinitely far out, where the disc has no weight.
+    square = torch.where(inside, disc.square().sum(-1), math.inf)
+    place = torch.complex(x, y)
+    hand = torch.where(pose.mirror.unsqueeze(1), place.conj().resolve_conj(), place)
+    return near.long(), _Window(centre, x, y, square, hand)
 
 
 def _templates(references: Tensor) -> Tensor:
@@ -121,7 +137,7 @@ def _templates(references: Tensor) -> Tensor:
 
 
 def _evaluate(
-    particles: Tensor, templates: Tensor, pixels: _Pixels, pose: Pose, rings: Rings
+    particles: Tensor, templates: Tensor, window: _Window, pose: Pose, rings: Rings
 ) -> _Fit:
     """Score and moments at poses of particles (n, 2, p): a row of ones, a row of pixels.
 
@@ -129,15 +145,16 @@ def _evaluate(
     three derivatives, weighted by the disc: all that score and step need, from one product.
     """
     matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
-    shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)
-    centre = (matrix * pose.shift).sum(1, keepdim=True)  # (n, 1)
-    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: see `_pixels`.
-    places = torch.addcmul(centre, pixels.place, matrix[:, :1])  # (n, p) on the reference
+    shift = pose.shift + window.centre  # (n, 2)
+    centre = (matrix * shift).sum(1, keepdim=True)  # (n, 1)
+    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: so `_Window.place`.
+    places = torch.addcmul(centre, window.place, matrix[:, :1])  # (n, p) on the reference
     values = sample(templates, torch.view_as_real(places))  # (n, 4, p)
     # A turn keeps distances: |v + shift| is that on the reference.
-    square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
-    square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
-    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
+    square = window.square + shift.square().sum(1, keepdim=True)
+    square = torch.addcmul(square, window.x, 2 * shift[:, :1])
+    square = torch.addcmul(square, window.y, 2 * shift[:, 1:])
+    weight = _annulus(square.clamp(min=1e-6).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
     own = weight * particles
     across = own @ values.mT  # (n, 2, 4)
     moments = torch.cat(
