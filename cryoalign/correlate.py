@@ -165,17 +165,36 @@ def ring_factors(references: Tensor) -> RingFactors:
 
 def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Tensor, Tensor]:
     """`correlation_peaks` with references at hand."""
+    score, place = hand_peaks(particles, factors, mirror, CPU_BLOCK, together=1)
+    best = score.amax(-1)
+    last = torch.iinfo(place.dtype).max
+    return best, place.masked_fill(score < best.unsqueeze(-1), last).amin(-1)
+
+
+def hand_peaks(
+    particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
+) -> tuple[Tensor, Tensor]:
+    """The best score of every particle, reference and hand, and its place: (n, k, hands) each.
+
+    Args:
+        particles: (n, s, r, m) spectra.
+        factors: `ring_factors` of the references.
+        mirror: whether to try the mirrored hand.
+        block: entries of the table at a time, on a CPU.
+        together: particles at a time, at most, on a CPU. One keeps the block in cache, and its
+            shape, hence the rounding, the same however many particles there are; small searches
+            need more to be worth their calls.
+    """
     n, s, r, m = particles.shape
     k, hands = factors.count, 1 + mirror
-    score = particles.new_empty(n, k, dtype=particles.real.dtype)
-    place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
+    score = particles.new_empty(n, k, hands, dtype=particles.real.dtype)
+    place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
     cpu = particles.device.type == "cpu"
+    block = block if cpu else CUDA_BLOCK
     per_pair = s * hands * 2 * (m - 1)
-    most = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK) // per_pair)
+    most = max(1, block // per_pair)
     k_block = -(-k // math.ceil(k / most) // GROUP) * GROUP if k else 1
-    # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
-    # rounding, does not depend on how many particles there are.
-    n_block = 1 if cpu else max(1, min(n, CUDA_BLOCK // (per_pair * k_block)))
+    n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together if cpu else n))
     for start in range(0, n, n_block):
         rows = slice(start, start + n_block)
         x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
@@ -189,7 +208,7 @@ def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Ten
 def _block_peaks(
     parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool
 ) -> tuple[Tensor, Tensor]:
-    """Peaks of a block of particles against a block of references, (n, k) each.
+    """Peaks of a block of particles against a block of references, (n, k, hands) each.
 
     Real and imaginary part of the particles make a correlation each, A of sum_r Re(X) Y and B of
     sum_r Im(X) (-i Y). Then A + B is the table's plain hand, and (A - B) read backwards from half
@@ -217,22 +236,21 @@ def _block_peaks(
     spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))[..., :k]  # (m, 2, n s, k)
     half_a, half_b = torch.fft.irfft(spectrum, n=a, dim=0).unbind(1)  # (a, n s, k) each
     plain = half_a + half_b
-    peaks = [plain.amax(0)]
+    tables = [plain]
     if mirror:
-        mirrored = half_a - half_b
-        peaks.append(mirrored.amax(0))
-    hands = len(peaks)
-    peak = torch.stack(peaks, -1).reshape(ns // s, s, -1, hands).permute(0, 2, 1, 3)
-    score, pose = peak.flatten(2).max(-1)  # (n, k)
-    row = torch.arange(ns // s, device=pose.device)[:, None] * s + pose // hands
-    column = torch.arange(pose.shape[1], device=pose.device)
-    best = plain[:, row, column]  # (a, n, k)
-    if mirror:
-        backwards = (a // 2 - torch.arange(a, device=pose.device)) % a
-        other = mirrored[:, row, column][backwards]
-        best = torch.where(pose % 2 == 1, other, best)
-    angle = (best == score).to(torch.uint8).argmax(0)
-    return score, pose * a + angle
+        tables.append(half_a - half_b)
+    index = torch.arange(k, device=product.device)
+    row = torch.arange(ns // s, device=product.device)[:, None] * s
+    scores, places = [], []
+    for hand, table in enumerate(tables):
+        score, shift = table.amax(0).reshape(-1, s, k).max(1)  # (n, k)
+        best = table[:, row + shift, index]  # (a, n, k)
+        if hand == 1:
+            best = best.roll(-1 - a // 2, 0).flip(0)  # entry i is that at a / 2 - i
+        angle = (best == score).to(torch.uint8).argmax(0)
+        scores.append(score)
+        places.append((shift * len(tables) + hand) * a + angle)
+    return torch.stack(scores, -1), torch.stack(places, -1)
 
 
 def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:
