@@ -17,7 +17,8 @@ from cryoalign.pose import Pose, wrap_degrees
 # A step from a grid of 1 px and 1.4 degrees; longer ones leave the peak that was found.
 MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
-CHUNK = 16
+# Pixels of a chunk of particles: their arrays stay in a core's cache.
+CHUNK = 2**16
 
 
 class _Fit(NamedTuple):
@@ -66,10 +67,17 @@ def refine(
         The poses (n,) and their scores (n,): the correlation coefficient of particle and moved
         reference over the pixels of the disc.
     """
-    templates = _templates(references)  # (k, 4, h, w)
+    return refine_on(images, templates_of(references), label, pose, rings, steps)
+
+
+def refine_on(
+    images: Tensor, templates: Tensor, label: Tensor, pose: Pose, rings: Rings, steps: int = 3
+) -> tuple[Pose, Tensor]:
+    """`refine` with `templates_of` the references at hand."""
+    few = max(1, math.ceil(CHUNK / (math.pi * rings.last_ring**2)))
     poses, scores = [], []
-    for start in range(0, len(images), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, len(images), few):
+        part = slice(start, start + few)
         found, score = _refine_chunk(
             images[part], templates.index_select(0, label[part]), pose[part], rings, steps
         )
@@ -128,7 +136,7 @@ def _window(images: Tensor, pose: Pose, radius: float) -> tuple[Tensor, _Window]
     return near.long(), _Window(centre, x, y, square, hand)
 
 
-def _templates(references: Tensor) -> Tensor:
+def templates_of(references: Tensor) -> Tensor:
     """(k, 4, h, w) what is sampled: references (k, h, w), their derivatives by place x and y and
     by a turn about the centre, which brings a place v' along (-y', x')."""
     along_x, along_y = _gradient(references)
