@@ -33,7 +33,7 @@ LEAST_RINGS = 16
 SCREENED, SCREEN_MARGIN = 8, 1.5
 FINAL, FINAL_MARGIN = 2, 1.0
 LOW_STEPS, FINE_STEPS = 2, 1
-CHUNK = 64
+CHUNK = 32
 BLOCK = 2**20
 
 
@@ -157,7 +157,7 @@ def _chunk_poses(
 def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
     spectra = normalised_spectra(to_polar(small, screen.rings, screen.shifts), screen.rings)
-    score, place = hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, 8)  # (n, k, hands)
+    score, place = hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, 16)  # (n, k, hands)
     n, k, hands = score.shape
     best, which = score.flatten(1).topk(min(SCREENED, k * hands), 1)
     near = best >= best[:, :1] - margin
