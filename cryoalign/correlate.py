@@ -14,11 +14,13 @@ x -> -x takes the ring angle theta to pi - theta. (Chung et al. 2020, RPC; DESIG
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cryoalign.kernels import peaks as kernels
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.pose import Pose
 
@@ -64,7 +66,7 @@ def correlation_table(particles: Tensor, references: Tensor, mirror: bool = True
 
 @torch.library.custom_op("cryoalign::correlation_peaks", mutates_args=())
 def correlation_peaks(
-    particles: Tensor, references: Tensor, mirror: bool = True
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The best score of every (particle, reference) pair, and where in the table it is.
 
@@ -72,10 +74,17 @@ def correlation_peaks(
     it is made in blocks of bounded size. Each particle's arithmetic is the same whatever
     else is in the batch.
 
+    On an NVIDIA GPU the kernels of `cryoalign.kernels` choose hand and shift of a pair by fp16
+    spectra with fp32 sums, and score it in fp32: among near equals (to about 1e-4 of the score)
+    the choice may differ.
+
     Args:
         particles: (n, s, r, m) complex64 or complex128 ring spectra.
         references: (k, r, m) ring spectra of the same dtype and device.
         mirror: whether to try the mirrored hand.
+        candidates: of how many references per particle, the best ones, the place is needed. The
+            others may come with place -1 and a less exact score, which is below the
+            candidates'. None is all of them. Saves time on a GPU.
 
     Returns:
         score: (n, k) real.
@@ -85,8 +94,22 @@ def correlation_peaks(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(particles, references)
-    n, s, r, m = particles.shape
+    _check(particles, references, candidates)
+    return _table_peaks(particles, references, mirror)
+
+
+@correlation_peaks.register_kernel("cuda")
+def _(
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(particles, references, candidates)
+    found = kernels.fused_peaks(particles, references, mirror, candidates)
+    return _table_peaks(particles, references, mirror) if found is None else found
+
+
+def _table_peaks(particles: Tensor, references: Tensor, mirror: bool) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` in PyTorch, on any device."""
+    n, s, _, m = particles.shape
     k, hands = len(references), 1 + mirror
     score = particles.new_empty(n, k, dtype=particles.real.dtype)
     place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
@@ -106,8 +129,10 @@ def correlation_peaks(
 
 
 @correlation_peaks.register_fake
-def _(particles: Tensor, references: Tensor, mirror: bool = True) -> tuple[Tensor, Tensor]:
-    _check(particles, references)
+def _(
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(particles, references, candidates)
     shape = (particles.shape[0], references.shape[0])
     return (
         particles.new_empty(shape, dtype=particles.real.dtype),
@@ -115,7 +140,9 @@ def _(particles: Tensor, references: Tensor, mirror: bool = True) -> tuple[Tenso
     )
 
 
-def _check(particles: Tensor, references: Tensor) -> None:
+def _check(particles: Tensor, references: Tensor, candidates: int | None = None) -> None:
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
     if particles.ndim != 4 or references.ndim != 3:
         raise ValueError(
             "correlation_peaks takes particles (n, s, r, m) and references (k, r, m); got "
@@ -172,6 +199,148 @@ def _block_peaks(particles: Tensor, columns: Tensor, hands: int) -> tuple[Tensor
     best = table[:, n_index * s + pose // hands, k_index * hands + pose % hands]  # (a, n, k)
     angle = (best == score).to(torch.uint8).argmax(0)
     return score, pose * a + angle
+
+
+@torch.library.custom_op("cryoalign::correlation_logsumexp", mutates_args=())
+def correlation_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool = True
+) -> Tensor:
+    """The soft maximum of every (particle, reference) pair over all poses, T log sum exp(c / T).
+
+    Differentiable: the weights exp(c / T) / sum exp(c / T) are those of expectation
+    maximisation, so its gradient with respect to the references is made of the particles' spectra,
+    each turned and shifted to every pose and weighted. As T goes to 0 it is `correlation_peaks`'
+    score. Like that, it never holds the table.
+
+    Args:
+        particles: (n, s, r, m) complex64 or complex128 ring spectra.
+        references: (k, r, m) ring spectra of the same dtype and device.
+        temperature: T > 0, in units of the score.
+        mirror: whether to sum over the mirrored hand too.
+
+    Returns:
+        (n, k) real.
+
+    Raises:
+        ValueError: a temperature that is not positive; shapes, dtypes or devices that do not fit.
+    """
+    _check(particles, references)
+    _check_temperature(temperature)
+    return _table_logsumexp(particles, references, temperature, mirror)
+
+
+@correlation_logsumexp.register_kernel("cuda")
+def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
+    _check(particles, references)
+    _check_temperature(temperature)
+    found = kernels.fused_logsumexp(particles, references, temperature, mirror)
+    return _table_logsumexp(particles, references, temperature, mirror) if found is None else found
+
+
+@correlation_logsumexp.register_fake
+def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
+    _check(particles, references)
+    return particles.new_empty(
+        (particles.shape[0], references.shape[0]), dtype=particles.real.dtype
+    )
+
+
+@torch.library.custom_op("cryoalign::correlation_logsumexp_backward", mutates_args=())
+def _logsumexp_backward(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `correlation_logsumexp` by particles and references, block by block again."""
+    particle_grad = torch.zeros_like(particles, memory_format=torch.contiguous_format)
+    reference_grad = torch.zeros_like(references, memory_format=torch.contiguous_format)
+    for rows, some in _blocks(particles, len(references), mirror):
+        by_particle, by_reference = _block_gradients(
+            grad[rows, some], particles[rows], references[some], temperature, mirror
+        )
+        particle_grad[rows] += by_particle
+        reference_grad[some] += by_reference
+    return particle_grad, reference_grad
+
+
+@_logsumexp_backward.register_fake
+def _(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    return particles.new_empty(particles.shape), references.new_empty(references.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    particles, references, ctx.temperature, ctx.mirror = inputs
+    ctx.save_for_backward(particles, references)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    grads = _logsumexp_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.mirror)
+    return *grads, None, None
+
+
+correlation_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _blocks(particles: Tensor, k: int, mirror: bool) -> Iterator[tuple[slice, slice]]:
+    """Particles and references of one block of the table after another."""
+    n, s, _, m = particles.shape
+    cpu = particles.device.type == "cpu"
+    # With its gradient, several times the table is alive at once.
+    pairs = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK // 8) // (s * (1 + mirror) * 2 * (m - 1)))
+    k_block = max(1, min(k, pairs))
+    n_block = 1 if cpu else max(1, min(n, pairs // k_block))
+    for first in range(0, k, k_block):
+        for start in range(0, n, n_block):
+            yield slice(start, start + n_block), slice(first, first + k_block)
+
+
+def _table_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> Tensor:
+    """`correlation_logsumexp` in PyTorch, on any device."""
+    n, k = len(particles), len(references)
+    out = particles.new_empty(n, k, dtype=particles.real.dtype)
+    for rows, some in _blocks(particles, k, mirror):
+        out[rows, some] = _block_logsumexp(particles[rows], references[some], temperature, mirror)
+    return out
+
+
+def _block_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> Tensor:
+    """(n, k) of a block."""
+    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
+    return temperature * torch.logsumexp(table.flatten(2) / temperature, 2)
+
+
+def _block_gradients(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `_block_logsumexp`: spectra of the other side, turned by every pose, weighted.
+
+    The weights' spectrum over angles does the turning.
+    """
+    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
+    weight = torch.softmax(table.flatten(2) / temperature, 2) * grad.unsqueeze(-1)
+    turn = torch.fft.rfft(weight.reshape(table.shape))  # (n, k, s, hands, m)
+    m, a = turn.shape[-1], table.shape[-1]
+    multiplicity = torch.full((m,), 2.0 / a, dtype=weight.dtype, device=weight.device)
+    multiplicity[0] = multiplicity[-1] = 1.0 / a
+    turn = turn * multiplicity
+    same = turn[..., 0, :]
+    by_particle = torch.einsum("nksm,krm->nsrm", same.conj_physical(), references)
+    by_reference = torch.einsum("nksm,nsrm->krm", same, particles)
+    if mirror:
+        sign = 1 - 2 * (torch.arange(m, device=turn.device) % 2)
+        other = sign * turn[..., 1, :].conj_physical()
+        by_particle += torch.einsum("nksm,krm->nsrm", other, references.conj_physical())
+        by_reference += torch.einsum("nksm,nsrm->krm", other, particles.conj_physical())
+    return by_particle, by_reference
 
 
 def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:

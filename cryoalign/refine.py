@@ -8,27 +8,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cryoalign import kernels
 from cryoalign.filters import frequency_grid
 from cryoalign.geometry import pixel_grid, sample
+from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, wrap_degrees
 
 # A step from a grid of 1 px and 1.4 degrees; longer ones leave the peak that was found.
 MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
-CHUNK = 32
+ROUNDING = 1e-6  # scores that differ by less are equal
+# Particles at a time: few enough to stay in a core's cache, or to spare a GPU's memory.
+CPU_CHUNK = 16
+CUDA_CHUNK = 1024
 
 
 class _Fit(NamedTuple):
-    """The references seen through the poses: values and derivatives on the particles' pixels."""
+    """The references seen through the poses, on the particles' pixels."""
 
     angle: Tensor  # (n,) degrees
     shift: Tensor  # (n, 2)
     score: Tensor  # (n,)
-    residual: Tensor  # (n, p) particle - amplitude * reference, over the amplitude
-    reference: Tensor  # (n, p) mean removed
-    jacobian: Tensor  # (n, p, 3) derivatives by angle (radian), shift x, shift y
-    weight: Tensor  # (n, p)
+    moments: Tensor  # (n, 6, 6) see `_evaluate`
+
+
+class _Pixels(NamedTuple):
+    """Pixels near the disc, about the particle's centre."""
+
+    x: Tensor  # (p,)
+    y: Tensor  # (p,)
+    square: Tensor  # (p,) squared distance from the centre
+    place: Tensor  # (n, p) complex: x + iy, or x - iy for mirrored particles
 
 
 def refine(
@@ -44,7 +55,7 @@ def refine(
     The *reference* is interpolated, at the particle's own pixels, and the particle, whose noise
     interpolation would blur and correlate, is left alone: on clean references the errors then
     meet the Cramér-Rao bound (``python -m bench accuracy``). Gauss-Newton with the amplitude
-    projected out (Golub & Pereyra 1973); a step that does not raise the score is not taken.
+    projected out (Golub & Pereyra 1973); a step that lowers the score is not taken.
 
     Args:
         images: (n, size, size), background zero.
@@ -59,85 +70,229 @@ def refine(
         reference over the pixels of the disc.
     """
     templates = torch.stack([references, *_gradient(references)], 1)  # (k, 3, h, w)
-    poses, scores = [], []
-    for start in range(0, len(images), CHUNK):
-        part = slice(start, start + CHUNK)
-        found, score = _refine_chunk(
-            images[part], templates[label[part]], pose[part], rings, steps
+    angle, shift, score = refine_poses(
+        images,
+        templates,
+        label,
+        pose.angle.to(images.dtype),
+        pose.shift.to(images.dtype),
+        pose.mirror,
+        rings.first_ring,
+        rings.last_ring,
+        steps,
+    )
+    return Pose(angle, shift, pose.mirror), score
+
+
+@torch.library.custom_op("cryoalign::refine_poses", mutates_args=())
+def refine_poses(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`refine` as an operator: the GPU has a kernel of its own for it.
+
+    Args:
+        images: (n, h, w) float32 or float64.
+        templates: (k, 3, h, w) references and their derivatives along x and y.
+        label: (n,) int64.
+        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool. The start.
+        first_ring, last_ring: the annulus compared, pixels.
+        steps: Gauss-Newton steps.
+
+    Returns:
+        Angle (n,), shift (n, 2) and score (n,).
+    """
+    return _refine_in_torch(
+        images, templates, label, angle, shift, mirror, first_ring, last_ring, steps
+    )
+
+
+@refine_poses.register_kernel("cuda")
+def _(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    serves = kernels.usable(images.device) and images.dtype == torch.float32
+    voice = kernel_images.refine_poses if serves else _refine_in_torch
+    return voice(images, templates, label, angle, shift, mirror, first_ring, last_ring, steps)
+
+
+@refine_poses.register_fake
+def _(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
+
+
+def _refine_in_torch(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
+    chunk = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    templates = _with_turn(templates)
+    found = [(angle[:0], shift[:0], angle[:0])]
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        found.append(
+            _refine_chunk(
+                images[part], templates.index_select(0, label[part]), pose[part], rings, steps
+            )
         )
-        poses.append(found)
-        scores.append(score)
-    return Pose.cat(poses), torch.cat(scores)
+    angles, shifts, scores = zip(*found, strict=True)
+    return torch.cat(angles), torch.cat(shifts), torch.cat(scores)
 
 
 def _refine_chunk(
     images: Tensor, templates: Tensor, pose: Pose, rings: Rings, steps: int
-) -> tuple[Pose, Tensor]:
-    grid = pixel_grid((images.shape[-2], images.shape[-1]), images)
-    # Every pixel that the disc can cover, wherever these poses and their steps bring it.
-    reach = rings.last_ring + 1 + float(pose.shift.norm(dim=-1).max()) + steps * MAX_MOVE
-    near = grid.norm(dim=-1) <= reach
-    pixels, particles = grid[near], images[:, near]  # (p, 2), (n, p)
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Each particle is seen in a window about its own start, to whole pixels: windows are equal and
+    # small, so no particle's arithmetic depends on the others'.
+    whole = pose.shift.round()
+    shift = pose.shift - whole
+    window = _window(rings.last_ring + 1 + math.sqrt(0.5) + steps * MAX_MOVE, images)  # (p, 2)
+    pixels = _pixels(window, pose.mirror)
+    particles = _seen(images, window, whole)  # (n, 2, p)
 
     def fit(angle: Tensor, shift: Tensor) -> _Fit:
         return _evaluate(particles, templates, pixels, Pose(angle, shift, pose.mirror), rings)
 
-    now = fit(pose.angle.to(images.dtype), pose.shift.to(images.dtype))
+    now = fit(pose.angle, shift)
     for _ in range(steps):
-        turn, move = _step(now)
+        turn, move = _step(now, pose.mirror)
         trial = fit(now.angle + turn, now.shift + move)
-        better = trial.score > now.score
+        better = trial.score > now.score - ROUNDING
         now = _Fit(
             *(
                 torch.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 for new, old in zip(trial, now, strict=True)
             )
         )
-    return Pose(wrap_degrees(now.angle), now.shift, pose.mirror), now.score
+    return wrap_degrees(now.angle), now.shift + whole, now.score
 
 
-def _evaluate(particles: Tensor, templates: Tensor, pixels: Tensor, pose: Pose, rings: Rings) -> _Fit:
-    linear = pose.linear()  # (n, 2, 2)
-    places = (pixels + pose.shift.unsqueeze(1)) @ linear.mT  # (n, p, 2) on the reference
-    values = sample(templates, places)  # (n, 3, p)
-    radius = places.norm(dim=-1)
-    weight = _annulus(radius, rings)
-    total = weight.sum(1, keepdim=True)
-    x = particles - (weight * particles).sum(1, keepdim=True) / total
-    reference = values[:, 0]
-    y = reference - (weight * reference).sum(1, keepdim=True) / total
-    xy, xx, yy = ((weight * a * b).sum(1) for a, b in ((x, y), (x, x), (y, y)))
-    tiny = torch.finfo(x.dtype).tiny
-    score = xy / (xx * yy).clamp(min=tiny).sqrt()
-    gradient = values[:, 1:].mT  # (n, p, 2)
-    # Turning the particle moves a reference place v' along (-y', x'), backwards if mirrored.
-    around = torch.stack([-places[..., 1], places[..., 0]], -1)
-    hand = torch.where(pose.mirror, -1.0, 1.0).to(x.dtype)
-    by_angle = (gradient * around).sum(-1) * hand[:, None]
-    jacobian = torch.cat([by_angle.unsqueeze(-1), gradient @ linear], -1)  # (n, p, 3)
+def _window(reach: float, images: Tensor) -> Tensor:
+    """(p, 2) whole pixels xy within ``reach`` of the centre, at most the box and as much again."""
+    size = min(2 * math.ceil(reach) + 1, 2 * max(images.shape[-2:]) + 1)
+    grid = pixel_grid((size, size), images).flatten(0, 1)
+    return grid[grid.norm(dim=-1) <= reach]
+
+
+def _seen(images: Tensor, window: Tensor, shift: Tensor) -> Tensor:
+    """(n, 2, p) a mask of what lies in the image, and the masked pixels, at window - shift (n, 2),
+    all whole."""
+    height, width = images.shape[-2:]
+    place = (window - shift.unsqueeze(1)).long()  # (n, p, 2)
+    x, y = place[..., 0] + width // 2, place[..., 1] + height // 2
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    values = images.flatten(1).gather(1, index)
+    return torch.stack([torch.ones_like(values), values], 1) * inside.unsqueeze(1)
+
+
+def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
+    """Pixels xy (p, 2) made ready for particles of these hands (n,)."""
+    place = torch.view_as_complex(xy)
+    hand = torch.where(mirror.unsqueeze(1), place.conj().resolve_conj(), place)
+    x, y = (column.contiguous() for column in xy.unbind(-1))
+    return _Pixels(x, y, x * x + y * y, hand)
+
+
+def _with_turn(templates: Tensor) -> Tensor:
+    """(k, 4, h, w): references and their derivatives by place x and y (k, 3, h, w), and by a turn
+    about the centre, which brings a place v' along (-y', x')."""
+    _, along_x, along_y = templates.unbind(1)
+    x, y = pixel_grid((templates.shape[-2], templates.shape[-1]), templates).unbind(-1)
+    return torch.cat([templates, (x * along_y - y * along_x).unsqueeze(1)], 1)
+
+
+def _evaluate(
+    particles: Tensor, templates: Tensor, pixels: _Pixels, pose: Pose, rings: Rings
+) -> _Fit:
+    """Score and moments at poses of particles (n, 2, p): a row of ones (zeros outside the image), a
+    row of pixels.
+
+    The moments are the sums over pixels of products of 1, particle, reference and the reference's
+    three derivatives, weighted by the disc: all that score and step need, from one product.
+    """
+    matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
+    shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)
+    centre = (matrix * pose.shift).sum(1, keepdim=True)  # (n, 1)
+    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: see `_pixels`.
+    places = torch.addcmul(centre, pixels.place, matrix[:, :1])  # (n, p) on the reference
+    values = sample(templates, torch.view_as_real(places))  # (n, 4, p)
+    # A turn keeps distances: |v + shift| is that on the reference.
+    square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
+    square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
+    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1) * particles[:, :1]
+    own = weight * particles
+    across = own @ values.mT  # (n, 2, 4)
+    moments = torch.cat(
+        [
+            torch.cat([own @ particles.mT, across], 2),
+            torch.cat([across.mT, (weight * values) @ values.mT], 2),
+        ],
+        1,
+    )  # (n, 6, 6)
+    central = _without(moments, 0)
+    xx, xy, yy = central[:, 1, 1], central[:, 1, 2], central[:, 2, 2]
+    score = xy / (xx * yy).clamp(min=torch.finfo(xy.dtype).tiny).sqrt()
+    return _Fit(pose.angle, pose.shift, score, central)
+
+
+def _without(moments: Tensor, index: int) -> Tensor:
+    """Moments (n, c, c) of what is left of the columns when column ``index`` is projected out."""
+    row = moments[:, index]  # (n, c)
+    power = row[:, index].clamp(min=torch.finfo(row.dtype).tiny)
+    return moments - row.unsqueeze(-1) * (row / power.unsqueeze(-1)).unsqueeze(-2)
+
+
+def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) degrees and (n, 2) px: the Gauss-Newton step, amplitude and constant projected out."""
+    moments = fit.moments
+    xy, yy = moments[:, 1, 2], moments[:, 2, 2]
     # Least squares wants the amplitude positive; where it is not there is nothing to follow.
-    amplitude = (xy / yy.clamp(min=tiny)).clamp(min=1e-3)
-    residual = x / amplitude[:, None] - y
-    return _Fit(pose.angle, pose.shift, score, residual, y, jacobian, weight)
-
-
-def _step(fit: _Fit) -> tuple[Tensor, Tensor]:
-    """(n,) degrees and (n, 2) pixels: the Gauss-Newton step, amplitude and constant projected out."""
-    weight = fit.weight.unsqueeze(-1)
-    jacobian = fit.jacobian - (weight * fit.jacobian).sum(1, keepdim=True) / weight.sum(
-        1, keepdim=True
-    )
-    y = fit.reference.unsqueeze(-1)
-    power = (weight * y.square()).sum(1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
-    jacobian = jacobian - y * (weight * jacobian * y).sum(1, keepdim=True) / power
-    normal = (weight * jacobian).mT @ jacobian  # (n, 3, 3)
-    right = ((weight * jacobian).mT @ fit.residual.unsqueeze(-1)).squeeze(-1)
+    amplitude = (xy / yy.clamp(min=torch.finfo(xy.dtype).tiny)).clamp(min=1e-3)
+    rest = _without(moments, 2)
+    normal, right = rest[:, 3:, 3:], rest[:, 3:, 1] / amplitude.unsqueeze(-1)
     # A trace of a ridge: a round reference has no angle, an empty one nothing at all.
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-4 * diagonal + 1e-4 * diagonal.amax(-1, keepdim=True) * 1e-2 + 1e-12
-    step = torch.linalg.solve(normal + torch.diag_embed(ridge), right)
-    turn = torch.rad2deg(step[:, 0]).clamp(-MAX_TURN, MAX_TURN)
-    return turn, step[:, 1:].clamp(-MAX_MOVE, MAX_MOVE)
+    step = torch.linalg.solve(normal + torch.diag_embed(ridge), right)  # x', y', turn
+    # From the reference's frame to the particle's: mirrored, a turn goes backwards.
+    turn = torch.rad2deg(step[:, 2]) * torch.where(mirror, -1.0, 1.0).to(step.dtype)
+    linear = Pose(fit.angle, fit.shift, mirror).linear()
+    move = (linear.mT @ step[:, :2].unsqueeze(-1)).squeeze(-1)
+    return turn.clamp(-MAX_TURN, MAX_TURN), move.clamp(-MAX_MOVE, MAX_MOVE)
 
 
 def _annulus(radius: Tensor, rings: Rings) -> Tensor:
