@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryoalign.correlate import RingFactors, hand_peaks, ring_factors, unravel_place
+from cryoalign.correlate import unravel_place
 from cryoalign.filters import frequency_grid
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
 from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.products import RingFactors, hand_peaks, ring_factors
 from cryoalign.refine import refine_on, templates_of
 
 # Rings that a screen needs at least; fewer would not tell views apart.

@@ -11,10 +11,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign import frc
+from cryoalign import frc, kernels
 from cryoalign.distributed import sum_over_ranks
 from cryoalign.filters import filter_shells, soft_mask
 from cryoalign.geometry import pixel_grid, transform
+from cryoalign.kernels import images as kernel_images
 from cryoalign.pose import Pose, compose
 from cryoalign.settings import FORBID
 
@@ -111,17 +112,61 @@ def class_sums(
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
     count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
     for rows, images in batches:
-        aligned = transform(images, pose[rows].to(device)).flatten(1)  # (b, size²)
         group = (half[rows] * n_classes + label[rows]).to(device)
-        # Only the classes that this batch has: a small product whatever K is.
-        present, member = group.unique(return_inverse=True)
-        select = torch.nn.functional.one_hot(member, len(present)).double()
-        total[present] += select.T @ aligned.double()
-        count += torch.bincount(group, minlength=2 * n_classes)
+        moved = pose[rows].to(device)
+        sums = sum_aligned(images, moved.angle, moved.shift, moved.mirror, group, 2 * n_classes)
+        total += sums.flatten(1)
+        count.index_add_(0, group, torch.ones_like(group))
     return ClassSums(
         sum_over_ranks(total).reshape(2, n_classes, size, size),
         sum_over_ranks(count).reshape(2, n_classes),
     )
+
+
+@torch.library.custom_op("cryoalign::sum_aligned", mutates_args=())
+def sum_aligned(
+    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
+) -> Tensor:
+    """Sum images, moved by their poses, by group; zero where a group has no member.
+
+    Args:
+        images: (n, h, w).
+        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool. See `geometry.transform`.
+        group: (n,) int64, 0 … n_groups - 1.
+        n_groups: how many.
+
+    Returns:
+        (n_groups, h, w) float64, the same whatever order threads run in.
+    """
+    return _sum_in_torch(images, angle, shift, mirror, group, n_groups)
+
+
+@sum_aligned.register_kernel("cuda")
+def _(
+    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
+) -> Tensor:
+    serves = kernels.usable(images.device) and images.dtype == torch.float32
+    voice = kernel_images.sum_aligned if serves else _sum_in_torch
+    return voice(images, angle, shift, mirror, group, n_groups)
+
+
+@sum_aligned.register_fake
+def _(
+    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
+) -> Tensor:
+    return images.new_empty(n_groups, *images.shape[1:], dtype=torch.float64)
+
+
+def _sum_in_torch(
+    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
+) -> Tensor:
+    total = images.new_zeros(n_groups, *images.shape[1:], dtype=torch.float64)
+    aligned = transform(images, Pose(angle, shift, mirror)).double()
+    # Only the groups that are there: a small product whatever n_groups is.
+    present, member = group.unique(return_inverse=True)
+    select = torch.nn.functional.one_hot(member, len(present)).double()
+    total[present] = (select.T @ aligned.flatten(1)).unflatten(1, images.shape[1:])
+    return total
 
 
 def displacement(pose: Pose) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ``cryoalign`` command: run, check, simulate."""
+"""The ``cryoalign`` command: run, check, simulate, doctor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cryoalign.alignment import Alignment
 from cryoalign.check import check_stack
 from cryoalign.config import RunConfig, SimulateConfig, load_config
 from cryoalign.distributed import process_group, rank, world_size
+from cryoalign.doctor import examine
 from cryoalign.particles import choose_device
 from cryoalign.run import run
 from cryoalign.schema import describe, known_keys, load_settings
@@ -71,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     make = _add(commands, "simulate", _simulate, "make a stack with known poses", SimulateConfig)
     make.add_argument("folder", metavar="OUT", help="folder to write into")
     make.add_argument("settings", metavar="key=value", nargs="*", help=_KEYS)
+
+    purpose = "what this installation runs on, and what would make it faster"
+    commands.add_parser("doctor", help=purpose).set_defaults(command=_doctor)
     return parser
 
 
@@ -132,6 +137,16 @@ def _check(parsed: argparse.Namespace) -> int:
     )
     Console().print(report.render())
     return 1 if report.problems else 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    table = Table(box=None, show_header=False)
+    for finding in examine():
+        table.add_row(finding.what, Text(finding.found, overflow="fold"))
+        if finding.advice:
+            table.add_row("", Text(f"faster: {finding.advice}", style="bold yellow"))
+    Console().print(table)
+    return 0
 
 
 def _simulate(parsed: argparse.Namespace) -> int:

@@ -14,25 +14,21 @@ x -> -x takes the ring angle theta to pi - theta. (Chung et al. 2020, RPC; DESIG
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cryoalign.kernels import peaks as kernels
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.pose import Pose
+from cryoalign.products import RingFactors, peaks_of, ring_factors
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
 CPU_BLOCK = 2**20
 CUDA_BLOCK = 2**27
-# Angular frequencies that share a ring product's extent: few leave little out, many are fast.
-BAND = 16
-# References that a ring product takes together. Some BLAS kernels round the columns past a
-# multiple of their width otherwise, and equal references should score the same.
-GROUP = 8
 
 
 class Place(NamedTuple):
@@ -71,7 +67,7 @@ def correlation_table(particles: Tensor, references: Tensor, mirror: bool = True
 
 @torch.library.custom_op("cryoalign::correlation_peaks", mutates_args=())
 def correlation_peaks(
-    particles: Tensor, references: Tensor, mirror: bool = True
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The best score of every (particle, reference) pair, and where in the table it is.
 
@@ -79,10 +75,17 @@ def correlation_peaks(
     it is made in blocks of bounded size. Each particle's arithmetic is the same whatever
     else is in the batch.
 
+    On an NVIDIA GPU the kernels of `cryoalign.kernels` choose hand and shift of a pair by fp16
+    spectra with fp32 sums, and score it in fp32: among near equals (to about 1e-4 of the score)
+    the choice may differ.
+
     Args:
         particles: (n, s, r, m) complex64 or complex128 ring spectra.
         references: (k, r, m) ring spectra of the same dtype and device.
         mirror: whether to try the mirrored hand.
+        candidates: of how many references per particle, the best ones, the place is needed. The
+            others may come with place -1 and a less exact score, which is below the
+            candidates'. None is all of them. Saves time on a GPU.
 
     Returns:
         score: (n, k) real.
@@ -92,13 +95,40 @@ def correlation_peaks(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(particles, references)
-    return peaks_of(particles, ring_factors(references), mirror)
+    _check(particles, references, candidates)
+    return _table_peaks(particles, references, mirror)
+
+
+@correlation_peaks.register_kernel("cuda")
+def _(
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(particles, references, candidates)
+    found = kernels.fused_peaks(particles, references, mirror, candidates)
+    return _table_peaks(particles, references, mirror) if found is None else found
+
+
+def _table_peaks(particles: Tensor, references: Tensor, mirror: bool) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` in PyTorch, on any device."""
+    return table_peaks(particles, ring_factors(references), mirror)
+
+
+def table_peaks(
+    particles: Tensor, factors: RingFactors, mirror: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` in PyTorch, with `products.ring_factors` of the references at hand."""
+    # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
+    # rounding, does not depend on how many particles there are.
+    if particles.device.type == "cpu":
+        return peaks_of(particles, factors, mirror, CPU_BLOCK, 1)
+    return peaks_of(particles, factors, mirror, CUDA_BLOCK, max(1, len(particles)))
 
 
 @correlation_peaks.register_fake
-def _(particles: Tensor, references: Tensor, mirror: bool = True) -> tuple[Tensor, Tensor]:
-    _check(particles, references)
+def _(
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(particles, references, candidates)
     shape = (particles.shape[0], references.shape[0])
     return (
         particles.new_empty(shape, dtype=particles.real.dtype),
@@ -106,7 +136,9 @@ def _(particles: Tensor, references: Tensor, mirror: bool = True) -> tuple[Tenso
     )
 
 
-def _check(particles: Tensor, references: Tensor) -> None:
+def _check(particles: Tensor, references: Tensor, candidates: int | None = None) -> None:
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
     if particles.ndim != 4 or references.ndim != 3:
         raise ValueError(
             "correlation_peaks takes particles (n, s, r, m) and references (k, r, m); got "
@@ -132,125 +164,146 @@ def _check(particles: Tensor, references: Tensor) -> None:
         )
 
 
-class RingFactors(NamedTuple):
-    """References made ready for ring products.
+@torch.library.custom_op("cryoalign::correlation_logsumexp", mutates_args=())
+def correlation_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool = True
+) -> Tensor:
+    """The soft maximum of every (particle, reference) pair over all poses, T log sum exp(c / T).
 
-    Attributes:
-        count: k.
-        pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y likewise; zeros past k.
-        bands: (first m, end m, first ring, end ring) outside of which all references are zero.
-    """
-
-    count: int
-    pairs: Tensor
-    bands: list[tuple[int, int, int, int]]
-
-
-def ring_factors(references: Tensor) -> RingFactors:
-    """Make spectra (k, r, m) ready for `peaks_of`."""
-    y = references.permute(2, 1, 0).resolve_conj()  # (m, r, k)
-    both = torch.stack([y.real, y.imag, y.imag, -y.real], -1).unflatten(-1, (2, 2))
-    held = (references != 0).any(0).cpu()  # (r, m)
-    bands = []
-    for start in range(0, len(y), BAND):
-        rows = held[:, start : start + BAND].any(1).nonzero()
-        if len(rows):
-            end = min(start + BAND, len(y))
-            bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
-    pairs = both.permute(0, 3, 1, 2, 4)  # (m, 2, r, k, 2)
-    k = len(references)
-    pairs = F.pad(pairs, (0, 0, 0, -k % GROUP if k > 2 else 0))
-    return RingFactors(k, pairs.contiguous(), bands)
-
-
-def peaks_of(particles: Tensor, factors: RingFactors, mirror: bool) -> tuple[Tensor, Tensor]:
-    """`correlation_peaks` with references at hand."""
-    score, place = hand_peaks(particles, factors, mirror, CPU_BLOCK, together=1)
-    best = score.amax(-1)
-    last = torch.iinfo(place.dtype).max
-    return best, place.masked_fill(score < best.unsqueeze(-1), last).amin(-1)
-
-
-def hand_peaks(
-    particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
-) -> tuple[Tensor, Tensor]:
-    """The best score of every particle, reference and hand, and its place: (n, k, hands) each.
+    Differentiable: the weights exp(c / T) / sum exp(c / T) are those of expectation
+    maximisation, so its gradient with respect to the references is made of the particles' spectra,
+    each turned and shifted to every pose and weighted. As T goes to 0 it is `correlation_peaks`'
+    score. Like that, it never holds the table.
 
     Args:
-        particles: (n, s, r, m) spectra.
-        factors: `ring_factors` of the references.
-        mirror: whether to try the mirrored hand.
-        block: entries of the table at a time, on a CPU.
-        together: particles at a time, at most, on a CPU. One keeps the block in cache, and its
-            shape, hence the rounding, the same however many particles there are; small searches
-            need more to be worth their calls.
+        particles: (n, s, r, m) complex64 or complex128 ring spectra.
+        references: (k, r, m) ring spectra of the same dtype and device.
+        temperature: T > 0, in units of the score.
+        mirror: whether to sum over the mirrored hand too.
+
+    Returns:
+        (n, k) real.
+
+    Raises:
+        ValueError: a temperature that is not positive; shapes, dtypes or devices that do not fit.
     """
-    n, s, r, m = particles.shape
-    k, hands = factors.count, 1 + mirror
-    score = particles.new_empty(n, k, hands, dtype=particles.real.dtype)
-    place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
-    cpu = particles.device.type == "cpu"
-    block = block if cpu else CUDA_BLOCK
-    per_pair = s * hands * 2 * (m - 1)
-    most = max(1, block // per_pair)
-    k_block = -(-k // math.ceil(k / most) // GROUP) * GROUP if k else 1
-    n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together if cpu else n))
-    for start in range(0, n, n_block):
-        rows = slice(start, start + n_block)
-        x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
-        x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
-        for first in range(0, k, k_block):
-            some = slice(first, min(first + k_block, k))
-            score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror)
-    return score, place
+    _check(particles, references)
+    _check_temperature(temperature)
+    return _table_logsumexp(particles, references, temperature, mirror)
 
 
-def _block_peaks(
-    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool
+@correlation_logsumexp.register_kernel("cuda")
+def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
+    _check(particles, references)
+    _check_temperature(temperature)
+    found = kernels.fused_logsumexp(particles, references, temperature, mirror)
+    return _table_logsumexp(particles, references, temperature, mirror) if found is None else found
+
+
+@correlation_logsumexp.register_fake
+def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
+    _check(particles, references)
+    return particles.new_empty(
+        (particles.shape[0], references.shape[0]), dtype=particles.real.dtype
+    )
+
+
+@torch.library.custom_op("cryoalign::correlation_logsumexp_backward", mutates_args=())
+def _logsumexp_backward(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> tuple[Tensor, Tensor]:
-    """Peaks of a block of particles against a block of references, (n, k, hands) each.
-
-    Real and imaginary part of the particles make a correlation each, A of sum_r Re(X) Y and B of
-    sum_r Im(X) (-i Y). Then A + B is the table's plain hand, and (A - B) read backwards from half
-    a turn its mirrored one: two real products and two transforms serve both.
-
-    Args:
-        parts: (m, 2, n s, r) real and imaginary part of the particles' spectra.
-    """
-    m, _, ns, _ = parts.shape
-    a = 2 * (m - 1)
-    k = some.stop - some.start
-    whole = slice(some.start, some.start + k + (-k % GROUP if k > 2 else 0))
-    columns = factors.pairs[..., whole, :].flatten(3)  # (m, 2, r, k' 2)
-    product = parts.new_empty(m, 2, ns, columns.shape[-1])
-    done = 0
-    for start, end, low, high in factors.bands:
-        product[done:start] = 0
-        torch.bmm(
-            parts[start:end, :, :, low:high].flatten(0, 1),
-            columns[start:end, :, low:high].flatten(0, 1),
-            out=product[start:end].flatten(0, 1),
+    """Gradients of `correlation_logsumexp` by particles and references, block by block again."""
+    particle_grad = torch.zeros_like(particles, memory_format=torch.contiguous_format)
+    reference_grad = torch.zeros_like(references, memory_format=torch.contiguous_format)
+    for rows, some in _blocks(particles, len(references), mirror):
+        by_particle, by_reference = _block_gradients(
+            grad[rows, some], particles[rows], references[some], temperature, mirror
         )
-        done = end
-    product[done:] = 0
-    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))[..., :k]  # (m, 2, n s, k)
-    half_a, half_b = torch.fft.irfft(spectrum, n=a, dim=0).unbind(1)  # (a, n s, k) each
-    plain = half_a + half_b
-    tables = [plain]
+        particle_grad[rows] += by_particle
+        reference_grad[some] += by_reference
+    return particle_grad, reference_grad
+
+
+@_logsumexp_backward.register_fake
+def _(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    return particles.new_empty(particles.shape), references.new_empty(references.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    particles, references, ctx.temperature, ctx.mirror = inputs
+    ctx.save_for_backward(particles, references)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    grads = _logsumexp_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.mirror)
+    return *grads, None, None
+
+
+correlation_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _blocks(particles: Tensor, k: int, mirror: bool) -> Iterator[tuple[slice, slice]]:
+    """Particles and references of one block of the table after another."""
+    n, s, _, m = particles.shape
+    cpu = particles.device.type == "cpu"
+    # With its gradient, several times the table is alive at once.
+    pairs = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK // 8) // (s * (1 + mirror) * 2 * (m - 1)))
+    k_block = max(1, min(k, pairs))
+    n_block = 1 if cpu else max(1, min(n, pairs // k_block))
+    for first in range(0, k, k_block):
+        for start in range(0, n, n_block):
+            yield slice(start, start + n_block), slice(first, first + k_block)
+
+
+def _table_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> Tensor:
+    """`correlation_logsumexp` in PyTorch, on any device."""
+    n, k = len(particles), len(references)
+    out = particles.new_empty(n, k, dtype=particles.real.dtype)
+    for rows, some in _blocks(particles, k, mirror):
+        out[rows, some] = _block_logsumexp(particles[rows], references[some], temperature, mirror)
+    return out
+
+
+def _block_logsumexp(
+    particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> Tensor:
+    """(n, k) of a block."""
+    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
+    return temperature * torch.logsumexp(table.flatten(2) / temperature, 2)
+
+
+def _block_gradients(
+    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `_block_logsumexp`: spectra of the other side, turned by every pose, weighted.
+
+    The weights' spectrum over angles does the turning.
+    """
+    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
+    weight = torch.softmax(table.flatten(2) / temperature, 2) * grad.unsqueeze(-1)
+    turn = torch.fft.rfft(weight.reshape(table.shape))  # (n, k, s, hands, m)
+    m, a = turn.shape[-1], table.shape[-1]
+    multiplicity = torch.full((m,), 2.0 / a, dtype=weight.dtype, device=weight.device)
+    multiplicity[0] = multiplicity[-1] = 1.0 / a
+    turn = turn * multiplicity
+    same = turn[..., 0, :]
+    by_particle = torch.einsum("nksm,krm->nsrm", same.conj_physical(), references)
+    by_reference = torch.einsum("nksm,nsrm->krm", same, particles)
     if mirror:
-        tables.append(half_a - half_b)
-    index = torch.arange(k, device=product.device)
-    row = torch.arange(ns // s, device=product.device)[:, None] * s
-    scores, places = [], []
-    for hand, table in enumerate(tables):
-        score, shift = table.amax(0).reshape(-1, s, k).max(1)  # (n, k)
-        best = table[:, row + shift, index]  # (a, n, k)
-        if hand == 1:
-            best = best.roll(-1 - a // 2, 0).flip(0)  # entry i is that at a / 2 - i
-        angle = (best == score).to(torch.uint8).argmax(0)
-        scores.append(score)
-        places.append((shift * len(tables) + hand) * a + angle)
-    return torch.stack(scores, -1), torch.stack(places, -1)
+        sign = 1 - 2 * (torch.arange(m, device=turn.device) % 2)
+        other = sign * turn[..., 1, :].conj_physical()
+        by_particle += torch.einsum("nksm,krm->nsrm", other, references.conj_physical())
+        by_reference += torch.einsum("nksm,nsrm->krm", other, particles.conj_physical())
+    return by_particle, by_reference
 
 
 def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:

@@ -40,7 +40,7 @@ from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, c
 from cryoalign.polar import Rings, reference_spectra
 from cryoalign.pose import Pose, pixel_error
 from cryoalign.refine import refine
-from cryoalign.search import Search, match_spectra
+from cryoalign.search import Search, best_match
 from cryoalign.seeding import SEEDINGS, seed_references
 
 Progress = Callable[[str, int, int], None]
@@ -300,7 +300,7 @@ def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     spectra = reference_spectra(references, rings)
     found = [torch.zeros(0, 6, dtype=torch.float64)]
     for _, images in job.batches("align"):
-        label, score, pose = match_spectra(images, spectra, job.search, rings).best()
+        label, score, pose = best_match(images, spectra, job.search, rings)
         if job.search.refine:
             pose, score = refine(images, references, label, pose, rings)
         columns = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]

@@ -6,19 +6,22 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cryoalign import kernels
 from cryoalign.filters import frequency_grid
 from cryoalign.geometry import pixel_grid, sample
+from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, wrap_degrees
 
 # A step from a grid of 1 px and 1.4 degrees; longer ones leave the peak that was found.
 MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
-# Pixels of a chunk of particles: their arrays stay in a core's cache.
-CHUNK = 2**16
+ROUNDING = 1e-6  # scores that differ by less are equal
+# Pixels of the particles of a chunk: they stay in a core's cache, or spare a GPU's memory.
+CPU_CHUNK = 2**16
+CUDA_CHUNK = 2**22
 
 
 class _Fit(NamedTuple):
@@ -30,13 +33,12 @@ class _Fit(NamedTuple):
     moments: Tensor  # (n, 6, 6) see `_evaluate`
 
 
-class _Window(NamedTuple):
-    """The pixels of each particle that its disc can cover, about a pixel near its centre."""
+class _Pixels(NamedTuple):
+    """Pixels near the disc, about the particle's centre."""
 
-    centre: Tensor  # (n, 2) that pixel, about the image's centre
     x: Tensor  # (p,)
     y: Tensor  # (p,)
-    square: Tensor  # (n, p) squared distance from it; infinite outside of the image
+    square: Tensor  # (p,) squared distance from the centre
     place: Tensor  # (n, p) complex: x + iy, or x - iy for mirrored particles
 
 
@@ -53,7 +55,7 @@ def refine(
     The *reference* is interpolated, at the particle's own pixels, and the particle, whose noise
     interpolation would blur and correlate, is left alone: on clean references the errors then
     meet the Cramér-Rao bound (``python -m bench accuracy``). Gauss-Newton with the amplitude
-    projected out (Golub & Pereyra 1973); a step that does not raise the score is not taken.
+    projected out (Golub & Pereyra 1973); a step that lowers the score is not taken.
 
     Args:
         images: (n, size, size), background zero.
@@ -70,99 +72,215 @@ def refine(
     return refine_on(images, templates_of(references), label, pose, rings, steps)
 
 
+def templates_of(references: Tensor) -> Tensor:
+    """(k, 3, h, w): references (k, h, w) and their derivatives along x and y."""
+    return torch.stack([references, *_gradient(references)], 1)
+
+
 def refine_on(
     images: Tensor, templates: Tensor, label: Tensor, pose: Pose, rings: Rings, steps: int = 3
 ) -> tuple[Pose, Tensor]:
     """`refine` with `templates_of` the references at hand."""
-    few = max(1, math.ceil(CHUNK / (math.pi * rings.last_ring**2)))
-    poses, scores = [], []
-    for start in range(0, len(images), few):
-        part = slice(start, start + few)
-        found, score = _refine_chunk(
-            images[part], templates.index_select(0, label[part]), pose[part], rings, steps
+    angle, shift, score = refine_poses(
+        images,
+        templates,
+        label,
+        pose.angle.to(images.dtype),
+        pose.shift.to(images.dtype),
+        pose.mirror,
+        rings.first_ring,
+        rings.last_ring,
+        steps,
+    )
+    return Pose(angle, shift, pose.mirror), score
+
+
+@torch.library.custom_op("cryoalign::refine_poses", mutates_args=())
+def refine_poses(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`refine` as an operator: the GPU has a kernel of its own for it.
+
+    Args:
+        images: (n, h, w) float32 or float64.
+        templates: (k, 3, h, w) references and their derivatives along x and y.
+        label: (n,) int64.
+        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool. The start.
+        first_ring, last_ring: the annulus compared, pixels.
+        steps: Gauss-Newton steps.
+
+    Returns:
+        Angle (n,), shift (n, 2) and score (n,).
+    """
+    return _refine_in_torch(
+        images, templates, label, angle, shift, mirror, first_ring, last_ring, steps
+    )
+
+
+@refine_poses.register_kernel("cuda")
+def _(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    serves = kernels.usable(images.device) and images.dtype == torch.float32
+    voice = kernel_images.refine_poses if serves else _refine_in_torch
+    return voice(images, templates, label, angle, shift, mirror, first_ring, last_ring, steps)
+
+
+@refine_poses.register_fake
+def _(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
+
+
+def _refine_in_torch(
+    images: Tensor,
+    templates: Tensor,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    first_ring: int,
+    last_ring: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
+    pixels = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    chunk = max(1, math.ceil(pixels / (math.pi * last_ring**2)))
+    templates = _with_turn(templates)
+    found = [(angle[:0], shift[:0], angle[:0])]
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        found.append(
+            _refine_chunk(
+                images[part], templates.index_select(0, label[part]), pose[part], rings, steps
+            )
         )
-        poses.append(found)
-        scores.append(score)
-    return Pose.cat(poses), torch.cat(scores)
+    angles, shifts, scores = zip(*found, strict=True)
+    return torch.cat(angles), torch.cat(shifts), torch.cat(scores)
 
 
 def _refine_chunk(
     images: Tensor, templates: Tensor, pose: Pose, rings: Rings, steps: int
-) -> tuple[Pose, Tensor]:
-    near, window = _window(images, pose, rings.last_ring + 1 + steps * MAX_MOVE)
-    pixels = images.flatten(1).gather(1, near)  # (n, p)
-    particles = torch.stack([torch.ones_like(pixels), pixels], 1)  # (n, 2, p)
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Each particle is seen in a window about its own start, to whole pixels: windows are equal and
+    # small, so no particle's arithmetic depends on the others'.
+    whole = pose.shift.round()
+    shift = pose.shift - whole
+    window = _window(rings.last_ring + 1 + math.sqrt(0.5) + steps * MAX_MOVE, images)  # (p, 2)
+    pixels = _pixels(window, pose.mirror)
+    particles = _seen(images, window, whole)  # (n, 2, p)
 
-    def fit(angle: Tensor, shift: Tensor) -> _Fit:
-        return _evaluate(particles, templates, window, Pose(angle, shift, pose.mirror), rings)
+    def fit(angle: Tensor, shift: Tensor, last: bool) -> _Fit:
+        # Where no step follows, no derivatives are needed.
+        seen = templates[:, :1] if last else templates
+        return _evaluate(particles, seen, pixels, Pose(angle, shift, pose.mirror), rings)
 
-    now = fit(pose.angle.to(images.dtype), pose.shift.to(images.dtype))
-    for _ in range(steps):
+    now = fit(pose.angle, shift, steps == 0)
+    for step in range(steps):
+        last = step + 1 == steps
         turn, move = _step(now, pose.mirror)
-        trial = fit(now.angle + turn, now.shift + move)
-        better = trial.score > now.score
+        trial = fit(now.angle + turn, now.shift + move, last)
+        now = now._replace(moments=trial.moments) if last else now
+        better = trial.score > now.score - ROUNDING
         now = _Fit(
             *(
                 torch.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 for new, old in zip(trial, now, strict=True)
             )
         )
-    return Pose(wrap_degrees(now.angle), now.shift, pose.mirror), now.score
+    return wrap_degrees(now.angle), now.shift + whole, now.score
 
 
-def _window(images: Tensor, pose: Pose, radius: float) -> tuple[Tensor, _Window]:
-    """The pixels within ``radius`` of each particle's own centre, to the nearest pixel.
+def _window(reach: float, images: Tensor) -> Tensor:
+    """(p, 2) whole pixels xy within ``reach`` of the centre, at most the box and as much again."""
+    size = min(2 * math.ceil(reach) + 1, 2 * max(images.shape[-2:]) + 1)
+    grid = pixel_grid((size, size), images).flatten(0, 1)
+    return grid[grid.norm(dim=-1) <= reach]
 
-    Their number does not depend on the particles, so that neither does any rounding.
 
-    Returns:
-        (n, p) where they are in the flattened images, and the window.
-    """
+def _seen(images: Tensor, window: Tensor, shift: Tensor) -> Tensor:
+    """(n, 2, p) a mask of what lies in the image, and the masked pixels, at window - shift (n, 2),
+    all whole."""
     height, width = images.shape[-2:]
-    reach = math.ceil(radius)
-    grid = pixel_grid((2 * reach + 1, 2 * reach + 1), images).flatten(0, 1)
-    disc = grid[grid.square().sum(-1) <= (radius + 0.71) ** 2]  # (p, 2)
-    disc = F.pad(disc, (0, 0, 0, -len(disc) % 16), value=math.inf)  # whole vectors
-    centre = -pose.shift.detach().nan_to_num().round()  # (n, 2)
-    x, y = disc.nan_to_num(0, 0).unbind(-1)
-    column = x + (centre[:, :1] + width // 2)  # (n, p)
-    row = y + (centre[:, 1:] + height // 2)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    near = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    # What is not there is infinitely far out, where the disc has no weight.
-    square = torch.where(inside, disc.square().sum(-1), math.inf)
-    place = torch.complex(x, y)
-    hand = torch.where(pose.mirror.unsqueeze(1), place.conj().resolve_conj(), place)
-    return near.long(), _Window(centre, x, y, square, hand)
+    x, y = window.long().unbind(-1)  # (p,)
+    left, top = (shift.long() * -1 + shift.new_tensor([width // 2, height // 2]).long()).unbind(1)
+    reach = int(window.abs().max())
+    if (
+        int(torch.minimum(left, top).amin()) >= reach
+        and int(left.amax()) < width - reach
+        and int(top.amax()) < height - reach
+    ):  # all of it, for every particle
+        index = (y * width + x) + (top * width + left).unsqueeze(1)  # (n, p)
+        values = images.flatten(1).gather(1, index)
+        return torch.stack([torch.ones_like(values), values], 1)
+    x, y = x + left.unsqueeze(1), y + top.unsqueeze(1)  # (n, p)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    values = images.flatten(1).gather(1, index)
+    return torch.stack([torch.ones_like(values), values], 1) * inside.unsqueeze(1)
 
 
-def templates_of(references: Tensor) -> Tensor:
-    """(k, 4, h, w) what is sampled: references (k, h, w), their derivatives by place x and y and
-    by a turn about the centre, which brings a place v' along (-y', x')."""
-    along_x, along_y = _gradient(references)
-    x, y = pixel_grid((references.shape[-2], references.shape[-1]), references).unbind(-1)
-    return torch.stack([references, along_x, along_y, x * along_y - y * along_x], 1)
+def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
+    """Pixels xy (p, 2) made ready for particles of these hands (n,)."""
+    place = torch.view_as_complex(xy)
+    hand = torch.where(mirror.unsqueeze(1), place.conj().resolve_conj(), place)
+    x, y = (column.contiguous() for column in xy.unbind(-1))
+    return _Pixels(x, y, x * x + y * y, hand)
+
+
+def _with_turn(templates: Tensor) -> Tensor:
+    """(k, 4, h, w): references and their derivatives by place x and y (k, 3, h, w), and by a turn
+    about the centre, which brings a place v' along (-y', x')."""
+    _, along_x, along_y = templates.unbind(1)
+    x, y = pixel_grid((templates.shape[-2], templates.shape[-1]), templates).unbind(-1)
+    return torch.cat([templates, (x * along_y - y * along_x).unsqueeze(1)], 1)
 
 
 def _evaluate(
-    particles: Tensor, templates: Tensor, window: _Window, pose: Pose, rings: Rings
+    particles: Tensor, templates: Tensor, pixels: _Pixels, pose: Pose, rings: Rings
 ) -> _Fit:
-    """Score and moments at poses of particles (n, 2, p): a row of ones, a row of pixels.
+    """Score and moments at poses of particles (n, 2, p): a row of ones (zeros outside the image), a
+    row of pixels.
 
-    The moments are the sums over pixels of products of 1, particle, reference and the reference's
-    three derivatives, weighted by the disc: all that score and step need, from one product.
+    The moments are the sums over pixels of products of 1, particle, reference and, if the templates
+    have them, the reference's three derivatives, weighted by the disc: all that score and step
+    need, from one product.
     """
     matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
-    shift = pose.shift + window.centre  # (n, 2)
-    centre = (matrix * shift).sum(1, keepdim=True)  # (n, 1)
-    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: so `_Window.place`.
-    places = torch.addcmul(centre, window.place, matrix[:, :1])  # (n, p) on the reference
+    shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)
+    centre = (matrix * pose.shift).sum(1, keepdim=True)  # (n, 1)
+    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: see `_pixels`.
+    places = torch.addcmul(centre, pixels.place, matrix[:, :1])  # (n, p) on the reference
     values = sample(templates, torch.view_as_real(places))  # (n, 4, p)
     # A turn keeps distances: |v + shift| is that on the reference.
-    square = window.square + shift.square().sum(1, keepdim=True)
-    square = torch.addcmul(square, window.x, 2 * shift[:, :1])
-    square = torch.addcmul(square, window.y, 2 * shift[:, 1:])
-    weight = _annulus(square.clamp(min=1e-6).sqrt(), rings).unsqueeze(1)  # (n, 1, p)
+    square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
+    square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
+    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1) * particles[:, :1]
     own = weight * particles
     across = own @ values.mT  # (n, 2, 4)
     moments = torch.cat(
@@ -186,7 +304,7 @@ def _without(moments: Tensor, index: int) -> Tensor:
 
 
 def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) degrees and (n, 2) pixels: the Gauss-Newton step, amplitude and constant projected out."""
+    """(n,) degrees and (n, 2) px: the Gauss-Newton step, amplitude and constant projected out."""
     moments = fit.moments
     xy, yy = moments[:, 1, 2], moments[:, 2, 2]
     # Least squares wants the amplitude positive; where it is not there is nothing to follow.

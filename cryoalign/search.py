@@ -10,14 +10,20 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.correlate import correlation_peaks, peaks_of, ring_factors, unravel_place
+from cryoalign import kernels
+from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
+from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
 from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.products import ring_factors
 from cryoalign.settings import FORBID
 
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
 CPU_CHUNK = 2**23
 CUDA_CHUNK = 2**30
+# References of a particle that the GPU scores in full precision after a half-precision search:
+# the exact choice is among the best four (bench/README.md).
+CANDIDATES = 4
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -109,30 +115,146 @@ def match(images: Tensor, references: Tensor, search: Search) -> Match:
 
 def match_spectra(images: Tensor, references: Tensor, search: Search, rings: Rings) -> Match:
     """`match` with the references' ring spectra (k, r, m) at hand."""
-    shifts = search.shifts(images.device)
+    score, place, shifts = _peaks(images, references, search, rings, None)
+    return Match(score, _pose(place, score, shifts, search, rings))
+
+
+def best_match(
+    images: Tensor, references: Tensor, search: Search, rings: Rings
+) -> tuple[Tensor, Tensor, Pose]:
+    """What ``match_spectra(...).best()`` gives, for less: only `CANDIDATES` are looked at closely.
+
+    Args:
+        images, search, rings: as in `match`; references: (k, r, m) ring spectra.
+
+    Returns:
+        Class index (n,), score (n,) and pose (n,) of every particle's best reference.
+    """
+    score, place, shifts = _peaks(images, references, search, rings, CANDIDATES)
+    score, label = score.max(1)
+    place = place.gather(1, label.unsqueeze(1)).squeeze(1)
+    return label, score, _pose(place, score, shifts, search, rings)
+
+
+def _peaks(
+    images: Tensor, references: Tensor, search: Search, rings: Rings, candidates: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not len(images):
+        raise ValueError("no images to match")
+    shifts = search.shifts()  # on the CPU: nothing waits to look at them
+    score, place = image_peaks(
+        images, references, shifts, rings.first_ring, rings.ring_step, rings.last_ring,
+        rings.n_angles, search.mirror, candidates,
+    )  # fmt: skip
+    return score, place, shifts
+
+
+def _pose(place: Tensor, score: Tensor, shifts: Tensor, search: Search, rings: Rings) -> Pose:
+    at = unravel_place(place, rings.n_angles, search.mirror)
+    angle = wrap_degrees(at.angle * (360.0 / rings.n_angles))
+    return Pose(angle.to(score.dtype), shifts.to(place.device)[at.shift], at.mirror.bool())
+
+
+@torch.library.custom_op("cryoalign::image_peaks", mutates_args=())
+def image_peaks(
+    images: Tensor,
+    references: Tensor,
+    shifts: Tensor,
+    first_ring: int,
+    ring_step: int,
+    last_ring: int,
+    angles: int,
+    mirror: bool,
+    candidates: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` straight from images; the GPU then never holds their fp32 spectra.
+
+    Args:
+        images: (n, h, w), background zero.
+        references: (k, r, m) ring spectra.
+        shifts: (s, 2) trial shifts.
+        first_ring, ring_step, last_ring, angles: of `Rings`.
+        mirror: whether to try the mirrored hand.
+        candidates: None for the exact score and place of all pairs; a number allows scores of
+            half precision, and places of -1, for all but so many best references of a particle.
+
+    Returns:
+        Score (n, k) and place (n, k) as `correlation_peaks`.
+    """
+    return _peaks_in_torch(
+        images, references, shifts, first_ring, ring_step, last_ring, angles, mirror, candidates
+    )
+
+
+@image_peaks.register_kernel("cuda")
+def _(
+    images: Tensor,
+    references: Tensor,
+    shifts: Tensor,
+    first_ring: int,
+    ring_step: int,
+    last_ring: int,
+    angles: int,
+    mirror: bool,
+    candidates: int | None,
+) -> tuple[Tensor, Tensor]:
+    rings = Rings(first_ring, last_ring, ring_step, angles)
+    found = None
+    if kernels.usable(images.device) and images.dtype == torch.float32:
+        found = kernel_images.image_peaks(images, references, shifts, rings, mirror, candidates)
+    return found or _peaks_in_torch(
+        images, references, shifts, first_ring, ring_step, last_ring, angles, mirror, candidates
+    )
+
+
+@image_peaks.register_fake
+def _(
+    images: Tensor,
+    references: Tensor,
+    shifts: Tensor,
+    first_ring: int,
+    ring_step: int,
+    last_ring: int,
+    angles: int,
+    mirror: bool,
+    candidates: int | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (images.shape[0], references.shape[0])
+    return images.new_empty(shape), images.new_empty(shape, dtype=torch.int64)
+
+
+def _peaks_in_torch(
+    images: Tensor,
+    references: Tensor,
+    shifts: Tensor,
+    first_ring: int,
+    ring_step: int,
+    last_ring: int,
+    angles: int,
+    mirror: bool,
+    candidates: int | None,
+) -> tuple[Tensor, Tensor]:
+    rings, shifts = Rings(first_ring, last_ring, ring_step, angles), shifts.to(images.device)
     bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
     cpu = images.device.type == "cpu"
     budget = CPU_CHUNK if cpu else CUDA_CHUNK
     # The operator's CPU body makes references ready at every call: here that is done once.
     factors = ring_factors(references) if cpu else None
     few = max(1, budget // bytes_each)
-    scores, places = [], []
+    shape = (len(images), len(references))
+    score = images.new_empty(shape)
+    place = images.new_empty(shape, dtype=torch.int64)
     # Sampling shares its weights among the images of a call, spectra want to stay in cache:
     # hence chunks of chunks.
     for start in range(0, len(images), 4 * few):
         polar = to_polar(images[start : start + 4 * few], rings, shifts)
         for part in polar.split(few):
+            rows = slice(start, start + len(part))
             spectra = normalised_spectra(part, rings)
-            score, place = (
-                correlation_peaks(spectra, references, search.mirror)
+            score[rows], place[rows] = (
+                correlation_peaks(spectra, references, mirror, candidates)
                 if factors is None
-                else peaks_of(spectra, factors, search.mirror)
+                else table_peaks(spectra, factors, mirror)
             )
-            scores.append(score)
-            places.append(place)
-    if not scores:
-        raise ValueError("no images to match")
-    score, flat = torch.cat(scores), torch.cat(places)
-    place = unravel_place(flat, rings.n_angles, search.mirror)
-    angle = wrap_degrees(place.angle * (360.0 / rings.n_angles))
-    return Match(score, Pose(angle.to(score.dtype), shifts[place.shift], place.mirror.bool()))
+            start += len(part)
+    return score, place

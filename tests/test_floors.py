@@ -8,15 +8,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryoalign"
 
 # Low to high. ``io`` as a whole lies on the ground floor.
 FLOORS = {
-    "ground": ("settings", "files", "pose", "distributed", "yaml12", "kernels", "io"),
+    "ground": ("settings", "files", "pose", "distributed", "yaml12", "io"),
     "image": (
-        "geometry", "filters", "frc", "screen", "average", "particles", "seeding", "synthetic",
+        "geometry", "filters", "frc", "screen", "polar", "kernels", "average", "particles",
+        "seeding", "synthetic",
     ),
-    "correlate": ("polar", "correlate"),
-    "search": ("search", "refine"),
+    "correlate": ("products", "correlate"),
+    "search": ("refine", "adaptive", "search"),
     "align": ("alignment", "mra"),
     "look": ("export", "plot", "report"),
-    "run": ("schema", "config", "check", "progress", "results", "run", "cli", "__main__"),
+    "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),
 }  # fmt: skip
 FLOOR = {module: level for level, floor in enumerate(FLOORS.values()) for module in floor}

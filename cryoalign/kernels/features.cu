@@ -1,0 +1,466 @@
+// Images into packed ring spectra at all shifts of a square grid: polar sampling, angular Fourier
+// transform on the tensor cores and normalisation in one kernel; what reaches memory is the packed
+// layout of common.cuh. For Hopper (wgmma), 256 angles and at most 48 rings.
+//
+// A block makes one particle's spectra. It samples at the angles (j + 1/2) 2 pi / a, where
+// cosines and sines of even and odd frequencies fold four samples (theta, -theta, pi - theta,
+// pi + theta) into one entry of four products with a 64 x 64 matrix. A phase does eight rings at two rows
+// of shifts, whose samples share a half2 all the way from the image to the product.
+#include <array>
+
+#include "common.cuh"
+
+namespace cryoalign {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int ANGLES = 256;
+constexpr int QUARTER = ANGLES / 4;
+constexpr int MOST_HALF_STEPS = 6;  // eight rings each
+constexpr int PASS = 64;            // columns of one wgmma: 4 shifts
+constexpr int PASS_BYTES = PASS * QUARTER * 2;
+// Samples are scaled to this deviation: the square of a sum of them must fit fp16.
+constexpr float DEVIATION = 0.25f;
+
+struct Task {
+  const float* images;     // (n, h, w)
+  const uint4* transform;  // fragments of the four matrices, see images.forward_transform
+  const float* gain;       // (r,) sqrt of the rings' weights over the largest, outside in
+  uint4* packed;           // (blocks, s, F, 32)
+  float* scale;            // (8 blocks, s)
+  int64_t n;
+  int height, width, rings, first_ring, ring_step, last_ring, pitch;
+  float largest_weight;
+  Layout layout;
+};
+
+template <int S>
+constexpr int PASSES = (S + 3) / 4;
+template <int S>
+constexpr int TYPE_BYTES = PASSES<S> * PASS_BYTES;
+
+// What of the window of the image a sample may touch: rows and columns.
+__host__ __device__ constexpr int window_side(int last_ring, int shifts) {
+  return 2 * last_ring + shifts;
+}
+
+__device__ __forceinline__ __half2 both(float x) { return __float2half2_rn(x); }
+
+template <int HALF>
+__device__ __forceinline__ void halve(float (&v)[32], int lane) {
+  const bool upper = lane & HALF;
+#pragma unroll
+  for (int i = 0; i < HALF; ++i) {
+    const float keep = upper ? v[i + HALF] : v[i];
+    const float send = upper ? v[i] : v[i + HALF];
+    v[i] = keep + __shfl_xor_sync(~0u, send, HALF);
+  }
+}
+
+// Sums over the warp of the first COUNT of v; lane l returns that of v[l].
+template <int COUNT>
+__device__ __forceinline__ float sums_over_warp(float (&v)[32], int lane) {
+  if constexpr (COUNT > 16) halve<16>(v, lane);
+  halve<8>(v, lane);
+  halve<4>(v, lane);
+  halve<2>(v, lane);
+  halve<1>(v, lane);
+  if constexpr (COUNT <= 16) v[0] += __shfl_xor_sync(~0u, v[0], 16);
+  return v[0];
+}
+
+__device__ float block_sum(float v, float* shared) {
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0.f;
+  for (int w = 0; w < WARPS; ++w) v += shared[w];
+  return v;
+}
+
+// D (64 x 64 fp32) (+)= A (64 x 16, registers) B (16 x 64, shared memory, one column a row of 128
+// bytes, swizzled).
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint4& a, uint32_t address,
+                                      bool accumulate) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t descriptor = static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (1ull << 16) |
+                              (64ull << 32) | (1ull << 62);
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+      "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
+        "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),
+        "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor),
+        "r"(static_cast<int>(accumulate)));
+#endif
+}
+
+__device__ __forceinline__ void wgmma_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wgmma_finish() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::
+                   : "memory");
+#endif
+}
+
+// One point and its three mirror images, at a row of S + 1 columns and two rows of shifts.
+template <int S>
+struct Sampler {
+  const __half2* window;  // (row, column): the pixel, and the one below it
+  int pitch;
+
+  // Two rows of S samples to the right of (x, y), in pixels from the window's corner.
+  __device__ __forceinline__ void row(int x, int y, float fx, float fy, __half2 gain,
+                                      __half2 (&out)[S]) const {
+    const __half2* from = window + y * pitch + x;
+    const __half2 right = both(fx);
+    // The two weights add up to the gain exactly: a flat image stays flat.
+    const __half2 below = __hmul2(both(fy), gain), above = __hsub2(gain, below);
+    __half2 last = __hfma2(from[pitch], below, __hmul2(from[0], above));
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      const __half2 next = __hfma2(from[pitch + k + 1], below, __hmul2(from[k + 1], above));
+      out[k] = __hfma2(right, __hsub2(next, last), last);
+      last = next;
+    }
+  }
+
+  // folded[k]: cosines of even and of odd frequencies, sines of even and of odd ones.
+  __device__ __forceinline__ void fold(float px, float py, int middle_x, int middle_y,
+                                       __half2 gain, __half2 (&folded)[S][4]) const {
+    const int x = static_cast<int>(px), y = static_cast<int>(py);  // both positive
+    const float fx = px - x, fy = py - y;
+    __half2 a[S], b[S];
+    row(middle_x + x, middle_y + y, fx, fy, gain, a);
+    row(middle_x + x, middle_y - y - 1, fx, 1.f - fy, gain, b);
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      folded[k][0] = __hadd2(a[k], b[k]);
+      folded[k][2] = __hsub2(a[k], b[k]);
+    }
+    row(middle_x - x - 1, middle_y + y, 1.f - fx, fy, gain, a);
+    row(middle_x - x - 1, middle_y - y - 1, 1.f - fx, 1.f - fy, gain, b);
+#pragma unroll
+    for (int k = 0; k < S; ++k) {
+      const __half2 sum = __hadd2(a[k], b[k]), difference = __hsub2(b[k], a[k]);
+      folded[k][1] = __hsub2(folded[k][0], sum);
+      folded[k][0] = __hadd2(folded[k][0], sum);
+      folded[k][3] = __hsub2(folded[k][2], difference);
+      folded[k][2] = __hadd2(folded[k][2], difference);
+    }
+  }
+};
+
+// The samples of this warp's ring into shared memory; returns sums of squares (lane 2 k + row).
+template <int S>
+__device__ __forceinline__ float sample_ring(const Sampler<S>& sampler, const float2 (&direction)[2],
+                                             float radius, int middle_x, int middle_y, float gain,
+                                             const uint32_t (&to)[2]) {
+  const __half2 weight = both(gain);
+  __half2 first[S][4], second[S][4], square[S];
+  sampler.fold(radius * direction[0].x, radius * direction[0].y, middle_x, middle_y, weight, first);
+#pragma unroll
+  for (int k = 0; k < S; ++k) {
+    square[k] = __hmul2(first[k][0], first[k][0]);
+#pragma unroll
+    for (int type = 1; type < 4; ++type)
+      square[k] = __hfma2(first[k][type], first[k][type], square[k]);
+  }
+  sampler.fold(radius * direction[1].x, radius * direction[1].y, middle_x, middle_y, weight,
+               second);
+  float sums[32] = {};
+#pragma unroll
+  for (int k = 0; k < S; ++k) {
+#pragma unroll
+    for (int type = 0; type < 4; ++type) {
+      square[k] = __hfma2(second[k][type], second[k][type], square[k]);
+      const __half2 pair[2] = {__lows2half2(first[k][type], second[k][type]),
+                               __highs2half2(first[k][type], second[k][type])};
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + type * TYPE_BYTES<S> + k * 2048),
+                     "r"(*reinterpret_cast<const uint32_t*>(&pair[row]))
+                     : "memory");
+    }
+    const float2 both_rows = __half22float2(square[k]);
+    sums[2 * k] = both_rows.x;
+    sums[2 * k + 1] = both_rows.y;
+  }
+  return sums_over_warp<2 * S>(sums, threadIdx.x & 31);
+}
+
+template <int S>
+__global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_constant__ Task task) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other cards are never sent here
+  extern __shared__ __align__(1024) unsigned char memory[];
+  __shared__ float power[2][WARPS][32];
+  __shared__ float constant[2][MOST_HALF_STEPS][S * 16];  // what frequency 0 has
+  __shared__ float level[2][2 * S];                       // the mean, as frequency 0 has it
+  __shared__ float scratch[WARPS];
+  constexpr int PAIRS = (S + 1) / 2;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int g = lane >> 2, c = lane & 3;
+  const int64_t particle = blockIdx.x;
+  const int member = particle % MEMBERS;
+  const int steps = task.layout.steps[0];
+  const int fragments = task.layout.fragments();
+  uint4* const tile = task.packed + particle / MEMBERS * (S * S) * fragments * FRAGMENT;
+  const uint32_t product = shared_address(memory);
+  __half2* const window = reinterpret_cast<__half2*>(memory + 4 * TYPE_BYTES<S>);
+
+  // The window of the image, scaled; zero outside.
+  const int side = window_side(task.last_ring, S);
+  const int reach = task.last_ring + S / 2;
+  const float* image = task.images + particle * task.height * task.width;
+  const auto pixel = [&](int y, int x) {
+    const bool there = particle < task.n && y >= 0 && x >= 0 && y < task.height && x < task.width;
+    return there ? __ldg(image + static_cast<int64_t>(y) * task.width + x) : 0.f;
+  };
+  const int top = task.height / 2 - reach, left = task.width / 2 - reach;
+  float squares = 0.f;
+  for (int y = warp; y < side; y += WARPS)
+    for (int x = lane; x < side; x += 32) {
+      const float v = pixel(top + y, left + x);
+      squares = fmaf(v, v, squares);
+    }
+  squares = block_sum(squares, scratch) / (side * side);
+  const float unit = squares > 0.f ? rsqrtf(squares) : 0.f;
+  for (int y = warp; y < side; y += WARPS)
+    for (int x = lane; x < side; x += 32) {
+      const float factor = unit * DEVIATION;
+      window[y * task.pitch + x] = __floats2half2_rn(pixel(top + y, left + x) * factor,
+                                                     pixel(top + y + 1, left + x) * factor);
+    }
+  for (int i = threadIdx.x; i < 4 * TYPE_BYTES<S> / 16; i += THREADS)
+    store_shared(product + 16 * i, make_uint4(0, 0, 0, 0));
+  __syncthreads();
+
+  // This warp's ring of the eight: i = 16 t + 4 h + ring_offset.
+  const int ring_offset = (warp & 1) + 2 * (warp >> 2 & 1) + 8 * (warp >> 1 & 1);
+  const Sampler<S> sampler{window, task.pitch};
+  float2 direction[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u)
+    sincospif((lane + 32 * u + 0.5f) * (2.f / ANGLES), &direction[u].y, &direction[u].x);
+  // Column 16 k + 8 (i / 8 & 1) + 4 row + (i & 3); depth 2 lane + u, in swizzled chunks of 8.
+  uint32_t to[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int column = 8 * (warp >> 1 & 1) + 4 * row + 2 * (warp >> 2 & 1) + (warp & 1);
+    to[row] = product + column * 128 + (((lane >> 2) ^ (column & 7)) << 4) + (lane & 3) * 4;
+  }
+  const int parity = warp >> 2, quarter = warp & 3;  // a warpgroup a parity; 16 of 64 rows a warp
+
+  for (int pair = 0; pair < PAIRS; ++pair) {
+    const int buffer = pair & 1;
+    for (int half_step = 0; half_step < 2 * steps; ++half_step) {
+      const int t = half_step >> 1, h = half_step & 1;
+      const bool empty = 16 * t + 4 * h >= task.rings;
+      float sum = 0.f;
+      if (!empty) {
+        const int i = 16 * t + 4 * h + ring_offset;
+        if (i < task.rings) {
+          const float radius = task.first_ring + task.ring_step * (task.rings - 1 - i);
+          sum = sample_ring<S>(sampler, direction, radius, task.last_ring,
+                               task.last_ring + 2 * pair, __ldg(task.gain + i), to);
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4 * S; ++k)
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+              asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + k / S * TYPE_BYTES<S> +
+                                                             k % S * 2048),
+                           "r"(0)
+                           : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+      }
+      if (half_step == 0)
+        power[buffer][warp][lane] = sum;
+      else
+        power[buffer][warp][lane] += sum;
+      __syncthreads();
+#pragma unroll
+      for (int pass = 0; pass < PASSES<S>; ++pass) {
+        float re[32] = {}, im[32] = {};
+        if (!empty) {
+          const uint4* matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
+          const uint32_t from = product + parity * TYPE_BYTES<S> + pass * PASS_BYTES;
+          uint4 a[8];
+#pragma unroll
+          for (int k = 0; k < 8; ++k) a[k] = __ldg(matrix + k * 32);
+          wgmma_begin();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) wgmma(re, a[k], from + 32 * k, k > 0);
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            wgmma(im, a[4 + k], from + 2 * TYPE_BYTES<S> + 32 * k, k > 0);
+          wgmma_finish();
+        }
+        if (pass == PASSES<S> - 1) __syncthreads();  // the product's memory is free again
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight) {
+          const int q = 2 * quarter + eight;
+          if (q >= task.layout.groups || t >= task.layout.steps[q]) continue;
+          const bool zero = parity == 0 && q == 0 && g == 0;
+          const int place = (parity * task.layout.parity + task.layout.base[q] + 8 * t + g) *
+                                FRAGMENT + member * 4 + 2 * h + (c & 1);
+#pragma unroll
+          for (int local = 0; local < 4; ++local) {
+            const int k = 4 * pass + local, row = 2 * pair + (c >> 1);
+            if (k >= S || row >= S) continue;
+            const int n0 = 8 * local + 2 * eight, n1 = n0 + 4;
+            if (zero) {
+              float* keep = constant[buffer][half_step] + 16 * k + 2 * c;
+              keep[0] = re[n0];
+              keep[1] = re[n0 + 1];
+              keep[8] = re[n1];
+              keep[9] = re[n1 + 1];
+            } else {
+              const int shift = (S - 1 - k) * S + (S - 1 - row);
+              tile[static_cast<int64_t>(shift) * fragments * FRAGMENT + place] =
+                  make_uint4(pack2(re[n0], re[n0 + 1]), pack2(im[n0], im[n0 + 1]),
+                             pack2(re[n1], re[n1 + 1]), pack2(im[n1], im[n1 + 1]));
+            }
+          }
+        }
+      }
+    }
+    // Mean and deviation of the two rows of shifts, then what frequency 0 has without the mean.
+    __syncthreads();
+    if (threadIdx.x < 2 * S) {
+      const int k = threadIdx.x >> 1, row = threadIdx.x & 1;
+      float mean = 0.f, sum = 0.f;
+      for (int half_step = 0; half_step < 2 * steps; ++half_step)
+        for (int j = 0; j < 8; ++j) {
+          const int within = (j & 3) + 8 * (j >> 2);
+          const int i = 16 * (half_step >> 1) + 4 * (half_step & 1) + within;
+          if (i < task.rings)
+            mean = fmaf(task.gain[i],
+                        constant[buffer][half_step][16 * k + 4 * row + (j & 3) + 8 * (j >> 2)],
+                        mean);
+        }
+      for (int w = 0; w < WARPS; ++w) sum += power[buffer][w][threadIdx.x];
+      // In units of the packed spectra: weights w = largest_weight gain^2.
+      mean *= sqrtf(task.largest_weight / ANGLES);
+      const float whole = sum * task.largest_weight / (4.f * DEVIATION * DEVIATION * ANGLES);
+      const float variance = whole - mean * mean;
+      level[buffer][threadIdx.x] = mean * sqrtf(ANGLES * task.largest_weight);
+      if (2 * pair + row < S) {
+        const int shift = (S - 1 - k) * S + (S - 1 - 2 * pair - row);
+        // Below this the deviation is rounding.
+        task.scale[particle * S * S + shift] = variance > 1e-5f * whole ? rsqrtf(variance) : 0.f;
+      }
+    }
+    __syncthreads();
+    for (int item = threadIdx.x; item < 2 * S * 4 * steps; item += THREADS) {
+      const int quad = item % (4 * steps), k = item / (4 * steps) >> 1;
+      const int row = item / (4 * steps) & 1;
+      if (2 * pair + row >= S) continue;
+      const int t = quad >> 2, h = quad >> 1 & 1, low = quad & 1;
+      float v[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int within = 2 * low + (e & 1) + 8 * (e >> 1), i = 16 * t + 4 * h + within;
+        v[e] = i < task.rings
+                   ? constant[buffer][2 * t + h][16 * k + 8 * (e >> 1) + 4 * row + 2 * low +
+                                                 (e & 1)] -
+                         task.gain[i] * level[buffer][2 * k + row]
+                   : 0.f;
+      }
+      const int shift = (S - 1 - k) * S + (S - 1 - 2 * pair - row);
+      tile[(static_cast<int64_t>(shift) * fragments + 8 * t) * FRAGMENT + member * 4 +
+           (quad & 3)] = make_uint4(pack2(v[0], v[1]), 0, pack2(v[2], v[3]), 0);
+    }
+  }
+#endif
+}
+
+// Odd enough that points along a ring meet different banks, see images.py.
+int window_pitch(int side) {
+  int pitch = side;
+  while (pitch % 16 != 7 && pitch % 16 != 9) ++pitch;
+  return pitch;
+}
+
+template <int S>
+size_t bytes_of(const Task& task) {
+  return 4 * TYPE_BYTES<S> + sizeof(__half2) * window_side(task.last_ring, S) * task.pitch;
+}
+
+template <int S>
+void launch(Task task, int64_t blocks, cudaStream_t stream) {
+  task.pitch = window_pitch(window_side(task.last_ring, S));
+  const size_t bytes = bytes_of<S>(task);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+  features_kernel<S><<<grid_size(blocks), THREADS, bytes, stream>>>(task);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// shifts: per side of their square grid of whole pixels, in the order of Search.shifts.
+void pack_images(Tensor images, Tensor transform, Tensor gain, std::vector<int64_t> steps,
+                 int64_t first_ring, int64_t ring_step, int64_t shifts, double largest_weight, Tensor packed, Tensor scale) {
+  require(images.dim() == 3 && scale.dim() == 2, "pack_images: images (n, h, w), scale (8 b, s)");
+  Task task;
+  task.images = floats(images, "images");
+  task.transform = halfs(transform, "transform");
+  task.gain = floats(gain, "gain");
+  task.packed = halfs(packed, "packed");
+  task.scale = floats(scale, "scale");
+  task.n = images.size(0);
+  task.height = static_cast<int>(images.size(1));
+  task.width = static_cast<int>(images.size(2));
+  task.rings = static_cast<int>(gain.size(0));
+  task.first_ring = static_cast<int>(first_ring);
+  task.ring_step = static_cast<int>(ring_step);
+  task.last_ring = static_cast<int>(first_ring + ring_step * (task.rings - 1));
+  task.largest_weight = static_cast<float>(largest_weight);
+  task.layout = make_layout(steps);
+  const int64_t blocks = divide_up(task.n, MEMBERS) * MEMBERS;
+  require(task.layout.groups <= 8 && 2 * task.layout.steps[0] <= MOST_HALF_STEPS &&
+              task.rings <= 16 * task.layout.steps[0],
+          "pack_images: more rings or frequencies than it is made for");
+  require(scale.size(0) == blocks && scale.size(1) == shifts * shifts, "scale: wrong size");
+  require(packed.numel() == blocks * shifts * shifts * task.layout.fragments() * FRAGMENT,
+          "packed: wrong size");
+  if (blocks == 0) return;
+  const DeviceGuard guard(images.get_device_index());
+  const auto stream = current_stream(images);
+  switch (shifts) {
+    case 1: return launch<1>(task, blocks, stream);
+    case 3: return launch<3>(task, blocks, stream);
+    case 5: return launch<5>(task, blocks, stream);
+    case 7: return launch<7>(task, blocks, stream);
+    case 9: return launch<9>(task, blocks, stream);
+    case 11: return launch<11>(task, blocks, stream);
+    default: require(false, "pack_images: 1, 3, 5, 7, 9 or 11 shifts a side");
+  }
+}
+
+}  // namespace
+}  // namespace cryoalign
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cryoalign_cuda, m) {
+  m.def(
+      "pack_images(Tensor images, Tensor transform, Tensor gain, int[] steps, int first_ring, "
+      "int ring_step, int shifts, float largest_weight, Tensor(a!) packed, Tensor(b!) scale) "
+      "-> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cryoalign_cuda, CUDA, m) {
+  m.impl("pack_images", TORCH_BOX(&cryoalign::pack_images));
+}
