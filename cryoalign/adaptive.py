@@ -29,13 +29,15 @@ from cryoalign.refine import refine_on, templates_of
 
 # Rings that a screen needs at least; fewer would not tell views apart.
 LEAST_RINGS = 16
-# Hypotheses that are refined at low resolution, and of those at full resolution, at most, and how far
-# below the best they may lie: in deviations of a score without signal, 1 / sqrt(pixels).
+# Hypotheses that are refined at low resolution, and of those at full resolution: how many at most,
+# and how far below the best, in deviations of a score without signal, 1 / sqrt(pixels).
 SCREENED, SCREEN_MARGIN = 8, 1.5
 FINAL, FINAL_MARGIN = 2, 1.0
 LOW_STEPS, FINE_STEPS = 2, 1
-CHUNK = 32
-BLOCK = 2**20
+# Particles at a time: in all, and in the screen, where they share sampling weights.
+BATCH, CHUNK = 1024, 32
+# Entries of the screen's correlation table at a time, and particles that share them.
+BLOCK, TOGETHER = 2**20, 16
 
 
 class Screen(NamedTuple):
@@ -122,11 +124,7 @@ def adaptive_poses(
     Returns:
         label (n,), pose (n,), score (n,) as `refine` gives it.
     """
-    found = [
-        _chunk_poses(part, templates, screen, rings) for part in images.split(CHUNK)
-    ]
-    if not found:
-        raise ValueError("no images to match")
+    found = [_batch_poses(part, templates, screen, rings) for part in images.split(BATCH)]
     labels, poses, scores = zip(*found, strict=True)
     return torch.cat(labels), Pose.cat(poses), torch.cat(scores)
 
@@ -140,7 +138,7 @@ class _Hypotheses(NamedTuple):
     score: Tensor  # (h,)
 
 
-def _chunk_poses(
+def _batch_poses(
     images: Tensor, templates: Tensor, screen: Screen, rings: Rings
 ) -> tuple[Tensor, Pose, Tensor]:
     n = len(images)
@@ -151,17 +149,23 @@ def _chunk_poses(
     low = _best(low, low.score, n, FINAL, FINAL_MARGIN * deviation)
     pose = Pose(low.pose.angle, low.pose.shift * screen.factor, low.pose.mirror)
     fine = _refined(images, templates, low._replace(pose=pose), rings, FINE_STEPS)
+    # References of few particles fit other noise the better the more of it they show: what both
+    # resolutions see is a safer judge of two classes than full resolution alone.
     last = _best(fine, fine.score + low.score, n, 1, 0.0)
     return last.label, last.pose, last.score
 
 
 def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
-    spectra = normalised_spectra(to_polar(small, screen.rings, screen.shifts), screen.rings)
-    score, place = hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, 16)  # (n, k, hands)
-    n, k, hands = score.shape
-    best, which = score.flatten(1).topk(min(SCREENED, k * hands), 1)
+    peaks = []
+    for part in small.split(CHUNK):
+        spectra = normalised_spectra(to_polar(part, screen.rings, screen.shifts), screen.rings)
+        peaks.append(hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, TOGETHER))
+    score, place = (torch.cat(parts) for parts in zip(*peaks, strict=True))  # (n, k, hands)
+    hands = score.shape[2]
+    best, which = score.flatten(1).topk(min(SCREENED, score[0].numel()), 1)
     near = best >= best[:, :1] - margin
+    near[:, 0] = True  # whatever the numbers
     particle, rank = near.nonzero().unbind(1)
     which = which[particle, rank]
     angles = screen.rings.n_angles
@@ -174,25 +178,26 @@ def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
 def _refined(
     images: Tensor, templates: Tensor, these: _Hypotheses, rings: Rings, steps: int
 ) -> _Hypotheses:
-    chosen = images.index_select(0, these.particle)
+    # Every particle has a hypothesis: as many as particles means one each.
+    alone = len(these.particle) == len(images)
+    chosen = images if alone else images.index_select(0, these.particle)
     pose, score = refine_on(chosen, templates, these.label, these.pose, rings, steps)
     return these._replace(pose=pose, score=score)
 
 
 def _best(these: _Hypotheses, merit: Tensor, n: int, most: int, margin: float) -> _Hypotheses:
-    """The best ``most`` of each particle by ``merit`` (h,) that lie within ``margin`` of its best."""
+    """The best ``most`` of each particle by ``merit`` (h,), within ``margin`` of its best."""
     order = merit.argsort(descending=True, stable=True)
     order = order[these.particle[order].argsort(stable=True)]  # by particle, best first
     particle, merit = these.particle[order], merit[order]
     first = torch.searchsorted(particle, torch.arange(n, device=particle.device))
     rank = torch.arange(len(particle), device=particle.device) - first[particle]
-    kept = order[(rank < most) & (merit >= merit[first[particle]] - margin)]
-    return _Hypotheses(
-        these.particle[kept], these.label[kept], these.pose[kept], these.score[kept]
-    )
+    near = merit >= merit[first[particle]] - margin
+    kept = order[(rank == 0) | ((rank < most) & near)]
+    return _Hypotheses(these.particle[kept], these.label[kept], these.pose[kept], these.score[kept])
 
 
 def _angles(last_ring: int) -> int:
-    """A fast even number of angles that holds what the last ring can: at least 2 pi last_ring."""
-    needed = max(32, math.ceil(2 * math.pi * last_ring))
+    """A fast even number of angles, at most 1 / 0.8 px apart on the last ring."""
+    needed = max(32, math.ceil(0.8 * 2 * math.pi * last_ring))
     return min(16 * 2**i * f for i in range(10) for f in (1, 3, 5) if 16 * 2**i * f >= needed)

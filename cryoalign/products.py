@@ -23,12 +23,12 @@ class RingFactors(NamedTuple):
     """References made ready for ring products.
 
     Attributes:
-        count: k.
+        size: k.
         pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y likewise; zeros past k.
         bands: (first m, end m, first ring, end ring) outside of which all references are zero.
     """
 
-    count: int
+    size: int
     pairs: Tensor
     bands: list[tuple[int, int, int, int]]
 
@@ -76,7 +76,7 @@ def hand_peaks(
         Scores, and places (shift * hands + hand) * a + angle, the first of equals.
     """
     n, s, r, m = particles.shape
-    k, hands = factors.count, 1 + mirror
+    k, hands = factors.size, 1 + mirror
     score = particles.new_empty(n, k, hands, dtype=particles.real.dtype)
     place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
     per_pair = s * hands * 2 * (m - 1)

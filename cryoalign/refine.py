@@ -175,11 +175,14 @@ def _refine_in_torch(
     found = [(angle[:0], shift[:0], angle[:0])]
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        found.append(
-            _refine_chunk(
-                images[part], templates.index_select(0, label[part]), pose[part], rings, steps
-            )
+        few = len(images[part])
+        # One reference for all is not copied.
+        own = (
+            templates.expand(few, -1, -1, -1)
+            if len(templates) == 1
+            else templates.index_select(0, label[part])
         )
+        found.append(_refine_chunk(images[part], own, pose[part], rings, steps))
     angles, shifts, scores = zip(*found, strict=True)
     return torch.cat(angles), torch.cat(shifts), torch.cat(scores)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass as plain_dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,11 +12,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign import kernels
+from cryoalign.adaptive import Screen, adaptive_poses, prepare_screen
 from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
 from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.products import ring_factors
+from cryoalign.refine import refine_on, templates_of
 from cryoalign.settings import FORBID
 
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
@@ -38,6 +41,9 @@ class Search:
         ring_step: distance between rings, pixels.
         mirror: try mirrored particles too.
         refine: refine the best pose below the grid's steps.
+        mode: ``exhaustive`` tries the whole grid; ``adaptive`` screens it at lower resolution and
+            refines the best few (`adaptive`), whatever ``shift_step`` is. None is adaptive on a
+            CPU where poses are refined, else exhaustive.
     """
 
     max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
@@ -49,6 +55,24 @@ class Search:
     ring_step: int = Field(default=1, ge=1, description="distance between rings, px")
     mirror: bool = Field(default=True, description="try mirrored particles too")
     refine: bool = Field(default=True, description="refine poses below the grid's steps")
+    mode: Literal["exhaustive", "adaptive"] | None = Field(
+        default=None,
+        description="exhaustive: the whole grid; adaptive: a screen, the best few refined; "
+        "null: adaptive on a CPU, exhaustive on a GPU",
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode == "adaptive" and not self.refine:
+            raise ValueError(
+                "search.mode adaptive lives by refinement: use search.refine: true, or "
+                "search.mode: exhaustive"
+            )
+
+    def is_adaptive(self, device: torch.device) -> bool:
+        """Whether particles on this device are screened first."""
+        return self.mode == "adaptive" or (
+            self.mode is None and self.refine and device.type == "cpu"
+        )
 
     def rings(self, size: int) -> Rings:
         """The rings in a box of ``size`` pixels.
@@ -134,6 +158,56 @@ def best_match(
     score, label = score.max(1)
     place = place.gather(1, label.unsqueeze(1)).squeeze(1)
     return label, score, _pose(place, score, shifts, search, rings)
+
+
+@plain_dataclass(frozen=True, eq=False)
+class Target:
+    """References made ready to be searched by any number of particles.
+
+    Attributes:
+        search: the grid; rings: in the references' box.
+        templates: (k, 3, size, size) for refinement.
+        spectra: (k, r, m) ring spectra of an exhaustive search.
+        screen: of an adaptive one.
+    """
+
+    search: Search
+    rings: Rings
+    templates: Tensor
+    spectra: Tensor | None
+    screen: Screen | None
+
+
+def prepare(references: Tensor, search: Search) -> Target:
+    """Make references (k, size, size) ready for `best_poses`."""
+    rings = search.rings(references.shape[-1])
+    templates = templates_of(references)
+    if search.is_adaptive(references.device):
+        screen = prepare_screen(references, rings, search.max_shift, search.mirror)
+        return Target(search, rings, templates, None, screen)
+    return Target(search, rings, templates, reference_spectra(references, rings), None)
+
+
+def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
+    """Search, and refine if the search says so: the one door of alignment.
+
+    Args:
+        images: (n, size, size), background zero.
+        target: `prepare` of the references.
+
+    Returns:
+        Class index (n,), pose (n,) and score (n,) of every particle's best reference. The score
+        is `refine`'s, or without refinement that of the grid.
+    """
+    if not len(images):
+        raise ValueError("no images to match")
+    if target.screen is not None:
+        return adaptive_poses(images, target.templates, target.screen, target.rings)
+    assert target.spectra is not None
+    label, score, pose = best_match(images, target.spectra, target.search, target.rings)
+    if target.search.refine:
+        pose, score = refine_on(images, target.templates, label, pose, target.rings)
+    return label, pose, score
 
 
 def _peaks(
