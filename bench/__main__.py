@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import accuracy, blind, interpolation, iteration, memory, scaling, search
+from bench import accuracy, adaptive, blind, interpolation, iteration, memory, scaling, search
 from bench.result import RESULTS, Result, compare, record
 
 ENTRIES: dict[str, Callable[..., Result]] = {
@@ -24,6 +24,8 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "scaling": scaling.run,
     "memory": memory.run,
     "accuracy": accuracy.run,
+    "adaptive": adaptive.run,
+    "adaptive-accuracy": adaptive.accuracy,
     "blind": blind.run,
     "interpolation": interpolation.run,
 }

@@ -122,8 +122,9 @@ def normalised_spectra(polar: Tensor, rings: Rings) -> Tensor:
     a = polar.shape[-1]
     weights = rings.weights(polar.device).to(polar.dtype)  # (r,)
     spectra = torch.fft.rfft(polar)
-    mean = spectra[..., 0].real @ weights / a  # (...,)
-    power = torch.linalg.vecdot(polar, polar) @ weights / a
+    # Sums, not products with a vector: those round by how many rows there are.
+    mean = (spectra[..., 0].real * weights).sum(-1) / a  # (...,)
+    power = (torch.linalg.vecdot(polar, polar) * weights).sum(-1) / a
     variance = power - mean.square()
     # Below this the deviation is rounding: such an image says nothing about its pose.
     flat = variance <= 16 * torch.finfo(polar.dtype).eps * power

@@ -175,14 +175,19 @@ def _refine_in_torch(
     found = [(angle[:0], shift[:0], angle[:0])]
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        few = len(images[part])
+        some, names, start_pose = images[part], label[part], pose[part]
+        if len(some) == 1:  # a product of one matrix rounds as no batch of them does: take two
+            some, names = some.repeat(2, 1, 1), names.repeat(2)
+            start_pose = Pose.cat([start_pose, start_pose])
         # One reference for all is not copied.
         own = (
-            templates.expand(few, -1, -1, -1)
+            templates.expand(len(some), -1, -1, -1)
             if len(templates) == 1
-            else templates.index_select(0, label[part])
+            else templates.index_select(0, names)
         )
-        found.append(_refine_chunk(images[part], own, pose[part], rings, steps))
+        turned, moved, scored = _refine_chunk(some, own, start_pose, rings, steps)
+        count = min(chunk, len(images) - start)
+        found.append((turned[:count], moved[:count], scored[:count]))
     angles, shifts, scores = zip(*found, strict=True)
     return torch.cat(angles), torch.cat(shifts), torch.cat(scores)
 
