@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cryoalign.correlate import unravel_place
 from cryoalign.filters import frequency_grid
-from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
+from cryoalign.geometry import sample_at, sampling_places
+from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.products import RingFactors, hand_peaks, ring_factors
 from cryoalign.refine import refine_on, templates_of
@@ -50,6 +51,7 @@ class Screen(NamedTuple):
         factors: of their ring spectra.
         rings: in the screen's pixels.
         shifts: (s, 2) trial shifts, in the screen's pixels.
+        places: `sampling_places` of the rings about all of them.
         mirror: whether mirrored particles are tried.
     """
 
@@ -59,6 +61,7 @@ class Screen(NamedTuple):
     factors: RingFactors
     rings: Rings
     shifts: Tensor
+    places: Tensor
     mirror: bool
 
 
@@ -75,7 +78,8 @@ def prepare_screen(references: Tensor, rings: Rings, max_shift: float, mirror: b
     reduced = reduce(references, small)
     factors = ring_factors(reference_spectra(reduced, low))
     shifts = coarse_shifts(max_shift / factor).to(references)
-    return Screen(factor, small, templates_of(reduced), factors, low, shifts, mirror)
+    places = sampling_places(shifted_rings(reduced, low, shifts), small, small)
+    return Screen(factor, small, templates_of(reduced), factors, low, shifts, places, mirror)
 
 
 def coarse_shifts(reach: float) -> Tensor:
@@ -159,7 +163,7 @@ def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
     peaks = []
     for part in small.split(CHUNK):
-        spectra = normalised_spectra(to_polar(part, screen.rings, screen.shifts), screen.rings)
+        spectra = normalised_spectra(sample_at(part, screen.places), screen.rings)
         peaks.append(hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, TOGETHER))
     score, place = (torch.cat(parts) for parts in zip(*peaks, strict=True))  # (n, k, hands)
     hands = score.shape[2]

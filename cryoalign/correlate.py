@@ -27,7 +27,7 @@ from cryoalign.products import RingFactors, peaks_of, ring_factors
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
-CPU_BLOCK = 2**20
+CPU_BLOCK = 3 * 2**18
 CUDA_BLOCK = 2**27
 
 

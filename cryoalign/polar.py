@@ -93,10 +93,14 @@ def to_polar(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tens
     """
     if shifts is None:
         shifts = images.new_zeros(1, 2)
+    return sample(images, shifted_rings(images, rings, shifts))
+
+
+def shifted_rings(images: Tensor, rings: Rings, shifts: Tensor) -> Tensor:
+    """(1 or n, s, r, a, 2) the points of `to_polar`."""
     if shifts.ndim == 2:
         shifts = shifts.unsqueeze(0)
-    points = ring_points(rings, images) - shifts.to(images.dtype)[:, :, None, None]
-    return sample(images, points)
+    return ring_points(rings, images) - shifts.to(images.dtype)[:, :, None, None]
 
 
 def ring_spectra(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Angular frequencies that share a ring product's extent: few leave little out, many are fast.
 BAND = 16
-# References that a ring product takes together. Some BLAS kernels round the columns past a
-# multiple of their width otherwise, and equal references should score the same.
-GROUP = 8
+# References that a ring product takes at least, unless there are but two: with fewer columns some
+# BLAS kernels round by the column, and equal references should score the same.
+LEAST = 8
 
 
 class RingFactors(NamedTuple):
@@ -46,7 +46,7 @@ def ring_factors(references: Tensor) -> RingFactors:
             bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
     pairs = both.permute(0, 3, 1, 2, 4)  # (m, 2, r, k, 2)
     k = len(references)
-    pairs = F.pad(pairs, (0, 0, 0, -k % GROUP if k > 2 else 0))
+    pairs = F.pad(pairs, (0, 0, 0, _spare(k)))
     return RingFactors(k, pairs.contiguous(), bands)
 
 
@@ -81,7 +81,7 @@ def hand_peaks(
     place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
     per_pair = s * hands * 2 * (m - 1)
     most = max(1, block // per_pair)
-    k_block = -(-k // math.ceil(k / most) // GROUP) * GROUP if k else 1
+    k_block = math.ceil(k / math.ceil(k / most)) if k else 1
     n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together))
     for start in range(0, n, n_block):
         rows = slice(start, start + n_block)
@@ -91,6 +91,11 @@ def hand_peaks(
             some = slice(first, min(first + k_block, k))
             score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror)
     return score, place
+
+
+def _spare(k: int) -> int:
+    """Columns of zeros that k references need."""
+    return max(0, LEAST - k) if k > 2 else 0
 
 
 def _block_peaks(
@@ -108,8 +113,11 @@ def _block_peaks(
     m, _, ns, _ = parts.shape
     a = 2 * (m - 1)
     k = some.stop - some.start
-    whole = slice(some.start, some.start + k + (-k % GROUP if k > 2 else 0))
-    columns = factors.pairs[..., whole, :].flatten(3)  # (m, 2, r, k' 2)
+    columns = factors.pairs[..., some, :]  # (m, 2, r, k, 2)
+    if _spare(k):
+        whole = factors.size == k  # else it is a small part of many
+        columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, _spare(k)))
+    columns = columns.flatten(3)  # (m, 2, r, k' 2)
     product = parts.new_empty(m, 2, ns, columns.shape[-1])
     done = 0
     for start, end, low, high in factors.bands:

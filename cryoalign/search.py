@@ -14,15 +14,16 @@ from torch import Tensor
 from cryoalign import kernels
 from cryoalign.adaptive import Screen, adaptive_poses, prepare_screen
 from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
+from cryoalign.geometry import sample_at, sampling_places
 from cryoalign.kernels import images as kernel_images
-from cryoalign.polar import Rings, normalised_spectra, reference_spectra, to_polar
+from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.products import ring_factors
 from cryoalign.refine import refine_on, templates_of
 from cryoalign.settings import FORBID
 
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
-CPU_CHUNK = 2**23
+CPU_CHUNK = 2**22
 CUDA_CHUNK = 2**30
 # References of a particle that the GPU scores in full precision after a half-precision search:
 # the exact choice is among the best four (bench/README.md).
@@ -318,10 +319,11 @@ def _peaks_in_torch(
     shape = (len(images), len(references))
     score = images.new_empty(shape)
     place = images.new_empty(shape, dtype=torch.int64)
+    places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
     # Sampling shares its weights among the images of a call, spectra want to stay in cache:
     # hence chunks of chunks.
     for start in range(0, len(images), 4 * few):
-        polar = to_polar(images[start : start + 4 * few], rings, shifts)
+        polar = sample_at(images[start : start + 4 * few], places)
         for part in polar.split(few):
             rows = slice(start, start + len(part))
             spectra = normalised_spectra(part, rings)
