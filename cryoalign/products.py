@@ -83,13 +83,16 @@ def hand_peaks(
     most = max(1, block // per_pair)
     k_block = math.ceil(k / math.ceil(k / most)) if k else 1
     n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together))
+    # One workspace for all blocks: fresh memory costs more than what is done in it.
+    widest = max(k_block, LEAST) if k > 2 else k_block
+    room = particles.new_empty(m * 2 * n_block * s * 2 * widest, dtype=score.dtype)
     for start in range(0, n, n_block):
         rows = slice(start, start + n_block)
         x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
         x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
         for first in range(0, k, k_block):
             some = slice(first, min(first + k_block, k))
-            score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror)
+            score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror, room)
     return score, place
 
 
@@ -99,7 +102,7 @@ def _spare(k: int) -> int:
 
 
 def _block_peaks(
-    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool
+    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool, room: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Peaks of a block of particles against a block of references, (n, k, hands) each.
 
@@ -109,6 +112,7 @@ def _block_peaks(
 
     Args:
         parts: (m, 2, n s, r) real and imaginary part of the particles' spectra.
+        room: memory for the product.
     """
     m, _, ns, _ = parts.shape
     a = 2 * (m - 1)
@@ -118,7 +122,8 @@ def _block_peaks(
         whole = factors.size == k  # else it is a small part of many
         columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, _spare(k)))
     columns = columns.flatten(3)  # (m, 2, r, k' 2)
-    product = parts.new_empty(m, 2, ns, columns.shape[-1])
+    shape = (m, 2, ns, columns.shape[-1])
+    product = room[: math.prod(shape)].view(shape)
     done = 0
     for start, end, low, high in factors.bands:
         product[done:start] = 0
@@ -134,7 +139,7 @@ def _block_peaks(
     plain = half_a + half_b
     tables = [plain]
     if mirror:
-        tables.append(half_a - half_b)
+        tables.append(half_a.sub_(half_b))
     index = torch.arange(k, device=product.device)
     row = torch.arange(ns // s, device=product.device)[:, None] * s
     scores, places = [], []
