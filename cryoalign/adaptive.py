@@ -34,7 +34,7 @@ LEAST_RINGS = 16
 # and how far below the best, in deviations of a score without signal, 1 / sqrt(pixels).
 SCREENED, SCREEN_MARGIN = 8, 1.5
 FINAL, FINAL_MARGIN = 2, 1.0
-LOW_STEPS, FINE_STEPS = 2, 1
+LOW_STEPS, FINE_STEPS = 1, 1
 # Particles at a time: in all, and in the screen, where they share sampling weights.
 BATCH, CHUNK = 1024, 32
 # Entries of the screen's correlation table at a time, and particles that share them.
