@@ -38,7 +38,7 @@ LOW_STEPS, FINE_STEPS = 1, 1
 # Particles at a time: in all, and in the screen, where they share sampling weights.
 BATCH, CHUNK = 1024, 32
 # Entries of the screen's correlation table at a time, and particles that share them.
-BLOCK, TOGETHER = 2**20, 16
+BLOCK, TOGETHER = 2**20, 32
 
 
 class Screen(NamedTuple):
@@ -202,6 +202,6 @@ def _best(these: _Hypotheses, merit: Tensor, n: int, most: int, margin: float) -
 
 
 def _angles(last_ring: int) -> int:
-    """A fast even number of angles, at most 1 / 0.8 px apart on the last ring."""
-    needed = max(32, math.ceil(0.8 * 2 * math.pi * last_ring))
+    """A fast even number of angles, at most 1 px apart on the last ring, 3 degrees anywhere."""
+    needed = max(120, math.ceil(2 * math.pi * last_ring))
     return min(16 * 2**i * f for i in range(10) for f in (1, 3, 5) if 16 * 2**i * f >= needed)
