@@ -46,13 +46,16 @@ def wiener_curve(frc: Tensor) -> Tensor:
 
     With the signal-to-noise ratio of the full average SNR = 2 FRC / (1 - FRC), it is
     SNR / (1 + SNR) = 2 FRC / (1 + FRC) (Rosenthal & Henderson 2003). The curve is smoothed over
-    three shells and is zero from its first non-positive shell on: beyond, it only follows noise.
+    three shells and is zero from where two in a row are not positive: beyond, it only follows
+    noise, while a single one may be a zero of the class's own transform.
     Shell 0 passes unchanged.
     """
     smooth = torch.nn.functional.avg_pool1d(
         torch.nn.functional.pad(frc.unsqueeze(1), (1, 1), mode="replicate"), 3, stride=1
     ).squeeze(1)
     smooth = smooth.clamp(0, 1)
-    alive = torch.cumprod((smooth > 0).to(smooth.dtype), 1)
+    dead = smooth <= 0
+    ended = dead & torch.cat([dead[:, 1:], dead[:, -1:]], 1)
+    alive = torch.cumprod((~ended).to(smooth.dtype), 1)
     curve = 2 * smooth / (1 + smooth) * alive
     return torch.cat([torch.ones_like(curve[:, :1]), curve[:, 1:]], 1)

@@ -20,8 +20,8 @@ from cryoalign.settings import FORBID
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
 CPU_CHUNK = 2**23
 CUDA_CHUNK = 2**30
-# References of a particle that the GPU scores in full precision after a half-precision search:
-# the exact choice is among the best four (bench/README.md).
+# References of a particle that a GPU scores in full precision after its half-precision search,
+# whose best four have the exact choice among them.
 CANDIDATES = 4
 
 

@@ -132,12 +132,15 @@ def test_wiener_curve_is_the_filter_of_least_error():
     assert flat == pytest.approx(best, abs=0.01)
 
 
-def test_wiener_curve_stops_at_the_first_lost_ring():
+def test_wiener_curve_passes_a_node_but_stops_where_two_rings_are_lost():
+    node = curve(1, 0.9, 0.3, -0.5, -0.1, 0.8, 0.9, 0.9)  # smoothed: one ring below zero
+    assert wiener_curve(node)[0, 3] == 0
+    assert (wiener_curve(node)[0, 5:] > 0.5).all()
     frc = curve(1, 0.9, 0.6, 0.1, -0.3, -0.2, 0.5, 0.9)
     smooth = np.convolve(np.pad(frc[0].numpy(), 1, mode="edge"), np.ones(3) / 3, mode="valid")
     expected = np.zeros(8)
     for i, value in enumerate(smooth.clip(0, 1)):
-        if value <= 0:
+        if value <= 0 and smooth[i + 1] <= 0:
             break
         expected[i] = 2 * value / (1 + value)
     expected[0] = 1
