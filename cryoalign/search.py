@@ -62,7 +62,12 @@ class Search:
                 f"a box of {size} px: use search.last_ring <= {room}, or a smaller "
                 "search.max_shift"
             )
-        if room < max(2, self.first_ring):
+        if self.first_ring > room >= 2:
+            raise ValueError(
+                f"first_ring {self.first_ring} px lies outside the last ring that fits, {room} px: "
+                f"use search.first_ring < {room}"
+            )
+        if room < 2:
             raise ValueError(
                 f"a box of {size} px with max_shift {self.max_shift:g} px leaves no ring: use a "
                 "smaller search.max_shift"
