@@ -195,10 +195,11 @@ def centring(averages: Tensor, pose: Pose, label: Tensor, centre: Centre, mask: 
     if centre == "none":
         return averages.new_zeros(k, 2)
     if centre == "members":
-        moved = displacement(pose).to(averages)
-        total = averages.new_zeros(k, 2).index_add(0, label.to(averages.device), moved)
-        count = torch.bincount(label, minlength=k).to(averages)
-        return -total / count.clamp(min=1)[:, None]
+        # On the CPU, where sums have one order; particles' poses are there anyway.
+        moved, label = displacement(pose).cpu(), label.cpu()
+        total = moved.new_zeros(k, 2).index_add(0, label, moved)
+        count = torch.bincount(label, minlength=k)
+        return (-total / count.clamp(min=1)[:, None]).to(averages)
     # Density above the background's spread, whichever way round the contrast is.
     weight = (averages * mask).abs()
     peak = weight.flatten(1).amax(1)[:, None, None]

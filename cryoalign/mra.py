@@ -246,7 +246,8 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
     started = time.perf_counter()
     label, pose, score = _assign(job, state.references.to(job.particles.device))
     reassigned = float((label != state.label).double().mean())
-    change = pixel_error(pose, state.pose, job.rings.last_ring).sqrt()
+    device = job.particles.device
+    change = pixel_error(pose.to(device), state.pose.to(device), job.rings.last_ring).sqrt().cpu()
     same_hand = pose.mirror == state.pose.mirror
     first = state.iteration == 0  # there is no pose yet to have changed
     settled = reassigned <= job.settle

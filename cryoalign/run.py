@@ -71,6 +71,9 @@ def run(
         folder = config.output or Path()
         shown = f"{len(stack)} particles of {stack.shape[0]} x {stack.shape[1]} px -> {folder}"
         console.print(shown, highlight=False, soft_wrap=True)
+        if state is not None:
+            going = f"going on after iteration {state.iteration}"
+            console.print(going + (", settled" if state.settled else ""), highlight=False)
         with Watch(console, config.iterations, state.iteration if state else 0) as watch:
             try:
                 _align_and_write(config, stack, state, watch, on_iteration)
