@@ -1,5 +1,5 @@
 # make demo   install into .venv, simulate a small stack, align and classify it
-# make test   install into .venv, run the linters and the test suite
+# make test   install into .venv, run the test suite and the linters
 # make bench  install into .venv, list what can be measured
 # An environment of your own: make test VENV=/path/to/it
 
@@ -27,8 +27,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: $(VENV)/installed
 	$(BIN)/pytest -m "not long"
+	$(MAKE) lint
 
 long-test: $(VENV)/installed
 	$(BIN)/pytest -m long

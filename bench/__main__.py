@@ -15,11 +15,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import accuracy, adaptive, blind, interpolation, iteration, memory, scaling, search
+from bench import (
+    accuracy,
+    adaptive,
+    blind,
+    gpu_search,
+    interpolation,
+    iteration,
+    memory,
+    scaling,
+    search,
+)
 from bench.result import RESULTS, Result, compare, record
 
 ENTRIES: dict[str, Callable[..., Result]] = {
     "search": search.run,
+    "gpu_search": gpu_search.run,
     "iteration": iteration.run,
     "scaling": scaling.run,
     "memory": memory.run,

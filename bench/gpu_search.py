@@ -19,11 +19,13 @@ from cryoalign.synthetic import simulate
 
 # Entries of the plain formulation's table at a time.
 PLAIN_TABLE = 2**28
+# Particles whose complex64 spectra are held, 1.8 MB each.
+FEW = 2048
 
 
 def run(
     k: Annotated[tuple[int, ...], "numbers of references"] = (1, 10, 50, 200),
-    n: Annotated[int, "particles, a multiple of 512"] = 16384,
+    n: Annotated[int, "particles"] = 16384,
     size: Annotated[int, "box, px"] = 90,
     last_ring: Annotated[int, "outermost ring, px"] = 36,
     max_shift: Annotated[float, "largest trial shift, px"] = 3.0,
@@ -33,15 +35,16 @@ def run(
     """Particles per second of the fused search on a GPU, against plain PyTorch and the ceilings.
 
     Rows: the kernels on packed spectra ("fused" as the card is served, "portable" the one for every
-    card), rescoring, the whole operator from complex64 spectra, and the plain formulation's search.
+    card, "own band" with no more rings and frequencies than the references have power in),
+    rescoring, the whole operator from complex64 spectra, and the plain formulation's search.
     """
     found = status()
     if not found.loaded or not torch.cuda.is_available():
         raise RuntimeError(f"{found.message}; {found.advice}")
     search = Search(max_shift=max_shift, last_ring=last_ring)
     rings, shifts = search.rings(size), search.shifts("cuda")
-    layout = Layout.of_radii(rings.radii().tolist(), rings.n_angles)
-    data = simulate(512, max(k), size=size, snr=0.1, max_shift=max_shift)
+    layout = Layout.of_rings(rings)
+    data = simulate(FEW, max(k), size=size, snr=0.1, max_shift=max_shift)
     images, views = data.images.cuda(), data.views.cuda()
     particles = _packed_particles(images, n, layout, rings, shifts)
     matrix_rate, copy_rate = _matrix_rate(repeats), _copy_rate(repeats)
@@ -49,10 +52,13 @@ def run(
     rows: list[Row] = []
     for classes in k:
         references = ring_spectra(views[:classes], rings)[:, 0]
+        own = Layout.of_references(references)
+        narrow = _packed_particles(images, n, own, rings, shifts)
         rows += _rows(
-            particles, some, references, layout, n, classes, candidates, repeats,
+            (particles, narrow), some, references, (layout, own), n, candidates, repeats,
             (matrix_rate, copy_rate),
         )  # fmt: skip
+        del narrow
     return Result(
         rows,
         [
@@ -63,38 +69,41 @@ def run(
             f"{copy_rate / 1e12:.2f} TB/s",
             "tensor: executed on the tensor cores, references filled up to eights included; "
             "stream: packed particles read, once per 8 references, mostly from L2",
-            "operator and plain start from complex64 spectra of 512 particles",
+            f"operator and plain start from complex64 spectra of {FEW} particles",
         ],
     )
 
 
 def _rows(
-    particles: Packed,
+    particles: tuple[Packed, Packed],
     some: Tensor,
     references: Tensor,
-    layout: Layout,
+    layouts: tuple[Layout, Layout],
     n: int,
-    k: int,
     candidates: int,
     repeats: int,
     ceilings: tuple[float, float],
 ) -> list[Row]:
-    """The rows of one number of references."""
-    packed = peaks.pack_references(references, layout)
-    few = len(some)
+    """The rows of one set of references; particles in the rings' and in the references' layout."""
+    k, few = len(references), len(some)
+    layout = layouts[0]
     part = max(1, PLAIN_TABLE // (k * some.shape[1] * 2 * layout.angles))
+    packed = [peaks.pack_references(references, each) for each in layouts]
 
-    def fused(portable: bool) -> Callable[[], object]:
-        return lambda: peaks.search_packed(particles, packed, layout, n, k, portable=portable)
+    def fused(which: int, portable: bool = False) -> Callable[[], object]:
+        return lambda: peaks.search_packed(
+            particles[which], packed[which], layouts[which], n, k, portable=portable
+        )
 
-    coarse, shift = peaks.search_packed(
-        peaks.pack_particles(some, layout), packed, layout, few, k, portable=False
+    coarse, shift = peaks.search_two(
+        peaks.pack_particles(some, layout), packed[0], layout, few, k, portable=False
     )
     score = coarse.new_empty(few, k)
     place = torch.empty(few, k, dtype=torch.int64, device=score.device)
     stages: dict[str, tuple[int, Callable[[], object]]] = {
-        "fused": (n, fused(False)),
-        "portable": (n, fused(True)),
+        "fused": (n, fused(0)),
+        "portable": (n, fused(0, portable=True)),
+        "own band": (n, fused(1)),
         "rescore": (
             few,
             lambda: peaks.rescore(some, references, coarse, shift, candidates, score, place),
@@ -103,27 +112,33 @@ def _rows(
         "plain": (few, lambda: [plain.peaks(x, references) for x in some.split(part)]),
     }
     seconds = {name: _seconds(call, repeats) / count for name, (count, call) in stages.items()}
-    # Of one particle: executed on the tensor cores, and streamed.
-    tiles = some.shape[1] * -(-k // 8) / 8
-    flops = tiles * 64 * (65536 * layout.angles / 256 + 128 * layout.fragments)
-    stream = tiles * 512 * layout.fragments
+    used = {"fused": layouts[0], "portable": layouts[0], "own band": layouts[1]}
+    tiles = some.shape[1] * -(-k // 8) / 8  # of one particle
     rows: list[Row] = []
     for name, each in seconds.items():
-        kernel = name in ("fused", "portable")
+        flops, stream = _work(used[name]) if name in used else (0.0, 0.0)
         rows.append(
             {
                 "k": k,
                 "stage": name,
+                "steps": " ".join(map(str, used[name].steps)) if name in used else "",
                 "particles/s": 1 / each,
                 "us/particle": 1e6 * each,
                 "x plain": seconds["plain"] / each,
-                "tensor TFLOP/s": flops / each / 1e12 if kernel else None,
-                "of product": flops / each / ceilings[0] if kernel else None,
-                "stream TB/s": stream / each / 1e12 if kernel else None,
-                "of copy": stream / each / ceilings[1] if kernel else None,
+                "tensor TFLOP/s": tiles * flops / each / 1e12 or None,
+                "of product": tiles * flops / each / ceilings[0] or None,
+                "stream TB/s": tiles * stream / each / 1e12 or None,
+                "of copy": tiles * stream / each / ceilings[1] or None,
             }
         )
     return rows
+
+
+def _work(layout: Layout) -> tuple[float, float]:
+    """Of one tile: operations executed on the tensor cores, and bytes of particles streamed."""
+    rows, depth = 64 * -(-layout.angles // 256), 16 * -(-len(layout.steps) // 2)
+    transform = 2.0 * 4 * rows * depth * 128
+    return transform + 2.0 * 2 * 16 * 8 * 16 * layout.fragments, 512.0 * layout.fragments
 
 
 def _packed_particles(

@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from bench import plain
 from bench.result import Result, Row
 from bench.timing import measure
+from cryoalign.average import class_sums
 from cryoalign.correlate import correlation_peaks
 from cryoalign.particles import choose_device
 from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
@@ -39,7 +41,7 @@ def run(
     repeats: Annotated[int, "timings of each stage, of which the median counts"] = 5,
     device: Annotated[str, "cpu or cuda"] = "cpu",
 ) -> Result:
-    """Particles per second of features, operator, whole match and refinement.
+    """Particles per second of features, operator, whole match, refinement and averaging.
 
     The baseline, in the same run, is the plain formulation (grid_sample, rfft, einsum, irfft, max;
     see bench/plain.py). Particles are simulated views of one phantom with noise; images and
@@ -100,6 +102,14 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
     def refined() -> None:
         refine(images, views, label, pose, rings)
 
+    rows = torch.arange(len(images), device=images.device)
+
+    def averaged() -> None:
+        class_sums(
+            ((part, images[part]) for part in rows.split(2048)),
+            pose, label, rows % 2, len(views), images.shape[-1], images.device,
+        )  # fmt: skip
+
     def both() -> None:
         label, _, pose = match_spectra(images, references, search, rings).best()
         refine(images, views, label, pose, rings)
@@ -110,5 +120,6 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
         "match": matched,
         "refine": refined,
         "match + refine": both,
+        "average": averaged,
         **plain.stages(images, views, search),
     }

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cryoalign.average import TRUSTED, class_filters
 from cryoalign.files import replacing
 from cryoalign.filters import filter_shells
-from cryoalign.frc import wiener_curve
 from cryoalign.pose import Pose
 
 
@@ -66,8 +66,10 @@ class Alignment:
             )
 
     def filtered_averages(self) -> Tensor:
-        """(k, size, size) averages weighted by their own FRC (`frc.wiener_curve`)."""
-        return filter_shells(self.averages, wiener_curve(self.frc))
+        """(k, size, size) averages weighted by their own FRC, as references are (`average`)."""
+        # Without members in one half the FRC is zero from shell 1 on.
+        trusted = (self.class_sizes >= 2 * TRUSTED) & (self.frc[:, 1:] != 0).any(1)
+        return filter_shells(self.averages, class_filters(self.frc, trusted))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from cryoalign import frc, kernels
 from cryoalign.distributed import sum_over_ranks
-from cryoalign.filters import filter_shells, soft_mask
+from cryoalign.filters import filter_shells, low_pass_curve
 from cryoalign.geometry import pixel_grid, transform
 from cryoalign.kernels import images as kernel_images
 from cryoalign.pose import Pose, compose
 from cryoalign.settings import FORBID
 
 Centre = Literal["members", "mass", "none"]
+TRUSTED = 4  # members of each half from which a class's own FRC counts
+LOW_PASS = 0.1  # 1/px: what a few noisy particles have to say
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -73,10 +75,13 @@ class ClassSums:
         return _mean(self.total, self.count)
 
     def frc(self, mask: Tensor | None = None) -> Tensor:
-        """(k, shells) FRC of the half-averages, under a mask (size, size) if given."""
+        """(k, shells) FRC of the half-averages, under a mask (size, size) if given.
+
+        Their means under the mask are removed before: the mask itself must not correlate.
+        """
         halves = self.half_averages()
         if mask is not None:
-            halves = halves * mask
+            halves = torch.stack([masked(half, mask) for half in halves])
         return frc.ring_correlation(halves[0], halves[1])
 
 
@@ -190,10 +195,11 @@ def centring(averages: Tensor, pose: Pose, label: Tensor, centre: Centre, mask: 
     if centre == "none":
         return averages.new_zeros(k, 2)
     if centre == "members":
-        moved = displacement(pose).to(averages)
-        total = averages.new_zeros(k, 2).index_add(0, label.to(averages.device), moved)
-        count = torch.bincount(label, minlength=k).to(averages)
-        return -total / count.clamp(min=1)[:, None]
+        # On the CPU, where sums have one order; particles' poses are there anyway.
+        moved, label = displacement(pose).cpu(), label.cpu()
+        total = moved.new_zeros(k, 2).index_add(0, label, moved)
+        count = torch.bincount(label, minlength=k)
+        return (-total / count.clamp(min=1)[:, None]).to(averages)
     # Density above the background's spread, whichever way round the contrast is.
     weight = (averages * mask).abs()
     peak = weight.flatten(1).amax(1)[:, None, None]
@@ -210,17 +216,27 @@ def move(pose: Pose, shift: Tensor) -> Pose:
     return compose(pose, Pose(zero, shift.to(pose.shift), torch.zeros_like(pose.mirror)))
 
 
-def references_from(sums: ClassSums, averaging: Averaging, mask_radius: float) -> Tensor:
-    """(k, size, size) references: averages filtered by their FRC, under the soft mask.
+def filtered_averages(sums: ClassSums, averaging: Averaging, mask: Tensor) -> Tensor:
+    """(k, size, size) class averages weighted by their FRC under a mask (size, size).
 
-    Every reference's mean under the mask is removed before masking, so that the mask's own
-    disc is no feature to align to.
+    The FRC of a class with fewer than `TRUSTED` members in either half says little (with none in
+    one of them, nothing): it is filtered by the mean curve of the others, or, if there are none,
+    by a low-pass at `LOW_PASS`.
     """
-    mask = soft_mask(sums.total.shape[-1], mask_radius, averaging.mask_edge, sums.total.device)
     averages = sums.averages()
-    if averaging.filter == "wiener":
-        averages = filter_shells(averages, frc.wiener_curve(sums.frc(mask)))
-    return masked(averages, mask)
+    if averaging.filter == "none":
+        return averages
+    trusted = sums.count.amin(0) >= TRUSTED
+    return filter_shells(averages, class_filters(sums.frc(mask), trusted))
+
+
+def class_filters(curves: Tensor, trusted: Tensor) -> Tensor:
+    """(k, shells) Wiener filters from the FRC curves (k, shells) of which some are trusted (k,)."""
+    size = 2 * (curves.shape[1] - 1)
+    if trusted.any():
+        common = curves[trusted].mean(0, keepdim=True)
+        return frc.wiener_curve(torch.where(trusted[:, None], curves, common))
+    return low_pass_curve(size, LOW_PASS).to(curves).expand(len(curves), -1)
 
 
 def masked(images: Tensor, mask: Tensor) -> Tensor:

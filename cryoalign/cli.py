@@ -21,10 +21,11 @@ from rich.text import Text
 
 from cryoalign.alignment import Alignment
 from cryoalign.check import check_stack
-from cryoalign.config import RunConfig, SimulateConfig, load_config
+from cryoalign.config import RunConfig, SimulateConfig, as_mapping, load_config
 from cryoalign.distributed import process_group, rank, world_size
 from cryoalign.doctor import examine
 from cryoalign.particles import choose_device
+from cryoalign.report import flags, shift_limit
 from cryoalign.run import run
 from cryoalign.schema import describe, known_keys, load_settings
 from cryoalign.synthetic import simulate, write_simulation
@@ -32,7 +33,8 @@ from cryoalign.synthetic import simulate, write_simulation
 LISTED = 15
 """Classes in the table that a run ends with."""
 NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"
-_KEYS = "settings as key=value, e.g. search.max_shift=4; `--help` lists the keys"
+_KEYS = "settings as key=value, e.g. search.max_shift=4 (the keys are listed below)"
+PARTICLES = (".star", ".mrcs", ".mrc", ".npy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: `check` found problems; 2: something the user can put right, told in one message;
     130: interrupted. ``CRYOALIGN_DEBUG=1`` shows tracebacks.
     """
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].lstrip("-").partition("=")[0]
+        _parser().error(f"unknown option {unknown[0]}; settings have no dashes: {word}=...")
     _quieten()
     try:
         command: Callable[[argparse.Namespace], int] = parsed.command
@@ -58,8 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     runs = _add(commands, "run", _run, "align particles and average their classes", RunConfig)
-    runs.add_argument("config", metavar="CONFIG", help="YAML file of settings; may be left out")
-    runs.add_argument("settings", metavar="key=value", nargs="*", help=_KEYS)
+    runs.add_argument(
+        "words",
+        metavar="CONFIG|STACK|key=value",
+        nargs="*",
+        default=[],
+        help=f"a YAML file of settings, the particles' file, and {_KEYS}; all may be left out but "
+        "the particles",
+    )
 
     check = _add(commands, "check", _check, "list all that is wrong with a stack", RunConfig)
     check.add_argument("stack", metavar="STACK", help="STAR file, .mrcs, .mrc or .npy")
@@ -67,12 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "settings",
         metavar="key=value",
         nargs="*",
+        default=[],
         help="as for run, so that box, rings and shifts are checked too",
     )
 
     make = _add(commands, "simulate", _simulate, "make a stack with known poses", SimulateConfig)
     make.add_argument("folder", metavar="OUT", help="folder to write into")
-    make.add_argument("settings", metavar="key=value", nargs="*", help=_KEYS)
+    make.add_argument("settings", metavar="key=value", nargs="*", default=[], help=_KEYS)
 
     purpose = "what this installation runs on, and what would make it faster"
     commands.add_parser("doctor", help=purpose).set_defaults(command=_doctor)
@@ -105,10 +117,7 @@ def _version() -> str:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    file, settings = parsed.config, parsed.settings
-    if "=" in file and not Path(file).exists():  # settings alone will do
-        file, settings = None, [file, *settings]
-    config = load_config(file, settings)
+    config = load_config(*_sorted_words(parsed.words))
     # The group ends after an error was told, so that its end is not told first by the others.
     with process_group(choose_device(config.device)):
         try:
@@ -118,8 +127,26 @@ def _run(parsed: argparse.Namespace) -> int:
                 raise
             raise SystemExit(1) from error
         if rank() == 0:
-            _show(folder)
+            _show(folder, config)
     return 0
+
+
+def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The YAML file, if there is one, and the settings, of what stands after ``run``.
+
+    A word without ``=`` is a file: particles by its suffix, else settings.
+    """
+    file, settings = None, []
+    for word in words:
+        if "=" in word and not Path(word).exists():
+            settings.append(word)
+        elif Path(word).suffix.lower() in PARTICLES:
+            settings.append(f"particles={word}")
+        elif file is None:
+            file = word
+        else:
+            raise ValueError(f"two files of settings, {file} and {word}: give one")
+    return file, settings
 
 
 def _check(parsed: argparse.Namespace) -> int:
@@ -161,8 +188,8 @@ def _simulate(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _show(folder: Path) -> None:
-    """Where the results are, and the largest classes."""
+def _show(folder: Path, config: RunConfig) -> None:
+    """Where the results are, the largest classes, and what deserves a second look."""
     alignment = Alignment.load(folder / "alignment.npz")
     classes = alignment.class_frame().sort_values("size", ascending=False, kind="stable")
     unit = "Å" if alignment.pixel_size else "px"
@@ -178,6 +205,8 @@ def _show(folder: Path) -> None:
         print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
     if len(alignment.rejected):
         print(f"set aside {len(alignment.rejected)} particles: {folder / 'rejected.csv'}")
+    for flag in flags(alignment, shift_limit(alignment, as_mapping(config))):
+        Console().print(Text(f"worth a look: {flag}", style="yellow"), soft_wrap=True)
     print(f"results   {folder}")
     print(f"report    {folder / 'report.html'}")
     for picture in sorted(folder.glob("*.png")):

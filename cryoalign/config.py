@@ -88,6 +88,12 @@ class RunConfig:
         if self.resume and self.output is None:
             yield "resume needs output, the folder of the run to go on with"
         search, last = self.search, self.search.last_ring
+        if 0 < search.max_shift < search.shift_step:
+            yield (
+                f"search.shift_step {search.shift_step:g} px is larger than search.max_shift "
+                f"{search.max_shift:g} px, so that no shift would be tried: make it smaller, or "
+                "search.max_shift 0"
+            )
         if last is not None and last < search.first_ring:
             yield (
                 f"search.last_ring {last} px lies inside search.first_ring {search.first_ring} px: "

@@ -76,7 +76,7 @@ def correlation_peaks(
     else is in the batch.
 
     On an NVIDIA GPU the kernels of `cryoalign.kernels` choose hand and shift of a pair by fp16
-    spectra with fp32 sums, and score it in fp32: among near equals (to about 1e-4 of the score)
+    spectra with fp32 sums, and score it in fp32: among near equals (to about 1e-3 of the score)
     the choice may differ.
 
     Args:

@@ -113,6 +113,15 @@ def filter_shells(images: Tensor, curves: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(images) * factor, s=(size, size))
 
 
+def radial_mean(image: Tensor) -> Tensor:
+    """(size // 2 + 1,) mean of an image (size, size) at whole distances from its centre."""
+    size = _square(image)
+    ring = radius_grid(size, image.device).round().long().flatten()
+    inside = ring <= size // 2
+    total = torch.bincount(ring[inside], image.flatten()[inside], size // 2 + 1)
+    return (total / torch.bincount(ring[inside], minlength=size // 2 + 1).clamp(min=1)).to(image)
+
+
 def low_pass_curve(size: int, cutoff: float, width: float = 2.0) -> Tensor:
     """(size // 2 + 1,) one below ``cutoff`` (1/px), a cosine fall of ``width`` shells, zero."""
     beyond = (torch.arange(size // 2 + 1) - cutoff * size) / width

@@ -7,15 +7,13 @@ centred, are the next references.
 
 from __future__ import annotations
 
-import json
+import math
 import time
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -27,15 +25,15 @@ from cryoalign.average import (
     ClassSums,
     centring,
     class_sums,
+    filtered_averages,
     masked,
     move,
-    references_from,
 )
+from cryoalign.checkpoint import MraState
 from cryoalign.distributed import gather_over_ranks
-from cryoalign.files import replacing
-from cryoalign.filters import fourier_resize, soft_mask
+from cryoalign.filters import fourier_resize, radial_mean, soft_mask
 from cryoalign.geometry import transform
-from cryoalign.io import read_images
+from cryoalign.io import image_pixel_size, read_images
 from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, pixel_error
@@ -44,66 +42,6 @@ from cryoalign.seeding import SEEDINGS, seed_references
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, particles done, particles in all) now and then."""
-
-
-@dataclass(frozen=True, eq=False)
-class MraState:
-    """Where an alignment stands after an iteration: enough to go on from.
-
-    Attributes:
-        iteration: iterations done.
-        references: (k, size, size) for the next one.
-        label: (n,) class index of the usable particles; pose (n,); score (n,).
-        history: a row per iteration.
-        settled: whether the assignment has come to rest.
-    """
-
-    iteration: int
-    references: Tensor
-    label: Tensor
-    pose: Pose
-    score: Tensor
-    history: list[dict[str, Any]] = field(default_factory=list)
-    settled: bool = False
-
-    def save(self, path: str | Path) -> None:
-        """Write to one ``.npz`` file (no pickles), all or nothing."""
-        with replacing(path) as beside:
-            np.savez(
-                beside,
-                allow_pickle=False,
-                iteration=self.iteration,
-                references=self.references.cpu().numpy(),
-                label=self.label.numpy(),
-                angle=self.pose.angle.numpy(),
-                shift=self.pose.shift.numpy(),
-                mirror=self.pose.mirror.numpy(),
-                score=self.score.numpy(),
-                history=pd.DataFrame(self.history).to_json(orient="records"),
-                settled=self.settled,
-            )
-
-    @classmethod
-    def load(cls, path: str | Path) -> MraState:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is not such a state.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                data = {name: archive[name] for name in archive.files}
-            return cls(
-                int(data["iteration"]),
-                torch.from_numpy(data["references"]),
-                torch.from_numpy(data["label"]),
-                Pose(*(torch.from_numpy(data[name]) for name in ("angle", "shift", "mirror"))),
-                torch.from_numpy(data["score"]),
-                json.loads(str(data["history"])),
-                bool(data["settled"]),
-            )
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a checkpoint of cryoalign ({error})") from error
 
 
 def align_multi_reference(
@@ -163,16 +101,11 @@ def align_multi_reference(
     if stack.shape[0] == stack.shape[1]:  # what does not fit should say so before pixels are read
         search.rings((images or Images()).box or stack.shape[0])
     prepared = PreparedParticles(
-        stack, images or Images(), choose_device(device), max_rejected, batch_size
+        stack, images or Images(), choose_device(device), max_rejected, batch_size, progress
     )
     job = _Job(prepared, search, averaging, min_class_share, settle, progress)
     state = resume or _start(job, references, n_classes, seed)
-    if len(state.label) != len(prepared) or state.references.shape[-1] != prepared.size:
-        raise ValueError(
-            f"the checkpoint has {len(state.label)} particles of {state.references.shape[-1]} px, "
-            f"the input {len(prepared)} of {prepared.size} px: resume with the same input and "
-            "settings"
-        )
+    _refuse_other_particles(state, prepared)
     sums: ClassSums | None = None
     while state.iteration < iterations and not state.settled:
         state, sums = _iterate(job, state, last=state.iteration + 1 == iterations)
@@ -181,6 +114,20 @@ def align_multi_reference(
     if sums is None:  # resumed at its end: the averages follow from the poses
         sums = job.sum_classes(state.label, state.pose, len(state.references))
     return _finish(job, state, sums)
+
+
+def _refuse_other_particles(state: MraState, prepared: PreparedParticles) -> None:
+    if len(state.label) != len(prepared) or state.references.shape[-1] != prepared.size:
+        raise ValueError(
+            f"the checkpoint has {len(state.label)} particles of {state.references.shape[-1]} px, "
+            f"the input {len(prepared)} of {prepared.size} px: resume with the same input and "
+            "settings"
+        )
+    if state.fingerprint != prepared.fingerprint:
+        raise ValueError(
+            "the checkpoint is of other particles: the stack's pixels have changed since; resume "
+            "with the same input, or start another run"
+        )
 
 
 @dataclass(frozen=True)
@@ -228,7 +175,7 @@ class _Job:
 def _start(
     job: _Job, references: Tensor | str | Path, n_classes: int | None, seed: int
 ) -> MraState:
-    n, size = len(job.particles), job.particles.size
+    n = len(job.particles)
     if isinstance(references, str) and references in SEEDINGS:
         if n_classes is None or not 1 <= n_classes <= n:
             raise ValueError(
@@ -237,71 +184,118 @@ def _start(
             )
         images = seed_references(job.particles, references, n_classes, seed)
     else:
-        images = references if isinstance(references, Tensor) else read_images(references)
-        expected = job.particles.stack.shape[0]
-        if images.ndim != 3 or images.shape[-2:] != job.particles.stack.shape:
-            raise ValueError(
-                f"references {tuple(images.shape)} do not fit particles of {expected} x {expected} "
-                "px: they must be a stack (k, h, w) of the same box and pixel size"
-            )
-        if n_classes is not None and n_classes != len(images):
-            raise ValueError(
-                f"n_classes is {n_classes} but there are {len(images)} references: leave "
-                "n_classes out, or make them agree"
-            )
-        if not torch.isfinite(images).all():
-            raise ValueError("references contain NaN or infinite pixels")
-        images = fourier_resize(images.float().to(job.particles.device), size)
+        images = _given_references(job, references, n_classes)
     return MraState(
         iteration=0,
         references=masked(images, job.mask()),
         label=torch.full((n,), -1),
         pose=Pose.identity(n),
         score=torch.zeros(n),
+        fingerprint=job.particles.fingerprint,
     )
+
+
+def _given_references(job: _Job, references: Tensor | str | Path, n_classes: int | None) -> Tensor:
+    """(k, size, size) references from a tensor or a file, in the prepared particles' box."""
+    particles, stack = job.particles, job.particles.stack
+    if isinstance(references, Tensor):
+        images, pixel_size = references, None
+    else:
+        images, pixel_size = read_images(references), image_pixel_size(references)
+    boxes = {stack.shape[0]: stack.pixel_size, particles.size: particles.pixel_size}
+    if images.ndim != 3 or images.shape[-2] != images.shape[-1] or images.shape[-1] not in boxes:
+        raise ValueError(
+            f"references {tuple(images.shape)} do not fit particles of {stack.shape[0]} "
+            f"x {stack.shape[1]} px: they must be a stack (k, h, w) of the same box "
+            "and pixel size (or of images.box)"
+        )
+    expected = boxes[images.shape[-1]]
+    if pixel_size and expected and abs(pixel_size - expected) > 0.01 * expected:
+        raise ValueError(
+            f"references {references} have {pixel_size:.4g} Å per pixel, where the particles have "
+            f"{expected:.4g} Å: rescale them, or put the header's voxel size right"
+        )
+    if n_classes is not None and n_classes != len(images):
+        raise ValueError(
+            f"n_classes is {n_classes} but there are {len(images)} references: leave "
+            "n_classes out, or make them agree"
+        )
+    if not torch.isfinite(images).all():
+        raise ValueError("references contain NaN or infinite pixels")
+    images = fourier_resize(images.float().to(particles.device), particles.size)
+    _warn_of_contrast(job, images)
+    return images
+
+
+def _warn_of_contrast(job: _Job, references: Tensor) -> None:
+    """Say so where particles and references look like each other's negatives."""
+    few = job.particles.read(torch.arange(min(len(job.particles), 512)))
+    last = job.rings.last_ring
+    ours, theirs = (radial_mean(x.mean(0))[: last + 1] for x in (few, references))
+    pair = torch.stack([ours, theirs])
+    if len(ours) > 4 and float(torch.corrcoef(pair)[0, 1]) < -0.7:
+        warnings.warn(
+            "the references' contrast looks reversed to the particles': density must be bright in "
+            "both; images.invert turns the particles round, references are taken as they are",
+            stacklevel=2,
+        )
 
 
 def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSums]:
     started = time.perf_counter()
     label, pose, score = _assign(job, state.references.to(job.particles.device))
     reassigned = float((label != state.label).double().mean())
-    moved = pixel_error(pose, state.pose, job.rings.last_ring).sqrt().median()
+    device = job.particles.device
+    change = pixel_error(pose.to(device), state.pose.to(device), job.rings.last_ring).sqrt().cpu()
+    same_hand = pose.mirror == state.pose.mirror
+    first = state.iteration == 0  # there is no pose yet to have changed
     settled = reassigned <= job.settle
     k = len(state.references)
     split = 0
     if not (last or settled):
         label, split = split_largest(label, score, k, job.min_class_share * len(label) / k)
     sums = job.sum_classes(label, pose, k)
-    references = references_from(sums, job.averaging, job.mask_radius)
+    references, mask = filtered_averages(sums, job.averaging, job.mask()), job.mask()
     if not (last or settled):
-        averages = sums.averages()
-        shift = centring(averages, pose, label, job.averaging.centre, job.mask())
+        shift = centring(sums.averages(), pose, label, job.averaging.centre, mask)
         references = transform(references, move(Pose.identity(k), shift.cpu()).to(shift.device))
         pose = move(pose, shift.cpu()[label])
+    references = masked(references, mask)
     row = {
         "iteration": state.iteration + 1,
         "mean_score": float(score.mean()),
         "reassigned": reassigned,
-        "pose_change_px": float(moved),
+        "pose_change_px": math.nan if first else float(change[same_hand].median()),
+        "hand_changed": math.nan if first else float((~same_hand).double().mean()),
         "smallest_class": int(sums.sizes.min()),
         "largest_class": int(sums.sizes.max()),
         "empty_classes": int((sums.sizes == 0).sum()),
         "split_classes": split,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(time.perf_counter() - started, 6),
     }
     history = [*state.history, row]
-    return MraState(state.iteration + 1, references, label, pose, score, history, settled), sums
+    done = replace(
+        state,
+        iteration=state.iteration + 1,
+        references=references,
+        label=label,
+        pose=pose,
+        score=score,
+        history=history,
+        settled=settled,
+    )
+    return done, sums
 
 
 def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
     target = prepare(references, job.search)
-    found = [torch.zeros(0, 6, dtype=torch.float64)]
+    found = [torch.zeros(0, 6, dtype=torch.float64, device=job.particles.device)]
     for _, images in job.batches("align"):
         label, pose, score = best_poses(images, target)
         columns = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
-        found.append(torch.stack([c.double() for c in columns], 1).cpu())
-    table = gather_over_ranks(torch.cat(found))
+        found.append(torch.stack([c.double() for c in columns], 1))
+    table = gather_over_ranks(torch.cat(found).cpu())  # once: batches do not wait for each other
     pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
     return table[:, 0].long(), pose, table[:, 5].float()
 

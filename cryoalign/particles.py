@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import pandas as pd
@@ -11,13 +12,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.distributed import shard
+from cryoalign.distributed import gather_over_ranks, shard
 from cryoalign.filters import background, fourier_resize, normalise
 from cryoalign.screen import refuse_above, screen
 from cryoalign.settings import FORBID
 
 CPU_BATCH = 64
-CUDA_BATCH = 2048
+# A GPU wants many particles at a time: bytes of their images.
+CUDA_BATCH_BYTES = 2**29
 
 
 class Stack(Protocol):
@@ -71,7 +73,10 @@ class Images:
 
 
 class PreparedParticles:
-    """The usable particles of a stack, prepared batch by batch; nothing is kept.
+    """The usable particles of a stack, prepared batch by batch.
+
+    Nothing is kept, except of a tensor that is on the GPU already: its images are prepared once if
+    they take no more than a quarter of the memory that is free.
 
     Attributes:
         rows: (n,) rows of the stack that are used.
@@ -79,6 +84,7 @@ class PreparedParticles:
         size: box of the prepared images, pixels.
         scale: pixels of the input per pixel of the prepared images.
         pixel_size: Å of the prepared images, or None.
+        fingerprint: of the stack's pixels, by a few of its images.
     """
 
     def __init__(
@@ -88,8 +94,9 @@ class PreparedParticles:
         device: torch.device,
         max_rejected: float = 0.1,
         batch_size: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Screen the stack.
+        """Screen the stack, each process its share; ``progress`` is told.
 
         Raises:
             ValueError: images not square; ``box`` above theirs; no background beyond
@@ -103,8 +110,7 @@ class PreparedParticles:
         self.background_radius = images.background_radius or width / 2
         background(width, self.background_radius)  # refused before any image is read
         self.stack, self.images, self.device = stack, images, device
-        self.batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else CUDA_BATCH)
-        self.rejected: pd.DataFrame = screen(stack)
+        self.rejected = _screened(stack, progress)
         refuse_above(self.rejected, len(stack), max_rejected)
         good = torch.ones(len(stack), dtype=torch.bool)
         good[torch.tensor(self.rejected["index"].tolist(), dtype=torch.int64)] = False
@@ -112,12 +118,22 @@ class PreparedParticles:
         self.size = images.box or width
         self.scale = width / self.size
         self.pixel_size = None if stack.pixel_size is None else stack.pixel_size * self.scale
+        self.fingerprint = _fingerprint(stack)
+        bytes_each = 4 * self.size**2
+        few = CPU_BATCH if device.type == "cpu" else max(64, CUDA_BATCH_BYTES // bytes_each)
+        self.batch_size = batch_size or few
+        self._kept: Tensor | None = None
+        if len(self) and isinstance(stack, TensorStack) and _fits(stack, device, bytes_each):
+            members = torch.arange(len(self)).split(few)
+            self._kept = torch.cat([self.read(part) for part in members])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, members: Tensor) -> Tensor:
         """(b, size, size) prepared images of some of the usable particles (indices into rows)."""
+        if self._kept is not None:
+            return self._kept[members]
         images = self.stack.read(self.rows[members]).to(self.device)
         images = normalise(-images if self.images.invert else images, self.background_radius)
         return fourier_resize(images, self.size)
@@ -125,11 +141,47 @@ class PreparedParticles:
     def batches(self, members: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (members (b,), images (b, size, size)): this process's share of ``members``, or
         of all particles, in order."""
+        every = members is None
         if members is None:
             members = torch.arange(len(self))
         for part in members[shard(len(members))].split(self.batch_size):
-            if len(part):
+            if not len(part):
+                continue
+            if every and self._kept is not None:  # in order: no copy
+                yield part, self._kept[int(part[0]) : int(part[-1]) + 1]
+            else:
                 yield part, self.read(part)
+
+
+def _screened(stack: Stack, progress: Callable[[str, int, int], None] | None) -> pd.DataFrame:
+    """`screen.screen` of the whole stack, on every process."""
+    rows = torch.arange(len(stack))[shard(len(stack))]
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress("read", done, len(stack))
+
+    found = screen(stack, progress=tell, rows=rows)
+    bad = torch.tensor(found["index"].tolist(), dtype=torch.int64)
+    everyone = gather_over_ranks(bad)
+    # The few of other processes are looked at again, for their reasons.
+    return found if len(everyone) == len(bad) else screen(stack, rows=everyone)
+
+
+def _fingerprint(stack: Stack) -> str:
+    rows = torch.linspace(0, len(stack) - 1, min(16, len(stack))).round().long()
+    pixels = stack.read(rows).cpu().contiguous().numpy()
+    return f"{len(stack)}-{zlib.crc32(pixels.tobytes()):08x}"
+
+
+def _fits(stack: TensorStack, device: torch.device, bytes_each: int) -> bool:
+    """Whether a tensor's particles are on the GPU and there is room to keep them prepared."""
+    if device.type != "cuda" or stack.images.device.type != "cuda":
+        return False
+    return len(stack) * bytes_each <= torch.cuda.mem_get_info(stack.images.device)[0] // 4
 
 
 def choose_device(device: str) -> torch.device:

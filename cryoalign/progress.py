@@ -16,8 +16,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from cryoalign.checkpoint import MraState
 from cryoalign.distributed import world_size
-from cryoalign.mra import MraState
 
 
 class _Speed(ProgressColumn):
@@ -68,6 +68,9 @@ class Watch:
     def progress(self, doing: str, done: int, total: int) -> None:
         """Take `align_multi_reference`'s word; averaging counts as part of its iteration."""
         particles = min(done * world_size(), total)  # of this process; the others are as far
+        if doing == "read":
+            self.bar.update(self.task, description="reading", completed=particles, total=total)
+            return
         whole = self.done * total + (particles if doing == "align" else total)
         self.bar.update(
             self.task,

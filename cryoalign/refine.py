@@ -48,7 +48,7 @@ def refine(
     label: Tensor,
     pose: Pose,
     rings: Rings,
-    steps: int = 3,
+    steps: int = 2,
 ) -> tuple[Pose, Tensor]:
     """Improve poses by least squares, particle = amplitude * reference moved + constant.
 

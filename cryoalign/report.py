@@ -22,6 +22,11 @@ from cryoalign import plot
 from cryoalign.alignment import Alignment
 from cryoalign.files import replacing
 
+MAPS = "Particles before and after alignment (t-SNE)"
+CAPTIONS = {
+    MAPS: "After: every particle is turned onto its own class's average, which by itself parts the "
+    "classes; neighbours of one class are no proof that the classes are right."
+}
 LISTED = 20
 """Particles set aside that the page lists; ``rejected.csv`` has them all."""
 
@@ -144,7 +149,7 @@ def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:
         return None
     return (
         f"{share:.0%} of the shifts along one axis lie in the outer tenth of the search range "
-        f"(±{limit:g} px): raise search.max_shift, or centre the particles first."
+        f"(±{limit:g} px) or beyond: raise search.max_shift, or centre the particles first."
     )
 
 
@@ -212,13 +217,17 @@ def _pictures(
     caption = "Largest class first; each weighted by its own Fourier ring correlation."
     yield _picture("Class averages", caption, montage)
     poses = plot.pose_histograms(frame, limit, len(averages))
-    yield _picture("Poses and class sizes", "Shifts in pixels of the input.", poses)
+    caption = (
+        "Shifts in pixels of the input. Centring an average moves its members' shifts along, which "
+        "may so exceed the search's limit."
+    )
+    yield _picture("Poses and class sizes", caption, poses)
     curves = plot.frc_curves(alignment.frc, alignment.pixel_size, size=averages.shape[-1])
     yield _picture("Resolution", "Fourier ring correlation of two half-sets, per class.", curves)
     if set(plot.HISTORY) & set(alignment.history):
         yield _picture("Convergence", "", plot.history(alignment.history))
     for title, figure in more.items():
-        yield _picture(title, "", figure)
+        yield _picture(title, CAPTIONS.get(title, ""), figure)
 
 
 def _picture(title: str, caption: str, figure: Figure) -> Picture:

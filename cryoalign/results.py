@@ -19,7 +19,7 @@ from cryoalign.io import (
     write_images,
     write_particles_star,
 )
-from cryoalign.report import shift_limit, write_report
+from cryoalign.report import MAPS, shift_limit, write_report
 
 CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
 AVERAGES = "class_averages.mrcs"
@@ -71,7 +71,7 @@ def write_results(
         pictures["tsne.png"] = maps
     for name, figure in pictures.items():
         plot.save(figure, folder / name)
-    more = {} if maps is None else {"Particles before and after alignment (t-SNE)": maps}
+    more = {} if maps is None else {MAPS: maps}
     write_report(alignment, folder, as_mapping(config), more)
 
 

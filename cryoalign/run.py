@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -11,11 +12,12 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from cryoalign.checkpoint import MraState
 from cryoalign.config import HEADER, RunConfig, flat, load_config, save_config
 from cryoalign.distributed import process_group, rank, same_on_all_ranks
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
-from cryoalign.mra import MraState, align_multi_reference
+from cryoalign.mra import align_multi_reference
 from cryoalign.particles import choose_device
 from cryoalign.progress import Watch
 from cryoalign.results import CHECKPOINT, CONFIG, HISTORY, RUN_FILES, write_csv, write_results
@@ -26,6 +28,9 @@ FREE = {
     *("output", "overwrite", "resume", "iterations", "device", "batch_size", "threads"),
     *("embedding", "max_rejected", "root", "allow_outside"),
 }
+
+
+REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,10 +67,13 @@ def run(
     with process_group(choose_device(config.device)):
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
-        config, state = _open_folder(config)
+        config, state = _open_folder(config, stack)
         folder = config.output or Path()
         shown = f"{len(stack)} particles of {stack.shape[0]} x {stack.shape[1]} px -> {folder}"
         console.print(shown, highlight=False, soft_wrap=True)
+        if state is not None:
+            going = f"going on after iteration {state.iteration}"
+            console.print(going + (", settled" if state.settled else ""), highlight=False)
         with Watch(console, config.iterations, state.iteration if state else 0) as watch:
             try:
                 _align_and_write(config, stack, state, watch, on_iteration)
@@ -73,9 +81,8 @@ def run(
                 raise Interrupted(_kept(folder, watch.done)) from stop
             except (ValueError, OSError):
                 if rank() == 0 and not (folder / CHECKPOINT).exists():
-                    _remove_results(
-                        folder
-                    )  # nothing was done: nothing stands in the next try's way
+                    _remove_results(folder)  # nothing was done
+                    _restore(folder)
                 raise
     return folder
 
@@ -92,6 +99,7 @@ def _align_and_write(
     def keep(state: MraState) -> None:
         if rank() == 0:
             state.save(folder / CHECKPOINT)
+            _discard_replaced(folder)
             write_csv(folder / HISTORY, pd.DataFrame(state.history))
         watch.iteration(state)
         if on_iteration is not None:
@@ -132,7 +140,7 @@ def _read(config: RunConfig) -> ParticleStack:
     return stack
 
 
-def _open_folder(config: RunConfig) -> tuple[RunConfig, MraState | None]:
+def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, MraState | None]:
     """Make the run folder ready: the resolved settings, and the checkpoint to go on from."""
     named = plain(config.output or Path("runs", f"{config.particles.stem}-mra"))
     number = 1
@@ -140,6 +148,8 @@ def _open_folder(config: RunConfig) -> tuple[RunConfig, MraState | None]:
         if config.output is None:
             number = next(i for i in count(1) if not _numbered(named, i).exists())
         resolved = _resolved(config, _numbered(named, number))
+        if config.overwrite:
+            _refuse_own_results(resolved, stack, _numbered(named, number))
         _claim_folder(_numbered(named, number), resolved, config.resume, config.overwrite)
         save_config(_numbered(named, number) / CONFIG, resolved)
     folder = _numbered(named, int(same_on_all_ranks(torch.tensor(number))))
@@ -187,7 +197,7 @@ def _claim_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool
                 f"output: {folder} holds an earlier run. Go on with it (resume=true), replace it "
                 "(overwrite=true), or name another folder (output=...)"
             )
-        _remove_results(folder)
+        _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -211,6 +221,41 @@ def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
             f"resume: {folder} was run with other settings:\n  " + "\n  ".join(changed) + "\n"
             "put them back, or start another run with output=..."
         )
+
+
+def _refuse_own_results(config: RunConfig, stack: ParticleStack, folder: Path) -> None:
+    """An input that lies among the results to be replaced would be lost."""
+    results = {folder / name for name in RUN_FILES}
+    inputs = [config.particles, Path(config.references), *(file.path for file in stack.files)]
+    for path in inputs:
+        if plain(path) in results:
+            raise ValueError(
+                f"overwrite: {path} is an input of this run and one of the results in {folder} "
+                "that it would replace: name another folder (output=...)"
+            )
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep the results of an earlier run until the new one has some."""
+    aside = folder / REPLACED
+    aside.mkdir(exist_ok=True)
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            (folder / name).replace(aside / name)
+
+
+def _restore(folder: Path) -> None:
+    """Bring back what `_set_aside` put away."""
+    aside = folder / REPLACED
+    if aside.is_dir():
+        for path in aside.iterdir():
+            path.replace(folder / path.name)
+        aside.rmdir()
+
+
+def _discard_replaced(folder: Path) -> None:
+    if (folder / REPLACED).is_dir():
+        shutil.rmtree(folder / REPLACED)
 
 
 def _remove_results(folder: Path) -> None:

@@ -25,8 +25,8 @@ from cryoalign.settings import FORBID
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
 CPU_CHUNK = 2**22
 CUDA_CHUNK = 2**30
-# References of a particle that the GPU scores in full precision after a half-precision search:
-# the exact choice is among the best four (bench/README.md).
+# References of a particle that a GPU scores in full precision after its half-precision search,
+# whose best four have the exact choice among them.
 CANDIDATES = 4
 
 
@@ -88,7 +88,12 @@ class Search:
                 f"a box of {size} px: use search.last_ring <= {room}, or a smaller "
                 "search.max_shift"
             )
-        if room < max(2, self.first_ring):
+        if self.first_ring > room >= 2:
+            raise ValueError(
+                f"first_ring {self.first_ring} px lies outside the last ring that fits, {room} px: "
+                f"use search.first_ring < {room}"
+            )
+        if room < 2:
             raise ValueError(
                 f"a box of {size} px with max_shift {self.max_shift:g} px leaves no ring: use a "
                 "smaller search.max_shift"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cryoalign.average import LOW_PASS
 from cryoalign.distributed import same_on_all_ranks
 from cryoalign.filters import filter_shells, low_pass_curve
 from cryoalign.particles import PreparedParticles
 
 SEEDINGS = ("random",)
-LOW_PASS = 0.1  # 1/px: a single noisy particle has nothing to say beyond
 
 
 def seed_references(particles: PreparedParticles, how: str, n_classes: int, seed: int) -> Tensor:

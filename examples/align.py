@@ -12,13 +12,17 @@ from pathlib import Path
 from cryoalign import Search, align_multi_reference, plot, read_particles, simulate
 
 
-def main(stack: str | None = None, n_classes: int = 4, output: Path = Path("align-example")) -> None:
+def main(
+    stack: str | None = None, n_classes: int = 4, output: Path = Path("align-example")
+) -> None:
     """Align, print the classes, write a table and a montage."""
     particles = read_particles(stack) if stack else simulate(400, n_classes, seed=1).images
     alignment = align_multi_reference(
         particles, n_classes=n_classes, search=Search(max_shift=3), seed=3
     )
-    print(alignment.class_frame().to_string(index=False))
+    unit = "Å" if alignment.pixel_size else "px"
+    table = alignment.class_frame().rename(columns={"resolution": f"resolution ({unit})"})
+    print(table.to_string(index=False))
 
     output.mkdir(exist_ok=True)
     alignment.to_frame().to_csv(output / "particles.csv", index=False)

@@ -25,7 +25,7 @@ def main(output: Path = Path("embed-example.png"), n: int = 400) -> None:
         found = KMeans(4, n_init=10, random_state=0).fit_predict(table)
         rand = adjusted_rand_score(data.class_number, found)
         purity = neighbour_purity(table, labels)
-        print(f"{name} alignment: 10-neighbour purity {purity:.2f}, k-means ARI with views {rand:.2f}")
+        print(f"{name} alignment: purity of 10 neighbours {purity:.2f}, k-means ARI {rand:.2f}")
 
     maps = [embed(table) for table in (before, after)]
     purities = (neighbour_purity(maps[0], labels), neighbour_purity(maps[1], labels))

@@ -9,13 +9,15 @@ from cryoalign.average import (
     Averaging,
     ClassSums,
     centring,
+    class_filters,
     class_sums,
     displacement,
+    filtered_averages,
     masked,
     move,
-    references_from,
 )
 from cryoalign.filters import soft_mask
+from cryoalign.frc import wiener_curve
 from cryoalign.geometry import transform
 from cryoalign.pose import Pose
 
@@ -165,12 +167,12 @@ def test_moved_poses_compensate_moved_averages():
 def test_references_are_finite_masked_and_without_mean(how):
     sums = sums_of(16)
     averaging = Averaging(filter=how, mask_edge=2.0)
-    references = references_from(sums, averaging, 7.0)
+    mask = soft_mask(SIZE, 7, 2.0)
+    references = masked(filtered_averages(sums, averaging, mask), mask)
     assert references.shape == (K, SIZE, SIZE)
     assert torch.isfinite(references).all()
     assert not references[EMPTY].any()
     assert references[0].any()
-    mask = soft_mask(SIZE, 7, 2.0)
     assert not references[:, mask == 0].any()
     np.testing.assert_allclose(references.sum((1, 2)).numpy(), 0, atol=1e-3)
     if how == "none":
@@ -187,3 +189,26 @@ def test_masked_removes_the_mean_under_the_mask():
     expected = [(i - (i * mask).sum() / mask.sum()) * mask for i in images]
     found = masked(torch.from_numpy(images).float(), torch.from_numpy(mask))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_a_common_offset_is_no_agreement_of_the_halves():
+    """The mask's own disc must not correlate: independent noise on a pedestal has no FRC."""
+    rng = np.random.default_rng(SEED)
+    images = torch.from_numpy(rng.normal(1.0, 1.0, (2, 48, 48)))
+    sums = ClassSums(images[:, None], torch.ones(2, 1, dtype=torch.int64))
+    curve = sums.frc(soft_mask(48, 16, 4.0))[0, 1:12]
+    assert curve.abs().mean() < 0.25
+    assert sums.frc()[0, 1:12].abs().mean() < 0.25
+
+
+def test_a_class_of_one_half_is_filtered_as_the_others_are():
+    rng = np.random.default_rng(SEED)
+    curves = torch.from_numpy(np.sort(rng.uniform(0.2, 1, (3, 9)))[:, ::-1].copy())
+    curves[1, 1:] = 0.0  # no member in one of its halves
+    trusted = torch.tensor([True, False, True])
+    found = class_filters(curves, trusted)
+    torch.testing.assert_close(found[[0, 2]], wiener_curve(curves[[0, 2]]))
+    torch.testing.assert_close(found[1:2], wiener_curve(curves[[0, 2]].mean(0, keepdim=True)))
+    alone = class_filters(curves, torch.zeros(3, dtype=torch.bool))
+    assert (alone[:, :2] > 0.9).all()  # a low-pass, not a blank
+    assert not alone[:, -1].any()

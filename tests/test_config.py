@@ -94,6 +94,7 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("search.max_shift=[1]", "search.max_shift: should be a number, got a list"),
         ("settle=null", "settle is missing"),
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
+        ("search.shift_step=100", "no shift would be tried"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
         ("settle", "'settle' should be key=value"),
@@ -151,7 +152,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_saved_settings_load_as_the_same(tmp_path):
     """Texts that look like numbers or words of YAML must come back as texts."""
     for name in ("1e3", "yes", "null", "010", "a: b", "ü #1", "~", "2024-01-01"):
-        config = load_config(None, [*GIVEN, "search.max_shift=1e-7"])
+        config = load_config(None, [*GIVEN, "search.max_shift=1e-7", "search.shift_step=1e-7"])
         config = replace(config, output=Path(name), particles=Path("x", name))
         save_config(tmp_path / "config.yaml", config)
         assert load_config(tmp_path / "config.yaml") == config, name

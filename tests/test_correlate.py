@@ -6,6 +6,7 @@ from oracle import correlation
 from cryoalign import correlate
 from cryoalign.correlate import (
     correlation_at,
+    correlation_logsumexp,
     correlation_peaks,
     correlation_table,
     unravel_place,
@@ -158,6 +159,75 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_what_does_not_fit_is_refused(particles, references, message) -> None:
     with pytest.raises(ValueError, match=message):
         correlation_peaks(particles, references)
+
+
+def test_candidates_must_be_positive() -> None:
+    particles, references = _spectra(2, 3, 4, 5, 9)
+    score, place = correlation_peaks(particles, references, True, 1)
+    assert torch.equal(score, correlation_peaks(particles, references)[0])
+    assert place.shape == (2, 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        correlation_peaks(particles, references, True, 0)
+
+
+def _soft(particles, references, temperature, mirror):
+    table = correlation_table(particles, references, mirror).flatten(2)
+    return temperature * torch.logsumexp(table / temperature, 2)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize("block", [1, 500, 2**20])
+def test_logsumexp_is_the_tables(mirror, block, monkeypatch) -> None:
+    monkeypatch.setattr(correlate, "CPU_BLOCK", block)
+    x, y = (t.requires_grad_() for t in _spectra(3, 4, 5, 6, 9, dtype=torch.complex128))
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    for temperature in (1.0, 0.05):
+        expected = _soft(x, y, temperature, mirror)
+        got = correlation_logsumexp(x, y, temperature, mirror)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        for a, b in zip(
+            torch.autograd.grad((weight * got).sum(), (x, y)),
+            torch.autograd.grad((weight * expected).sum(), (x, y)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_logsumexp_goes_to_the_peak() -> None:
+    x, y = _spectra(3, 4, 5, 6, 9, dtype=torch.complex128)
+    score, _ = correlation_peaks(x, y)
+    torch.testing.assert_close(correlation_logsumexp(x, y, 1e-6), score, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_logsumexp_gradcheck_and_opcheck(mirror) -> None:
+    x, y = (t.requires_grad_() for t in _spectra(2, 2, 2, 2, 5, dtype=torch.complex128))
+    assert torch.autograd.gradcheck(lambda x, y: correlation_logsumexp(x, y, 0.5, mirror), (x, y))
+    torch.library.opcheck(correlation_logsumexp, (x, y, 0.5, mirror))
+
+
+def test_logsumexp_gradient_is_the_weighted_average() -> None:
+    """One step of expectation maximisation: at low T the reference's gradient is the particle,
+    turned onto it."""
+    rings = Rings(1, 9, angles=64)
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(1, 25, 25, generator=generator, dtype=torch.float64)
+    spectrum = ring_spectra(image, rings)
+    turn = torch.exp(2j * torch.pi * 17 / 64 * torch.arange(33))
+    reference = (spectrum[:, 0] * turn).requires_grad_()
+    soft = correlation_logsumexp(spectrum, reference, 1e-3, False)
+    (gradient,) = torch.autograd.grad(soft.sum(), reference)
+    multiplicity = torch.full((33,), 2 / 64, dtype=torch.float64)
+    multiplicity[0] = multiplicity[-1] = 1 / 64
+    expected = multiplicity * reference.detach()
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_none(temperature) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        correlation_logsumexp(*_spectra(1, 1, 1, 1, 3), temperature)
 
 
 @pytest.mark.parametrize("size", [20, 21])

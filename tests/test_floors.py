@@ -15,7 +15,7 @@ FLOORS = {
     ),
     "correlate": ("products", "correlate"),
     "search": ("refine", "adaptive", "search"),
-    "align": ("alignment", "mra"),
+    "align": ("alignment", "checkpoint", "mra"),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),

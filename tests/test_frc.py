@@ -24,11 +24,11 @@ def hard_rings(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def soft_rings(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """FRC as the library defines it: a component belongs to the rings on either side of it by
-    linear weights; components of the half-plane x >= 0; ring 0 is 1."""
+    """A component belongs to the rings on either side of it by linear weights; ring 0 is 1."""
     size = len(a)
-    f, g = np.fft.rfft2(a), np.fft.rfft2(b)
-    radius = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
+    f, g = np.fft.fft2(a), np.fft.fft2(b)
+    k = np.fft.fftfreq(size) * size
+    radius = np.hypot(k[:, None], k[None])
     # The last ring's coordinate runs on beyond Nyquist.
     out = [1.0]
     for i in range(1, size // 2 + 1):
@@ -55,8 +55,7 @@ def test_frc_against_plain_rings(size: int):
     found = ring_correlation(a, b).numpy()
     assert found.shape == (8, size // 2 + 1)
     soft = np.stack([soft_rings(*p) for p in pairs])
-    # The library's frequencies are single precision.
-    np.testing.assert_allclose(found, soft, atol=1e-4)
+    np.testing.assert_allclose(found, soft, atol=1e-6)  # frequencies are single precision
     # Soft rings average over the neighbours, so they differ from hard ones by noise of the rings:
     # 1 / sqrt(pi i) on ring i, less in the mean of 8.
     hard = np.stack([hard_rings(*p) for p in pairs])
@@ -132,12 +131,15 @@ def test_wiener_curve_is_the_filter_of_least_error():
     assert flat == pytest.approx(best, abs=0.01)
 
 
-def test_wiener_curve_stops_at_the_first_lost_ring():
+def test_wiener_curve_passes_a_node_but_stops_where_two_rings_are_lost():
+    node = curve(1, 0.9, 0.3, -0.5, -0.1, 0.8, 0.9, 0.9)  # smoothed: one ring below zero
+    assert wiener_curve(node)[0, 3] == 0
+    assert (wiener_curve(node)[0, 5:] > 0.5).all()
     frc = curve(1, 0.9, 0.6, 0.1, -0.3, -0.2, 0.5, 0.9)
     smooth = np.convolve(np.pad(frc[0].numpy(), 1, mode="edge"), np.ones(3) / 3, mode="valid")
     expected = np.zeros(8)
     for i, value in enumerate(smooth.clip(0, 1)):
-        if value <= 0:
+        if value <= 0 and smooth[i + 1] <= 0:
             break
         expected[i] = 2 * value / (1 + value)
     expected[0] = 1

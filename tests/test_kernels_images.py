@@ -83,7 +83,9 @@ def test_refined_poses_are_float64s(gpu, size: int, last_ring: int, first_ring: 
     angle64, shift64, score64 = _refine_in_torch(*widened(tuple(arguments)), 3)
     # A last step whose gain is rounding may be taken by one and not by the other.
     assert wrap_degrees(angle - angle64).abs().quantile(0.9) < 0.02
-    assert (shift - shift64).norm(dim=1).quantile(0.9) < 0.002
+    apart = (shift - shift64).norm(dim=1)
+    assert apart.median() < 0.001
+    assert apart.quantile(0.9) < 0.004
     assert (score - score64).abs().max() < 2e-4
     assert wrap_degrees(angle - angle64).abs().max() < 0.2
 
@@ -136,16 +138,15 @@ def placed(device: str, n: int, size: int | tuple[int, int], groups: int, seed: 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("n", "size", "groups"),
-    [(300, 90, 20), (37, 61, 5), (5, 128, 1), (40, (48, 67), 3), (9, 256, 2), (0, 32, 2)],
+    [(300, 90, 20), (37, 61, 5), (5, 128, 1), (40, (48, 67), 3), (9, 256, 2), (1, 32, 2)],
 )
 def test_class_sums_are_float64s(gpu, n: int, size, groups: int) -> None:
     arguments = placed("cuda", n, size, groups)
-    found = sum_aligned(*arguments)
+    images, found = arguments[0], sum_aligned(*arguments)
     expected = _sum_in_torch(*widened(arguments))
-    # Half an image's ulp of coordinates, at the kernel's steepest slope, times some members.
-    assert (found - expected).abs().max() < 2e-5 * max(1, n)
-    scale = expected.square().mean().sqrt()
-    assert (found - expected).square().mean().sqrt() <= 3e-6 * scale
+    # A coordinate of c pixels is off by 1e-7 c; noise changes by about itself from pixel to pixel.
+    error = (found - expected).square().mean().sqrt() if n else 0
+    assert error <= 3e-7 * max(images.shape[-2:]) * expected.square().mean().sqrt()
     assert groups == 1 or not found[-1].any()
 
 
@@ -202,7 +203,10 @@ def test_packed_features_are_ring_spectra(
     n = 11
     images = particles(n, 2, size)[0] * 37 + 5
     rings = Rings(first_ring, last_ring, ring_step, 256)
-    layout = Layout.of_radii(rings.radii().tolist(), 256)
+    # Ring r carries frequencies to pi r: what lies in steps of 16 rings, outermost first.
+    radii = rings.radii()
+    carried = [int((math.pi * radii >= low).sum()) for low in range(0, 128, 16)]
+    layout = Layout(len(radii), 256, tuple(-(-count // 16) for count in carried if count))
     axis = torch.arange(side) - side // 2
     shifts = torch.cartesian_prod(axis, axis).double()
     packed = kernel_images.pack_images(images, rings, side, layout)

@@ -161,6 +161,20 @@ def test_resuming_refuses_other_settings_and_goes_further_on_request(star, tmp_p
     assert load_config(tmp_path / "run" / "config.yaml").iterations == 2
 
 
+def test_a_run_that_fails_gives_back_what_it_was_to_replace(star, tmp_path):
+    config = settings(star, tmp_path / "run", "iterations=1", "embedding=false")
+    folder = run(config)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for wrong, message in (
+        ({"n_classes": 5000}, "n_classes"),  # found out after the folder was claimed
+        ({"references": str(folder / "class_averages.mrcs")}, "is an input of this run"),
+        ({"particles": folder / "class_averages.mrcs"}, "is an input of this run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(replace(config, overwrite=True, **wrong))
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_run_in_the_way_is_kept_unless_told(star, tmp_path):
     config = settings(star, tmp_path / "run", "iterations=1", "embedding=false")
     run(config)

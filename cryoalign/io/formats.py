@@ -43,6 +43,11 @@ def read_images(path: str | Path) -> Tensor:
         return torch.from_numpy(np.array(images, dtype=np.float32, order="C"))
 
 
+def image_pixel_size(path: str | Path) -> float | None:
+    """Ångström per pixel by an image file's header; None where it does not say."""
+    return read_header(Path(path)).pixel_size
+
+
 def write_images(path: str | Path, images: Tensor, pixel_size: float | None = None) -> None:
     """Write (n, h, w) images as float32 to a .mrcs, .mrc or .npy file, whole or not at all.
 

@@ -31,6 +31,8 @@ FLAGS = (
     "--expt-relaxed-constexpr",
     *TARGETS,
 )
+# More flags, for whoever works on the kernels: -lineinfo, or -DCRYOALIGN_RACECHECK (see hopper.cu).
+EXTRA = "CRYOALIGN_NVCC_FLAGS"
 LINK = ("-shared", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu")
 
 
@@ -45,10 +47,14 @@ def sources() -> list[Path]:
 
 def source_hash() -> str:
     """What the library is made of: sources, headers and flags."""
-    digest = hashlib.sha256(" ".join((*FLAGS, *LINK)).encode())
+    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
     for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *os.environ.get(EXTRA, "").split()]
 
 
 def library_name() -> str:
@@ -127,7 +133,7 @@ def build(verbose: bool = False) -> Path:
 def _compile(nvcc: str, scratch: Path, verbose: bool) -> list[str]:
     """Object files of all sources, made side by side."""
     report = ["-Xptxas=-v"] if verbose else []
-    flags = [*FLAGS, *report, *_torch_flags()[0]]
+    flags = [*_flags(), *report, *_torch_flags()[0]]
 
     def one(source: Path) -> str:
         out = scratch / f"{source.stem}.o"

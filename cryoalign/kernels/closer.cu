@@ -1,12 +1,12 @@
 // Chosen (particle, reference) pairs again, in fp32 from the images, at the shifts that the fused
 // search found: the exact score and angle of the textbook's grid. For 256 angles.
 //
-// A block takes one particle and up to GROUP of its references. Each shift among them is sampled
-// once. A warp makes the spectra of two rings with one complex transform of 256 points, 8 in
+// A block takes one particle and up to GROUP of its references: the best, which it picks itself, or
+// every one in turn. Each shift among them is sampled once. A warp makes the spectra of two rings with one complex transform of 256 points, 8 in
 // every lane; two rows of scores come back from one such transform too.
 #include <cfloat>
 
-#include "common.cuh"
+#include "copy.cuh"
 
 namespace cryoalign {
 namespace {
@@ -15,13 +15,19 @@ constexpr int WARPS = 9;  // 36 rings are 18 pairs
 constexpr int THREADS = 32 * WARPS;
 constexpr int ANGLES = 256;
 constexpr int FREQUENCIES = ANGLES / 2 + 1;
+constexpr int MOST_RINGS = 112;
 constexpr int GROUP = 4;
 constexpr int JOBS = 2 * GROUP;    // a reference and a hand each
 constexpr int SLOT = 288;          // float2 of a transform: its exchange, then its 4 x 68 result
-constexpr int PRODUCT = 132;       // float2 of a job's ring products
+constexpr int PRODUCT = 264;       // float2 of a job's ring products, in two parts to be added
+constexpr int PART = 132;
+constexpr int PART_THREADS = 144;  // two parts of the rings side by side
 // A hand is looked at again if its coarse score is within this share of the better one's: many
 // times what fp16 rounds.
 constexpr float NEAR = 4e-3f;
+// And of the best references one is left alone if it is this far below the first: a share of the
+// score for fp16, and a part for noise on rings half an angle step apart.
+constexpr float HOPELESS_SHARE = 1e-2f, HOPELESS = 4e-3f;
 
 struct Task {
   const float* images;       // (n, h, w)
@@ -30,11 +36,11 @@ struct Task {
   const float* weights;      // (r,) the rings' shares of the area
   const float* coarse;       // (n, k, hands)
   const int32_t* shift;      // (n, k, hands)
-  const int64_t* chosen;     // (n, c)
   float* score;              // (n, k)
   int64_t* place;            // (n, k)
   int64_t k;
-  int height, width, candidates, groups, hands, rings, first_ring, ring_step, reach, pitch;
+  int height, width, candidates, groups, hands,  // candidates 0: every reference
+      rings, first_ring, ring_step, reach, pitch;
 };
 
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
@@ -144,6 +150,7 @@ struct Memory {
   float2* circle;    // (256,) the unit circle
   float2* spectra;   // (pairs of rings, SLOT)
   float2* products;  // (JOBS, PRODUCT)
+  float* shares;     // (MOST_RINGS,) square roots of the rings' weights over the angles
 };
 
 struct Statistics {
@@ -157,8 +164,8 @@ __device__ void make_spectra(const Task& task, const Memory& memory, const Trans
   float mean = 0.f, power = 0.f;
   for (int pair = warp; 2 * pair < task.rings; pair += WARPS) {
     float2 v[8];
-    const float weight[2] = {task.weights[2 * pair],
-                             2 * pair + 1 < task.rings ? task.weights[2 * pair + 1] : 0.f};
+    const float weight[2] = {memory.shares[2 * pair] * memory.shares[2 * pair],
+                             memory.shares[2 * pair + 1] * memory.shares[2 * pair + 1]};
     float squares[2] = {0.f, 0.f}, sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -194,38 +201,41 @@ __device__ void make_spectra(const Task& task, const Memory& memory, const Trans
   mean = warp_sum(mean);
   power = warp_sum(power);
   if (lane == 0) {
-    statistics.mean[warp] = mean / ANGLES;
-    statistics.power[warp] = power / ANGLES;
+    statistics.mean[warp] = mean;  // weights here are over the angles
+    statistics.power[warp] = power;
   }
 }
 
 // A job's ring products, sum over rings of conj(X) Y for one hand, from the block's spectra.
 __device__ void ring_products(const Task& task, const Memory& memory, const float2* reference,
                               bool mirrored, float mean, float scale, float2* products) {
-  for (int m = threadIdx.x; m < FREQUENCIES; m += THREADS) {
-    const int low = slot_index(m), high = slot_index((ANGLES - m) % ANGLES);
-    float2 total = {0.f, 0.f};
-    for (int r = 0; r < task.rings; r += 2) {
-      const float2* slot = memory.spectra + r / 2 * SLOT;
-      const float2 z = slot[low], other = slot[high];
-      // The transforms of two real rows, from that of the first plus i times the second.
-      float2 x[2] = {{0.5f * (z.x + other.x), 0.5f * (z.y - other.y)},
-                     {0.5f * (z.y + other.y), 0.5f * (other.x - z.x)}};
+  const int part = threadIdx.x / PART_THREADS, m = threadIdx.x % PART_THREADS;
+  if (m >= FREQUENCIES) return;
+  const int half = (task.rings + 1) / 2, middle = half / 2;  // pairs of rings
+  const int first = part == 0 ? 0 : middle, last = part == 0 ? middle : half;
+  const int low = slot_index(m), high = slot_index((ANGLES - m) % ANGLES);
+  float2 total = {0.f, 0.f};
+#pragma unroll 3
+  for (int pair = first; pair < last; ++pair) {
+    const float2* slot = memory.spectra + pair * SLOT;
+    const float2 z = slot[low], other = slot[high];
+    // The transforms of two real rows, from that of the first plus i times the second.
+    float2 x[2] = {{0.5f * (z.x + other.x), 0.5f * (z.y - other.y)},
+                   {0.5f * (z.y + other.y), 0.5f * (other.x - z.x)}};
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        if (r + which >= task.rings) break;
-        if (m == 0) x[which].x -= ANGLES * mean;
-        const float share = sqrtf(task.weights[r + which] * (1.f / ANGLES));
-        float2 y = __ldg(reference + static_cast<int64_t>(r + which) * FREQUENCIES + m);
-        if (mirrored) y.y = -y.y;
-        total.x = fmaf(share, fmaf(x[which].x, y.x, x[which].y * y.y), total.x);
-        total.y = fmaf(share, fmaf(x[which].x, y.y, -x[which].y * y.x), total.y);
-      }
+    for (int which = 0; which < 2; ++which) {
+      const int r = min(2 * pair + which, task.rings - 1);
+      if (m == 0) x[which].x -= ANGLES * mean;
+      const float share = memory.shares[2 * pair + which];  // 0 past the last ring
+      float2 y = __ldg(reference + static_cast<int64_t>(r) * FREQUENCIES + m);
+      if (mirrored) y.y = -y.y;
+      total.x = fmaf(share, fmaf(x[which].x, y.x, x[which].y * y.y), total.x);
+      total.y = fmaf(share, fmaf(x[which].x, y.y, -x[which].y * y.x), total.y);
     }
-    const float sign = mirrored && (m & 1) ? -scale : scale;
-    const bool own = m == 0 || m == FREQUENCIES - 1;
-    products[m] = {sign * total.x, own ? 0.f : sign * total.y};
   }
+  const float sign = mirrored && (m & 1) ? -scale : scale;
+  const bool own = m == 0 || m == FREQUENCIES - 1;
+  products[part * PART + m] = {sign * total.x, own ? 0.f : sign * total.y};
 }
 
 struct Peak {
@@ -253,7 +263,7 @@ __device__ void best_angles(const float2* a, const float2* b, const Transform& t
   for (int i = 0; i < 8; ++i) {
     const int m = 32 * i + lane, own = m < FREQUENCIES ? m : ANGLES - m;
     const float hand = m < FREQUENCIES ? 1.f : -1.f;
-    const float2 p = a[own], q = b[own];
+    const float2 p = a[own] + a[PART + own], q = b[own] + b[PART + own];
     v[i] = {p.x - hand * q.y, -(hand * p.y + q.x)};  // conj(p + i q)
   }
   transform(v, slot, lane);
@@ -271,20 +281,72 @@ __device__ void best_angles(const float2* a, const float2* b, const Transform& t
   }
 }
 
+// The `count` best references of a particle by their better hand's coarse score, by one warp.
+__device__ void pick_best(const Task& task, const float* coarse, int count, int64_t* chosen) {
+  const int lane = threadIdx.x & 31;
+  float before = FLT_MAX;
+  int64_t last = -1;
+  for (int i = 0; i < count; ++i) {  // the next in order of score, then of index
+    float best = -FLT_MAX;
+    int64_t at = INT64_MAX;
+    for (int64_t k = lane; k < task.k; k += 32) {
+      float v = coarse[k * task.hands];
+      if (task.hands == 2) v = fmaxf(v, coarse[2 * k + 1]);
+      v = v == v ? v : 0.f;
+      const bool left = i == 0 || v < before || (v == before && k > last);
+      if (left && (v > best || at == INT64_MAX)) {
+        best = v;
+        at = k;
+      }
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const float v = __shfl_xor_sync(~0u, best, offset);
+      const int64_t k = __shfl_xor_sync(~0u, at, offset);
+      if (k != INT64_MAX && (at == INT64_MAX || v > best || (v == best && k < at))) {
+        best = v;
+        at = k;
+      }
+    }
+    if (lane == 0) chosen[i] = at;
+    before = best;
+    last = at;
+  }
+}
+
+// What the search leaves of the references that were not looked at again.
+__device__ void write_others(const Task& task, const float* coarse, int64_t particle, float limit,
+                             const int64_t* chosen, const int* job_shift, int count) {
+  for (int64_t k = threadIdx.x; k < task.k; k += THREADS) {
+    bool done = false;
+    for (int i = 0; i < count; ++i)
+      done = done || (chosen[i] == k && (job_shift[2 * i] >= 0 || job_shift[2 * i + 1] >= 0));
+    if (done) continue;
+    float v = coarse[k * task.hands];
+    if (task.hands == 2) v = fmaxf(v, coarse[2 * k + 1]);
+    task.score[particle * task.k + k] = fminf(v, limit);
+    task.place[particle * task.k + k] = -1;
+  }
+}
+
 __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constant__ Task task) {
   extern __shared__ float2 dynamic[];
   __shared__ Statistics statistics;
   __shared__ int job_shift[JOBS];  // -1: nothing to do
   __shared__ Peak peaks[JOBS];
+  __shared__ int64_t chosen[GROUP];
+  __shared__ float worst[GROUP];
   const int64_t particle = blockIdx.x / task.groups;
   const int first = blockIdx.x % task.groups * GROUP;
-  const int count = min(GROUP, task.candidates - first);
+  const bool every = task.candidates == 0;
+  const int count = every ? static_cast<int>(min(int64_t{GROUP}, task.k - first)) : task.candidates;
+  const float* coarse = task.coarse + particle * task.k * task.hands;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Memory memory;
   memory.spectra = dynamic;
   memory.products = memory.spectra + slots(task.rings) * SLOT;
   memory.circle = memory.products + JOBS * PRODUCT;
-  memory.window = reinterpret_cast<float*>(memory.circle + ANGLES);
+  memory.shares = reinterpret_cast<float*>(memory.circle + ANGLES);
+  memory.window = memory.shares + MOST_RINGS;
   const Transform transform(lane);
 
   const float* image = task.images + particle * task.height * task.width;
@@ -293,8 +355,8 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
     for (int x = lane; x < side; x += 32) {
       const int row = y + task.height / 2 - task.reach, column = x + task.width / 2 - task.reach;
       const bool there = row >= 0 && column >= 0 && row < task.height && column < task.width;
-      memory.window[y * task.pitch + x] =
-          there ? __ldg(image + static_cast<int64_t>(row) * task.width + column) : 0.f;
+      copy_or_zero(memory.window + y * task.pitch + x,
+                   there ? image + static_cast<int64_t>(row) * task.width + column : image, there);
     }
   for (int j = threadIdx.x; j < ANGLES; j += THREADS) {
     float2 at;
@@ -302,22 +364,35 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
     memory.circle[j] = at;
   }
   for (int i = threadIdx.x; i < JOBS * PRODUCT; i += THREADS) memory.products[i] = {0.f, 0.f};
-  if (threadIdx.x < JOBS) {
-    const int job = threadIdx.x, local = job >> 1, hand = job & 1;
-    int shift = -1;
-    if (local < count && hand < task.hands) {
-      const int64_t pair =
-          particle * task.k + task.chosen[particle * task.candidates + first + local];
-      const float mine = task.coarse[pair * task.hands + hand];
-      const float top = task.hands == 2
-                            ? fmaxf(task.coarse[pair * 2], task.coarse[pair * 2 + 1])
-                            : mine;
-      // Not >=: a NaN is looked at, and comes out.
-      if (!(mine < top - NEAR * fabsf(top))) shift = task.shift[pair * task.hands + hand];
+  for (int r = threadIdx.x; r < MOST_RINGS; r += THREADS)
+    memory.shares[r] = r < task.rings ? sqrtf(task.weights[r] * (1.f / ANGLES)) : 0.f;
+  if (warp == 0) {
+    if (every) {
+      if (lane < count) chosen[lane] = first + lane;
+    } else {
+      pick_best(task, coarse, count, chosen);
     }
-    job_shift[job] = shift;
-    peaks[job] = {-FLT_MAX, 0};
+    __syncwarp();
+    if (lane < JOBS) {
+      const int local = lane >> 1, hand = lane & 1;
+      int shift = -1;
+      if (local < count && hand < task.hands) {
+        const auto better = [&](int64_t k) {
+          const float v = coarse[k * task.hands];
+          return task.hands == 2 ? fmaxf(v, coarse[2 * k + 1]) : v;
+        };
+        const int64_t k = chosen[local];
+        const float top = better(k), best = every ? top : better(chosen[0]);
+        // Not >=: a NaN is looked at, and comes out.
+        if (!(coarse[k * task.hands + hand] < top - NEAR * fabsf(top)) &&
+            !(top < best - HOPELESS_SHARE * fabsf(best) - HOPELESS))
+          shift = task.shift[(particle * task.k + k) * task.hands + hand];
+      }
+      job_shift[lane] = shift;
+      peaks[lane] = {-FLT_MAX, 0};
+    }
   }
+  wait_for_copies();
   __syncthreads();
 
   for (int lead = 0; lead < JOBS; ++lead) {  // every different shift, once
@@ -337,9 +412,9 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
     const float scale = variance <= 16.f * FLT_EPSILON * power ? 0.f : rsqrtf(variance) / ANGLES;
     for (int job = lead; job < JOBS; ++job) {
       if (job_shift[job] != shift) continue;
-      const int64_t reference = task.chosen[particle * task.candidates + first + (job >> 1)];
-      ring_products(task, memory, task.references + reference * task.rings * FREQUENCIES, job & 1,
-                    mean, scale, memory.products + job * PRODUCT);
+      ring_products(task, memory,
+                    task.references + chosen[job >> 1] * task.rings * FREQUENCIES, job & 1, mean,
+                    scale, memory.products + job * PRODUCT);
     }
     __syncthreads();
   }
@@ -360,27 +435,37 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
         place = at;
       }
     }
-    const int64_t pair =
-        particle * task.k + task.chosen[particle * task.candidates + first + threadIdx.x];
-    const bool none = place == INT64_MAX;  // an image that is no numbers
-    task.score[pair] = none ? __int_as_float(0x7fffffff) : best;
-    task.place[pair] = none ? 0 : place;
+    const bool looked_at = job_shift[2 * threadIdx.x] >= 0 || job_shift[2 * threadIdx.x + 1] >= 0;
+    worst[threadIdx.x] = looked_at ? best : FLT_MAX;
+    if (looked_at) {
+      const int64_t pair = particle * task.k + chosen[threadIdx.x];
+      const bool none = place == INT64_MAX;  // an image that is no numbers
+      task.score[pair] = none ? __int_as_float(0x7fffffff) : best;
+      task.place[pair] = none ? 0 : place;
+    }
   }
+  if (every) return;
+  __syncthreads();
+  // Below every score of full precision, so that the best has a place.
+  float limit = FLT_MAX;
+  for (int i = 0; i < count; ++i) limit = fminf(limit, worst[i]);
+  write_others(task, coarse, particle, nextafterf(limit, -FLT_MAX), chosen, job_shift, count);
 }
 
 // reach: pixels about the centre that rings about any shift can touch.
 void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weights, Tensor coarse,
-                    Tensor shift, Tensor chosen, int64_t first_ring, int64_t ring_step,
+                    Tensor shift, int64_t candidates, int64_t first_ring, int64_t ring_step,
                     int64_t reach, Tensor score, Tensor place) {
-  require(images.dim() == 3 && references.dim() == 3 && coarse.dim() == 3 && chosen.dim() == 2,
-          "rescore_images: images (n, h, w), references (k, r, m), coarse (n, k, hands), chosen");
+  require(images.dim() == 3 && references.dim() == 3 && coarse.dim() == 3,
+          "rescore_images: images (n, h, w), references (k, r, m), coarse (n, k, hands)");
   const int64_t n = images.size(0), k = references.size(0);
   require(references.size(2) == FREQUENCIES && weights.numel() == references.size(1),
           "rescore_images: 256 angles, one weight a ring");
-  require(coarse.size(0) == n && coarse.size(1) == k && chosen.size(0) == n &&
-              shift.numel() == coarse.numel() && score.numel() == n * k && place.numel() == n * k,
+  require(coarse.size(0) == n && coarse.size(1) == k && shift.numel() == coarse.numel() &&
+              score.numel() == n * k && place.numel() == n * k &&
+              references.size(1) <= MOST_RINGS && candidates <= GROUP && candidates <= k,
           "rescore_images: sizes do not fit");
-  if (chosen.numel() == 0) return;
+  if (n * k == 0) return;
   Task task;
   task.images = floats(images, "images");
   task.references = complexes(references, "references");
@@ -388,14 +473,13 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
   task.weights = floats(weights, "weights");
   task.coarse = floats(coarse, "coarse");
   task.shift = ints(shift, "shift");
-  task.chosen = longs(chosen, "chosen");
   task.score = floats(score, "score");
   task.place = longs(place, "place");
   task.k = k;
   task.height = static_cast<int>(images.size(1));
   task.width = static_cast<int>(images.size(2));
-  task.candidates = static_cast<int>(chosen.size(1));
-  task.groups = static_cast<int>(divide_up(task.candidates, GROUP));
+  task.candidates = static_cast<int>(candidates);
+  task.groups = candidates == 0 ? static_cast<int>(divide_up(k, GROUP)) : 1;
   task.hands = static_cast<int>(coarse.size(2));
   task.rings = static_cast<int>(references.size(1));
   task.first_ring = static_cast<int>(first_ring);
@@ -405,7 +489,7 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
   while (task.pitch % 16 != 7 && task.pitch % 16 != 9) ++task.pitch;
   const size_t bytes =
       sizeof(float2) * (slots(task.rings) * SLOT + JOBS * PRODUCT + ANGLES) +
-      sizeof(float) * (2 * task.reach + 2) * task.pitch;
+      sizeof(float) * (MOST_RINGS + (2 * task.reach + 2) * task.pitch);
   const DeviceGuard guard(images.get_device_index());
   STD_CUDA_CHECK(cudaFuncSetAttribute(closer_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));
@@ -419,7 +503,7 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
 STABLE_TORCH_LIBRARY_FRAGMENT(cryoalign_cuda, m) {
   m.def(
       "rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weights, Tensor "
-      "coarse, Tensor shift, Tensor chosen, int first_ring, int ring_step, int reach, "
+      "coarse, Tensor shift, int candidates, int first_ring, int ring_step, int reach, "
       "Tensor(a!) score, Tensor(b!) place) -> ()");
 }
 

@@ -6,9 +6,9 @@
 // cosines and sines of even and odd frequencies fold four samples (theta, -theta, pi - theta,
 // pi + theta) into one entry of four products with a 64 x 64 matrix. A phase does eight rings at two rows
 // of shifts, whose samples share a half2 all the way from the image to the product.
-#include <array>
+#include <algorithm>
 
-#include "common.cuh"
+#include "copy.cuh"
 
 namespace cryoalign {
 namespace {
@@ -18,7 +18,7 @@ constexpr int WARPS = THREADS / 32;
 constexpr int ANGLES = 256;
 constexpr int QUARTER = ANGLES / 4;
 constexpr int MOST_HALF_STEPS = 6;  // eight rings each
-constexpr int PASS = 64;            // columns of one wgmma: 4 shifts
+constexpr int PASS = 32;            // columns of one wgmma: 2 shifts
 constexpr int PASS_BYTES = PASS * QUARTER * 2;
 // Samples are scaled to this deviation: the square of a sum of them must fit fp16.
 constexpr float DEVIATION = 0.25f;
@@ -31,12 +31,13 @@ struct Task {
   float* scale;            // (8 blocks, s)
   int64_t n;
   int height, width, rings, first_ring, ring_step, last_ring, pitch;
+  int product_bytes;  // of shared memory: the products' right sides, before them the raw image
   float largest_weight;
   Layout layout;
 };
 
 template <int S>
-constexpr int PASSES = (S + 3) / 4;
+constexpr int PASSES = (S + 1) / 2;
 template <int S>
 constexpr int TYPE_BYTES = PASSES<S> * PASS_BYTES;
 
@@ -79,24 +80,21 @@ __device__ float block_sum(float v, float* shared) {
   return v;
 }
 
-// D (64 x 64 fp32) (+)= A (64 x 16, registers) B (16 x 64, shared memory, one column a row of 128
+// D (64 x 32 fp32) (+)= A (64 x 16, registers) B (16 x 32, shared memory, one column a row of 128
 // bytes, swizzled).
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint4& a, uint32_t address,
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint32_t address,
                                       bool accumulate) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const uint64_t descriptor = static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (1ull << 16) |
                               (64ull << 32) | (1ull << 62);
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-      "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
+      "{%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),
-        "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),
-        "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        "+f"(d[14]), "+f"(d[15])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor),
         "r"(static_cast<int>(accumulate)));
 #endif
@@ -163,7 +161,7 @@ struct Sampler {
   }
 };
 
-// The samples of this warp's ring into shared memory; returns sums of squares (lane 2 k + row).
+// The samples of this lane's ring into shared memory; returns sums of squares (lane 2 k + row).
 template <int S>
 __device__ __forceinline__ float sample_ring(const Sampler<S>& sampler, const float2 (&direction)[2],
                                              float radius, int middle_x, int middle_y, float gain,
@@ -217,49 +215,57 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
   const int steps = task.layout.steps[0];
   const int fragments = task.layout.fragments();
   uint4* const tile = task.packed + particle / MEMBERS * (S * S) * fragments * FRAGMENT;
+  const int stride = S * fragments * FRAGMENT;  // from one column of shifts to the next
   const uint32_t product = shared_address(memory);
-  __half2* const window = reinterpret_cast<__half2*>(memory + 4 * TYPE_BYTES<S>);
+  __half2* const window = reinterpret_cast<__half2*>(memory + task.product_bytes);
 
-  // The window of the image, scaled; zero outside.
-  const int side = window_side(task.last_ring, S);
+  // The window of the image, first as it is, then scaled in pairs of rows; zero outside.
+  const int side = window_side(task.last_ring, S), staged = side + 1;
   const int reach = task.last_ring + S / 2;
+  float* const raw = reinterpret_cast<float*>(memory);
   const float* image = task.images + particle * task.height * task.width;
-  const auto pixel = [&](int y, int x) {
-    const bool there = particle < task.n && y >= 0 && x >= 0 && y < task.height && x < task.width;
-    return there ? __ldg(image + static_cast<int64_t>(y) * task.width + x) : 0.f;
-  };
   const int top = task.height / 2 - reach, left = task.width / 2 - reach;
-  float squares = 0.f;
-  for (int y = warp; y < side; y += WARPS)
-    for (int x = lane; x < side; x += 32) {
-      const float v = pixel(top + y, left + x);
-      squares = fmaf(v, v, squares);
+  for (int y = warp; y < staged; y += WARPS)
+    for (int x = lane; x < staged; x += 32) {
+      const int row = top + y, column = left + x;
+      const bool there = particle < task.n && row >= 0 && column >= 0 && row < task.height &&
+                         column < task.width;
+      copy_or_zero(raw + y * staged + x,
+                   there ? image + static_cast<int64_t>(row) * task.width + column : image, there);
     }
-  squares = block_sum(squares, scratch) / (side * side);
+  wait_for_copies();
+  __syncthreads();
+  float squares = 0.f;
+  for (int i = threadIdx.x; i < staged * staged; i += THREADS)
+    squares = fmaf(raw[i], raw[i], squares);
+  squares = block_sum(squares, scratch) / (staged * staged);
   const float unit = squares > 0.f ? rsqrtf(squares) : 0.f;
   for (int y = warp; y < side; y += WARPS)
     for (int x = lane; x < side; x += 32) {
-      const float factor = unit * DEVIATION;
-      window[y * task.pitch + x] = __floats2half2_rn(pixel(top + y, left + x) * factor,
-                                                     pixel(top + y + 1, left + x) * factor);
+      const float* from = raw + y * staged + x;
+      window[y * task.pitch + x] = __floats2half2_rn(from[0] * (unit * DEVIATION),
+                                                     from[staged] * (unit * DEVIATION));
     }
-  for (int i = threadIdx.x; i < 4 * TYPE_BYTES<S> / 16; i += THREADS)
-    store_shared(product + 16 * i, make_uint4(0, 0, 0, 0));
   __syncthreads();
 
-  // This warp's ring of the eight: i = 16 t + 4 h + ring_offset.
-  const int ring_offset = (warp & 1) + 2 * (warp >> 2 & 1) + 8 * (warp >> 1 & 1);
+  // A warp samples four neighbouring rings at 8 of 32 neighbouring angles (and at those an eighth
+  // of a turn on): what its lanes read then lies in few rows of the window. Of the rings of a step
+  // these are 4 h + lane / 8, from 0 or from 8 on.
+  const int eight = warp >> 2, angle8 = warp & 3;
+  const int ring4 = lane >> 3, angle = lane & 7;
   const Sampler<S> sampler{window, task.pitch};
   float2 direction[2];
 #pragma unroll
   for (int u = 0; u < 2; ++u)
-    sincospif((lane + 32 * u + 0.5f) * (2.f / ANGLES), &direction[u].y, &direction[u].x);
-  // Column 16 k + 8 (i / 8 & 1) + 4 row + (i & 3); depth 2 lane + u, in swizzled chunks of 8.
+    sincospif((8 * angle8 + angle + 32 * u + 0.5f) * (2.f / ANGLES), &direction[u].y,
+              &direction[u].x);
+  // Column 16 k + 8 (i / 8 & 1) + 4 row + (i & 3), in chunks of 8 entries, swizzled. Two groups of
+  // four angles lie four chunks apart, so that a warp's stores meet every bank once.
   uint32_t to[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int column = 8 * (warp >> 1 & 1) + 4 * row + 2 * (warp >> 2 & 1) + (warp & 1);
-    to[row] = product + column * 128 + (((lane >> 2) ^ (column & 7)) << 4) + (lane & 3) * 4;
+    const int column = 8 * eight + 4 * row + ring4, chunk = 4 * (angle >> 2) + angle8;
+    to[row] = product + column * 128 + ((chunk ^ (column & 7)) << 4) + (angle & 3) * 4;
   }
   const int parity = warp >> 2, quarter = warp & 3;  // a warpgroup a parity; 16 of 64 rows a warp
 
@@ -270,11 +276,13 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
       const bool empty = 16 * t + 4 * h >= task.rings;
       float sum = 0.f;
       if (!empty) {
-        const int i = 16 * t + 4 * h + ring_offset;
-        if (i < task.rings) {
-          const float radius = task.first_ring + task.ring_step * (task.rings - 1 - i);
-          sum = sample_ring<S>(sampler, direction, radius, task.last_ring,
-                               task.last_ring + 2 * pair, __ldg(task.gain + i), to);
+        const int i = 16 * t + 4 * h + 8 * eight + ring4;
+        if (i - ring4 < task.rings) {
+          // Past the last ring the samples are zero.
+          const float gain = i < task.rings ? __ldg(task.gain + i) : 0.f;
+          const int ring = max(task.rings - 1 - i, 0);
+          sum = sample_ring<S>(sampler, direction, task.first_ring + task.ring_step * ring,
+                               task.last_ring, task.last_ring + 2 * pair, gain, to);
         } else {
 #pragma unroll
           for (int k = 0; k < 4 * S; ++k)
@@ -291,16 +299,31 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
         power[buffer][warp][lane] = sum;
       else
         power[buffer][warp][lane] += sum;
-      __syncthreads();
+      const uint4* matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
+      uint4 a[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) a[k] = __ldg(matrix + k * 32);
+      // Where this lane's results for the first column of shifts go, for both groups of rows.
+      const int row = 2 * pair + (c >> 1);
+      bool kept[2];
+      int place[2];
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const int q = 2 * quarter + high;
+        kept[high] = row < S && q < task.layout.groups && t < task.layout.steps[q];
+        place[high] = ((S * S - 1 - row) * fragments + parity * task.layout.parity +
+                        task.layout.base[q] + 8 * t + g) * FRAGMENT +
+                       member * 4 + 2 * h + (c & 1);
+      }
+      // The mean is taken from frequency 0 later.
+      const bool zero = parity == 0 && quarter == 0 && g == 0;
+      float* const keep = constant[buffer][half_step] + 2 * c;
+      __syncthreads();  // all samples are there
 #pragma unroll
       for (int pass = 0; pass < PASSES<S>; ++pass) {
-        float re[32] = {}, im[32] = {};
+        float re[16], im[16];
         if (!empty) {
-          const uint4* matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
           const uint32_t from = product + parity * TYPE_BYTES<S> + pass * PASS_BYTES;
-          uint4 a[8];
-#pragma unroll
-          for (int k = 0; k < 8; ++k) a[k] = __ldg(matrix + k * 32);
           wgmma_begin();
 #pragma unroll
           for (int k = 0; k < 4; ++k) wgmma(re, a[k], from + 32 * k, k > 0);
@@ -308,29 +331,25 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
           for (int k = 0; k < 4; ++k)
             wgmma(im, a[4 + k], from + 2 * TYPE_BYTES<S> + 32 * k, k > 0);
           wgmma_finish();
+        } else {
+#pragma unroll
+          for (int j = 0; j < 16; ++j) re[j] = im[j] = 0.f;
         }
         if (pass == PASSES<S> - 1) __syncthreads();  // the product's memory is free again
 #pragma unroll
-        for (int eight = 0; eight < 2; ++eight) {
-          const int q = 2 * quarter + eight;
-          if (q >= task.layout.groups || t >= task.layout.steps[q]) continue;
-          const bool zero = parity == 0 && q == 0 && g == 0;
-          const int place = (parity * task.layout.parity + task.layout.base[q] + 8 * t + g) *
-                                FRAGMENT + member * 4 + 2 * h + (c & 1);
+        for (int high = 0; high < 2; ++high) {
+          if (!kept[high]) continue;
 #pragma unroll
-          for (int local = 0; local < 4; ++local) {
-            const int k = 4 * pass + local, row = 2 * pair + (c >> 1);
-            if (k >= S || row >= S) continue;
-            const int n0 = 8 * local + 2 * eight, n1 = n0 + 4;
-            if (zero) {
-              float* keep = constant[buffer][half_step] + 16 * k + 2 * c;
-              keep[0] = re[n0];
-              keep[1] = re[n0 + 1];
-              keep[8] = re[n1];
-              keep[9] = re[n1 + 1];
+          for (int local = 0; local < 2; ++local) {
+            const int k = 2 * pass + local, n0 = 8 * local + 2 * high, n1 = n0 + 4;
+            if (k >= S) continue;
+            if (high == 0 && zero) {
+              keep[16 * k] = re[n0];
+              keep[16 * k + 1] = re[n0 + 1];
+              keep[16 * k + 8] = re[n1];
+              keep[16 * k + 9] = re[n1 + 1];
             } else {
-              const int shift = (S - 1 - k) * S + (S - 1 - row);
-              tile[static_cast<int64_t>(shift) * fragments * FRAGMENT + place] =
+              tile[place[high] - k * stride] =
                   make_uint4(pack2(re[n0], re[n0 + 1]), pack2(im[n0], im[n0 + 1]),
                              pack2(re[n1], re[n1 + 1]), pack2(im[n1], im[n1 + 1]));
             }
@@ -396,14 +415,12 @@ int window_pitch(int side) {
 }
 
 template <int S>
-size_t bytes_of(const Task& task) {
-  return 4 * TYPE_BYTES<S> + sizeof(__half2) * window_side(task.last_ring, S) * task.pitch;
-}
-
-template <int S>
 void launch(Task task, int64_t blocks, cudaStream_t stream) {
-  task.pitch = window_pitch(window_side(task.last_ring, S));
-  const size_t bytes = bytes_of<S>(task);
+  const int side = window_side(task.last_ring, S);
+  const int raw = (side + 1) * (side + 1) * static_cast<int>(sizeof(float));
+  task.pitch = window_pitch(side);
+  task.product_bytes = (std::max(4 * TYPE_BYTES<S>, raw) + 15) / 16 * 16;
+  const size_t bytes = task.product_bytes + sizeof(__half2) * side * task.pitch;
   STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));

@@ -22,8 +22,9 @@ MEMBERS = 16
 TOP = 256.0
 
 # What features.cu is made for.
-KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS, MOST_SIDE, MOST_RADIUS = 256, 48, 8, 11, 80
+KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS, MOST_SIDE, MOST_RADIUS = 256, 48, 8, 11, 64
 DEVIATION = 0.25  # of its samples, as there
+CLOSER = 4  # references of a block of closer.cu
 
 
 def image_peaks(
@@ -91,25 +92,18 @@ def rescore(
     score: Tensor,
     place: Tensor,
 ) -> None:
-    """`peaks.rescore`, from images."""
-    k = coarse.shape[1]
-    every = candidates is None or candidates >= k
-    top = coarse.amax(2)
-    if every:
-        chosen = torch.arange(k, device=top.device).expand(len(top), k).contiguous()
-    else:
-        assert candidates is not None
-        chosen = top.topk(candidates, dim=1).indices.contiguous()
-        score.copy_(top)
-        place.fill_(-1)
+    """Fill score and place (n, k) from the coarse result, the pairs that matter in fp32.
+
+    ``candidates`` None rescores every pair. A number rescores up to so many of a particle's best
+    references (`CLOSER` at most, then every one), those that may yet be the best; the others
+    keep their coarse score, but below any rescored one, and place -1.
+    """
+    few = 0 if candidates is None or candidates > CLOSER else min(candidates, coarse.shape[1])
     weights = rings.weights(images.device).float()
     torch.ops.cryoalign_cuda.rescore_images(
-        images, references, shifts, weights, coarse, shift, chosen,
+        images, references, shifts, weights, coarse, shift, few,
         rings.first_ring, rings.ring_step, rings.last_ring + max_shift, score, place,
     )  # fmt: skip
-    if not every:
-        limit = score.gather(1, chosen).amin(1, keepdim=True)
-        score.copy_(torch.where(place < 0, torch.minimum(score, limit), score))
 
 
 def _serves(images: Tensor, references: Tensor, rings: Rings, side: int) -> bool:
@@ -150,12 +144,13 @@ def _forward_transform(largest: float, device: torch.device) -> Tensor:
     """Folded samples to packed spectra, as tensor-core fragments: half (2, 4, 2, 4, 32, 8).
 
     Axes: parity of the frequency m = 2 m' + parity; 16 of 64 rows m'; cosines and minus sines; 16
-    of 64 columns; lane; what a lane holds. Columns 2 j and 2 j + 1 are the angles j + 1/2 and
-    j + 32 + 1/2 of a quarter turn of 64.
+    of 64 columns; lane; what a lane holds. Columns 2 i and 2 i + 1 are the angles j + 1/2 and
+    j + 32 + 1/2 of a quarter turn of 64, where i = 16 a + 4 b + c has j = 8 b + 4 a + c.
     """
     m = 2 * torch.arange(64, dtype=torch.float64)[None] + torch.arange(2)[:, None]  # (2, 64)
-    column = torch.arange(64)
-    angle = (column // 2 + 32 * (column % 2) + 0.5) * (2 * math.pi / KERNEL_ANGLES)
+    j = torch.arange(32).reshape(4, 2, 4).transpose(0, 1).flatten()
+    angle = torch.stack([j, j + 32], 1).flatten() + 0.5
+    angle = angle * (2 * math.pi / KERNEL_ANGLES)
     phase = m[:, :, None] * angle
     matrix = torch.stack([phase.cos(), -phase.sin()], 1)  # (parity, part, m', column)
     matrix = matrix * (math.sqrt(largest / KERNEL_ANGLES) / DEVIATION)

@@ -3,7 +3,9 @@
 // A pass over the disc gathers 21 weighted moments of particle x, moved reference y and the three
 // derivatives j of y (angle, shift x, shift y); score and step follow from the moments alone, so
 // the disc is read once per pose. Means are removed from the moments, in double precision.
-#include "common.cuh"
+#include <cfloat>
+
+#include "copy.cuh"
 
 namespace {
 
@@ -31,6 +33,10 @@ struct Task {
   float* new_shift;
   float* score;
   int height, width, points, side, pitch, first_ring, last_ring, steps;
+};
+
+struct Pixel {
+  float x, y, value;  // the place about the disc's centre
 };
 
 struct Trial {
@@ -88,18 +94,26 @@ __device__ void gather(const Task& task, const float* image, const uint2* refere
   const int middle = (task.last_ring + 1) * (pitch + 1);
   constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const int magic_bits = __float_as_int(MAGIC);
-#pragma unroll 2
-  for (int i = threadIdx.x; i < task.points; i += THREADS) {
+  // A pixel is asked for one round before it is needed.
+  const auto fetch = [&](int i) {
+    Pixel pixel{FLT_MAX, 0.f, 0.f};
+    if (i >= task.points) return pixel;
     const int2 entry = __ldg(task.disc + i);
     const float2 at = low_high(static_cast<uint32_t>(entry.x));
-    const float ux = at.x + rest_x, uy = at.y + rest_y;
-    const float squared = ux * ux + uy * uy;
-    if (squared >= rim_squared) continue;
     if (!inside) {
       const int x = column + static_cast<int>(at.x), y = row + static_cast<int>(at.y);
-      if (x < 0 || y < 0 || x >= task.width || y >= task.height) continue;
+      if (x < 0 || y < 0 || x >= task.width || y >= task.height) return pixel;
     }
-    const float x = __ldg(centre + entry.y);
+    pixel = {at.x + rest_x, at.y + rest_y, __ldg(centre + entry.y)};
+    return pixel;
+  };
+  Pixel next = fetch(threadIdx.x);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < task.points; i += THREADS) {
+    const float ux = next.x, uy = next.y, x = next.value;
+    next = fetch(i + THREADS);
+    const float squared = ux * ux + uy * uy;
+    if (!(squared < rim_squared)) continue;
     const float radius = square_root(squared);
     float weight = fminf(rim - radius, 1.f);
     if (hole > 0.f) weight *= fminf(fmaxf(radius - hole, 0.f), 1.f);
@@ -218,8 +232,10 @@ __global__ void __launch_bounds__(THREADS, 4) refine_kernel(const __grid_constan
   const int64_t k = task.label[n];
   const uint2* reference = task.templates + k * task.side * task.side;
   if (SHARED) {
-    for (int i = threadIdx.x; i < task.side * task.side; i += THREADS)
-      tile[i / task.side * task.pitch + i % task.side] = reference[i];
+    for (int y = warp; y < task.side; y += WARPS)
+      for (int x = lane; x < task.side; x += 32)
+        copy8(tile + y * task.pitch + x, reference + y * task.side + x);
+    wait_for_copies();
     reference = tile;
   }
   const int pitch = SHARED ? task.pitch : task.side;

@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
   const int type_bytes = SETS * 32 * stride;
   const uint32_t tile = shared_address(shared);
   const float sign = task.first_hand ? -1.f : 1.f;
+  const int band_steps = (task.layout.groups + 1) / 2;
 
   // Groups past the band stay zero.
   for (int i = threadIdx.x; i < 4 * type_bytes / 16; i += THREADS)
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
     for (int row_block = row_group; row_block < task.row_blocks; row_block += ROW_GROUPS) {
       float sums[4][4][4] = {};  // type (2 im + parity), column group, accumulator
       const uint4* w = task.weights + static_cast<int64_t>(row_block) * 4 * task.k_steps * 32 + lane;
-      for (int step = 0; step < task.k_steps; ++step) {
+      for (int step = 0; step < band_steps; ++step) {
 #pragma unroll
         for (int type = 0; type < 4; ++type) {
           const uint4 a = __ldg(w + (type * task.k_steps + step) * 32);
