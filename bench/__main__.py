@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import accuracy, blind, gpu_search, interpolation, iteration, memory, scaling, search
+from bench import (
+    accuracy,
+    adaptive,
+    blind,
+    gpu_search,
+    interpolation,
+    iteration,
+    memory,
+    scaling,
+    search,
+)
 from bench.result import RESULTS, Result, compare, record
 
 ENTRIES: dict[str, Callable[..., Result]] = {
@@ -25,6 +35,8 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "scaling": scaling.run,
     "memory": memory.run,
     "accuracy": accuracy.run,
+    "adaptive": adaptive.run,
+    "adaptive-accuracy": adaptive.accuracy,
     "blind": blind.run,
     "interpolation": interpolation.run,
 }

@@ -11,7 +11,7 @@ from bench.iteration import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.particles import choose_device
-from cryoalign.polar import ring_spectra
+from cryoalign.polar import reference_spectra
 from cryoalign.refine import refine
 from cryoalign.search import Search, match_spectra
 
@@ -49,7 +49,7 @@ def run(
         images, views = particles(case.n, case.k, case.size, 0.1, where)
         search = Search(max_shift=case.max_shift, last_ring=case.last_ring)
         rings = search.rings(case.size)
-        spectra = ring_spectra(views, rings)[:, 0]
+        spectra = reference_spectra(views, rings)
 
         def poses(images=images, views=views, spectra=spectra, search=search, rings=rings):  # type: ignore[no-untyped-def]
             label, _, pose = match_spectra(images, spectra, search, rings).best()

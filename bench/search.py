@@ -15,13 +15,13 @@ from bench.timing import measure
 from cryoalign.average import class_sums
 from cryoalign.correlate import correlation_peaks
 from cryoalign.particles import choose_device
-from cryoalign.polar import normalised_spectra, ring_spectra, to_polar
+from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
 from cryoalign.refine import refine
 from cryoalign.search import Search, match_spectra
 from cryoalign.synthetic import simulate
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
-CPU_CHUNKS, CUDA_CHUNKS = (16, 4), (2048, 512)
+CPU_CHUNKS, CUDA_CHUNKS = (8, 2), (2048, 512)
 BASELINE = {
     "features": "plain features",
     "operator": "plain search",
@@ -86,7 +86,7 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
     """What is timed, by name."""
     rings, shifts = search.rings(images.shape[-1]), search.shifts(images.device)
     sampled, transformed = CPU_CHUNKS if images.device.type == "cpu" else CUDA_CHUNKS
-    references = ring_spectra(views, rings)[:, 0]
+    references = reference_spectra(views, rings)
 
     def features() -> Iterator[Tensor]:
         for part in images.split(sampled):

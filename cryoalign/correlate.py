@@ -23,10 +23,11 @@ from torch import Tensor
 from cryoalign.kernels import peaks as kernels
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.pose import Pose
+from cryoalign.products import RingFactors, peaks_of, ring_factors
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
-CPU_BLOCK = 2**20
+CPU_BLOCK = 3 * 2**18
 CUDA_BLOCK = 2**27
 
 
@@ -109,23 +110,18 @@ def _(
 
 def _table_peaks(particles: Tensor, references: Tensor, mirror: bool) -> tuple[Tensor, Tensor]:
     """`correlation_peaks` in PyTorch, on any device."""
-    n, s, _, m = particles.shape
-    k, hands = len(references), 1 + mirror
-    score = particles.new_empty(n, k, dtype=particles.real.dtype)
-    place = torch.empty(n, k, dtype=torch.int64, device=particles.device)
-    cpu = particles.device.type == "cpu"
-    per_pair = s * hands * 2 * (m - 1)
-    k_block = max(1, min(k, (CPU_BLOCK if cpu else CUDA_BLOCK) // per_pair))
+    return table_peaks(particles, ring_factors(references), mirror)
+
+
+def table_peaks(
+    particles: Tensor, factors: RingFactors, mirror: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` in PyTorch, with `products.ring_factors` of the references at hand."""
     # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
     # rounding, does not depend on how many particles there are.
-    n_block = 1 if cpu else max(1, min(n, CUDA_BLOCK // (per_pair * k_block)))
-    for first in range(0, k, k_block):
-        some = slice(first, first + k_block)
-        columns = _reference_columns(references[some], mirror)  # (m, 2r, k' hands 2)
-        for start in range(0, n, n_block):
-            rows = slice(start, start + n_block)
-            score[rows, some], place[rows, some] = _block_peaks(particles[rows], columns, hands)
-    return score, place
+    if particles.device.type == "cpu":
+        return peaks_of(particles, factors, mirror, CPU_BLOCK, 1)
+    return peaks_of(particles, factors, mirror, CUDA_BLOCK, max(1, len(particles)))
 
 
 @correlation_peaks.register_fake
@@ -166,39 +162,6 @@ def _check(particles: Tensor, references: Tensor, candidates: int | None = None)
         raise ValueError(
             f"no shift or fewer than 2 frequencies to search in spectra {tuple(particles.shape)}"
         )
-
-
-def _reference_columns(references: Tensor, mirror: bool) -> Tensor:
-    """(k, r, m) complex -> (m, 2r, k hands 2) real: right factor of the ring product.
-
-    Against a row [Re X, Im X] of every ring the columns of a reference give the real and
-    imaginary part of sum_r conj(X) Y, and of (-1)^m sum_r conj(X) conj(Y) for the mirrored hand.
-    """
-    y = references.permute(2, 1, 0)  # (m, r, k)
-    re, im = y.real, y.imag
-    columns = [torch.stack([re, im], 2), torch.stack([im, -re], 2)]  # (m, r, 2, k) each
-    if mirror:
-        sign = 1 - 2 * (torch.arange(len(y), device=y.device) % 2)
-        sign = sign.to(re.dtype)[:, None, None, None]
-        columns += [sign * torch.stack([re, -im], 2), -sign * torch.stack([im, re], 2)]
-    return torch.stack(columns, -1).flatten(3).flatten(1, 2)
-
-
-def _block_peaks(particles: Tensor, columns: Tensor, hands: int) -> tuple[Tensor, Tensor]:
-    """Peaks of a block of particles against a block of references, (n, k) each."""
-    n, s, _, m = particles.shape
-    a = 2 * (m - 1)
-    rows = torch.view_as_real(particles.permute(3, 0, 1, 2).contiguous())  # (m, n, s, r, 2)
-    product = torch.bmm(rows.reshape(m, n * s, -1), columns)  # (m, n s, k hands 2)
-    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))  # (m, n s, k hands)
-    table = torch.fft.irfft(spectrum, n=a, dim=0)  # (a, n s, k hands)
-    peak = table.amax(0).reshape(n, s, -1, hands).permute(0, 2, 1, 3)  # (n, k, s, hands)
-    score, pose = peak.flatten(2).max(-1)  # (n, k)
-    n_index = torch.arange(n, device=pose.device)[:, None]
-    k_index = torch.arange(pose.shape[1], device=pose.device)
-    best = table[:, n_index * s + pose // hands, k_index * hands + pose % hands]  # (a, n, k)
-    angle = (best == score).to(torch.uint8).argmax(0)
-    return score, pose * a + angle
 
 
 @torch.library.custom_op("cryoalign::correlation_logsumexp", mutates_args=())

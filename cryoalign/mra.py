@@ -35,10 +35,9 @@ from cryoalign.filters import fourier_resize, radial_mean, soft_mask
 from cryoalign.geometry import transform
 from cryoalign.io import image_pixel_size, read_images
 from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
-from cryoalign.polar import Rings, ring_spectra
+from cryoalign.polar import Rings
 from cryoalign.pose import Pose, pixel_error
-from cryoalign.refine import refine
-from cryoalign.search import Search, best_match
+from cryoalign.search import Search, best_poses, prepare
 from cryoalign.seeding import SEEDINGS, seed_references
 
 Progress = Callable[[str, int, int], None]
@@ -290,13 +289,10 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
 
 def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
-    rings = job.rings
-    spectra = ring_spectra(references, rings)[:, 0]
+    target = prepare(references, job.search)
     found = [torch.zeros(0, 6, dtype=torch.float64, device=job.particles.device)]
     for _, images in job.batches("align"):
-        label, score, pose = best_match(images, spectra, job.search, rings)
-        if job.search.refine:
-            pose, score = refine(images, references, label, pose, rings)
+        label, pose, score = best_poses(images, target)
         columns = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
         found.append(torch.stack([c.double() for c in columns], 1))
     table = gather_over_ranks(torch.cat(found).cpu())  # once: batches do not wait for each other

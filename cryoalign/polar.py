@@ -93,10 +93,14 @@ def to_polar(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tens
     """
     if shifts is None:
         shifts = images.new_zeros(1, 2)
+    return sample(images, shifted_rings(images, rings, shifts))
+
+
+def shifted_rings(images: Tensor, rings: Rings, shifts: Tensor) -> Tensor:
+    """(1 or n, s, r, a, 2) the points of `to_polar`."""
     if shifts.ndim == 2:
         shifts = shifts.unsqueeze(0)
-    points = ring_points(rings, images) - shifts.to(images.dtype)[:, :, None, None]
-    return sample(images, points)
+    return ring_points(rings, images) - shifts.to(images.dtype)[:, :, None, None]
 
 
 def ring_spectra(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tensor:
@@ -122,8 +126,9 @@ def normalised_spectra(polar: Tensor, rings: Rings) -> Tensor:
     a = polar.shape[-1]
     weights = rings.weights(polar.device).to(polar.dtype)  # (r,)
     spectra = torch.fft.rfft(polar)
-    mean = spectra[..., 0].real @ weights / a  # (...,)
-    power = torch.linalg.vecdot(polar, polar) @ weights / a
+    # Sums, not products with a vector: those round by how many rows there are.
+    mean = (spectra[..., 0].real * weights).sum(-1) / a  # (...,)
+    power = (torch.linalg.vecdot(polar, polar) * weights).sum(-1) / a
     variance = power - mean.square()
     # Below this the deviation is rounding: such an image says nothing about its pose.
     flat = variance <= 16 * torch.finfo(polar.dtype).eps * power
@@ -133,3 +138,32 @@ def normalised_spectra(polar: Tensor, rings: Rings) -> Tensor:
     pairs = torch.view_as_real(spectra).mul_(factor[..., None, None])
     pairs[..., 0, 0] -= a * mean.unsqueeze(-1) * factor
     return spectra
+
+
+def carried(rings: Rings, device: torch.device | str | None = None) -> Tensor:
+    """(r, m) bool: the angular frequencies that a ring of an image sampled at 1 px can hold.
+
+    Ring r meets 2 pi r pixels, hence m <= pi r; two more are left to the bilinear samples' tails.
+    What a ring shows beyond is interpolation, not image.
+    """
+    frequency = torch.arange(rings.n_angles // 2 + 1, device=device)
+    return frequency <= (math.pi * rings.radii(device)).floor().unsqueeze(1) + 2
+
+
+def reference_spectra(references: Tensor, rings: Rings) -> Tensor:
+    """`ring_spectra` of references, without what their rings cannot hold, as unit vectors again.
+
+    So half of every ring product is zero, and `correlation_peaks` leaves it out.
+
+    Args:
+        references: (k, h, w).
+
+    Returns:
+        (k, r, m) complex.
+    """
+    spectra = ring_spectra(references, rings)[:, 0] * carried(rings, references.device)
+    pairs = torch.view_as_real(spectra).square().sum(-1).sum(1)  # (k, m)
+    # A real signal's frequencies count twice, but for the first and the last.
+    power = (2 * pairs.sum(1) - pairs[:, 0] - pairs[:, -1]) / rings.n_angles
+    scale = torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
+    return spectra * scale[:, None, None]

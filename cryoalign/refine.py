@@ -19,9 +19,9 @@ from cryoalign.pose import Pose, wrap_degrees
 MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
 ROUNDING = 1e-6  # scores that differ by less are equal
-# Particles at a time: few enough to stay in a core's cache, or to spare a GPU's memory.
-CPU_CHUNK = 16
-CUDA_CHUNK = 1024
+# Pixels of the particles of a chunk: they stay in a core's cache, or spare a GPU's memory.
+CPU_CHUNK = 2**16
+CUDA_CHUNK = 2**22
 
 
 class _Fit(NamedTuple):
@@ -69,7 +69,18 @@ def refine(
         The poses (n,) and their scores (n,): the correlation coefficient of particle and moved
         reference over the pixels of the disc.
     """
-    templates = torch.stack([references, *_gradient(references)], 1)  # (k, 3, h, w)
+    return refine_on(images, templates_of(references), label, pose, rings, steps)
+
+
+def templates_of(references: Tensor) -> Tensor:
+    """(k, 3, h, w): references (k, h, w) and their derivatives along x and y."""
+    return torch.stack([references, *_gradient(references)], 1)
+
+
+def refine_on(
+    images: Tensor, templates: Tensor, label: Tensor, pose: Pose, rings: Rings, steps: int = 3
+) -> tuple[Pose, Tensor]:
+    """`refine` with `templates_of` the references at hand."""
     angle, shift, score = refine_poses(
         images,
         templates,
@@ -158,16 +169,25 @@ def _refine_in_torch(
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
-    chunk = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    pixels = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    chunk = max(1, math.ceil(pixels / (math.pi * last_ring**2)))
     templates = _with_turn(templates)
     found = [(angle[:0], shift[:0], angle[:0])]
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        found.append(
-            _refine_chunk(
-                images[part], templates.index_select(0, label[part]), pose[part], rings, steps
-            )
+        some, names, start_pose = images[part], label[part], pose[part]
+        if len(some) == 1:  # a product of one matrix rounds as no batch of them does: take two
+            some, names = some.repeat(2, 1, 1), names.repeat(2)
+            start_pose = Pose.cat([start_pose, start_pose])
+        # One reference for all is not copied.
+        own = (
+            templates.expand(len(some), -1, -1, -1)
+            if len(templates) == 1
+            else templates.index_select(0, names)
         )
+        turned, moved, scored = _refine_chunk(some, own, start_pose, rings, steps)
+        count = min(chunk, len(images) - start)
+        found.append((turned[:count], moved[:count], scored[:count]))
     angles, shifts, scores = zip(*found, strict=True)
     return torch.cat(angles), torch.cat(shifts), torch.cat(scores)
 
@@ -183,13 +203,17 @@ def _refine_chunk(
     pixels = _pixels(window, pose.mirror)
     particles = _seen(images, window, whole)  # (n, 2, p)
 
-    def fit(angle: Tensor, shift: Tensor) -> _Fit:
-        return _evaluate(particles, templates, pixels, Pose(angle, shift, pose.mirror), rings)
+    def fit(angle: Tensor, shift: Tensor, last: bool) -> _Fit:
+        # Where no step follows, no derivatives are needed.
+        seen = templates[:, :1] if last else templates
+        return _evaluate(particles, seen, pixels, Pose(angle, shift, pose.mirror), rings)
 
-    now = fit(pose.angle, shift)
-    for _ in range(steps):
+    now = fit(pose.angle, shift, steps == 0)
+    for step in range(steps):
+        last = step + 1 == steps
         turn, move = _step(now, pose.mirror)
-        trial = fit(now.angle + turn, now.shift + move)
+        trial = fit(now.angle + turn, now.shift + move, last)
+        now = now._replace(moments=trial.moments) if last else now
         better = trial.score > now.score - ROUNDING
         now = _Fit(
             *(
@@ -211,8 +235,18 @@ def _seen(images: Tensor, window: Tensor, shift: Tensor) -> Tensor:
     """(n, 2, p) a mask of what lies in the image, and the masked pixels, at window - shift (n, 2),
     all whole."""
     height, width = images.shape[-2:]
-    place = (window - shift.unsqueeze(1)).long()  # (n, p, 2)
-    x, y = place[..., 0] + width // 2, place[..., 1] + height // 2
+    x, y = window.long().unbind(-1)  # (p,)
+    left, top = (shift.long() * -1 + shift.new_tensor([width // 2, height // 2]).long()).unbind(1)
+    reach = int(window.abs().max())
+    if (
+        int(torch.minimum(left, top).amin()) >= reach
+        and int(left.amax()) < width - reach
+        and int(top.amax()) < height - reach
+    ):  # all of it, for every particle
+        index = (y * width + x) + (top * width + left).unsqueeze(1)  # (n, p)
+        values = images.flatten(1).gather(1, index)
+        return torch.stack([torch.ones_like(values), values], 1)
+    x, y = x + left.unsqueeze(1), y + top.unsqueeze(1)  # (n, p)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
     values = images.flatten(1).gather(1, index)
@@ -241,8 +275,9 @@ def _evaluate(
     """Score and moments at poses of particles (n, 2, p): a row of ones (zeros outside the image), a
     row of pixels.
 
-    The moments are the sums over pixels of products of 1, particle, reference and the reference's
-    three derivatives, weighted by the disc: all that score and step need, from one product.
+    The moments are the sums over pixels of products of 1, particle, reference and, if the templates
+    have them, the reference's three derivatives, weighted by the disc: all that score and step
+    need, from one product.
     """
     matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
     shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass as plain_dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,14 +12,18 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign import kernels
-from cryoalign.correlate import correlation_peaks, unravel_place
+from cryoalign.adaptive import Screen, adaptive_poses, prepare_screen
+from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
+from cryoalign.geometry import sample_at, sampling_places
 from cryoalign.kernels import images as kernel_images
-from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
+from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.products import ring_factors
+from cryoalign.refine import refine_on, templates_of
 from cryoalign.settings import FORBID
 
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
-CPU_CHUNK = 2**23
+CPU_CHUNK = 2**22
 CUDA_CHUNK = 2**30
 # References of a particle that a GPU scores in full precision after its half-precision search,
 # whose best four have the exact choice among them.
@@ -37,6 +42,9 @@ class Search:
         ring_step: distance between rings, pixels.
         mirror: try mirrored particles too.
         refine: refine the best pose below the grid's steps.
+        mode: ``exhaustive`` tries the whole grid; ``adaptive`` screens it at lower resolution and
+            refines the best few (`adaptive`), whatever ``shift_step`` is. None is adaptive on a
+            CPU where poses are refined, else exhaustive.
     """
 
     max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
@@ -48,6 +56,24 @@ class Search:
     ring_step: int = Field(default=1, ge=1, description="distance between rings, px")
     mirror: bool = Field(default=True, description="try mirrored particles too")
     refine: bool = Field(default=True, description="refine poses below the grid's steps")
+    mode: Literal["exhaustive", "adaptive"] | None = Field(
+        default=None,
+        description="exhaustive: the whole grid; adaptive: a screen, the best few refined; "
+        "null: adaptive on a CPU, exhaustive on a GPU",
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode == "adaptive" and not self.refine:
+            raise ValueError(
+                "search.mode adaptive lives by refinement: use search.refine: true, or "
+                "search.mode: exhaustive"
+            )
+
+    def is_adaptive(self, device: torch.device) -> bool:
+        """Whether particles on this device are screened first."""
+        return self.mode == "adaptive" or (
+            self.mode is None and self.refine and device.type == "cpu"
+        )
 
     def rings(self, size: int) -> Rings:
         """The rings in a box of ``size`` pixels.
@@ -113,7 +139,7 @@ def match(images: Tensor, references: Tensor, search: Search) -> Match:
         A `Match` of (n, k).
     """
     rings = search.rings(images.shape[-1])
-    spectra = ring_spectra(references, rings)[:, 0]  # (k, r, m)
+    spectra = reference_spectra(references, rings)  # (k, r, m)
     return match_spectra(images, spectra, search, rings)
 
 
@@ -138,6 +164,56 @@ def best_match(
     score, label = score.max(1)
     place = place.gather(1, label.unsqueeze(1)).squeeze(1)
     return label, score, _pose(place, score, shifts, search, rings)
+
+
+@plain_dataclass(frozen=True, eq=False)
+class Target:
+    """References made ready to be searched by any number of particles.
+
+    Attributes:
+        search: the grid; rings: in the references' box.
+        templates: (k, 3, size, size) for refinement.
+        spectra: (k, r, m) ring spectra of an exhaustive search.
+        screen: of an adaptive one.
+    """
+
+    search: Search
+    rings: Rings
+    templates: Tensor
+    spectra: Tensor | None
+    screen: Screen | None
+
+
+def prepare(references: Tensor, search: Search) -> Target:
+    """Make references (k, size, size) ready for `best_poses`."""
+    rings = search.rings(references.shape[-1])
+    templates = templates_of(references)
+    if search.is_adaptive(references.device):
+        screen = prepare_screen(references, rings, search.max_shift, search.mirror)
+        return Target(search, rings, templates, None, screen)
+    return Target(search, rings, templates, reference_spectra(references, rings), None)
+
+
+def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
+    """Search, and refine if the search says so: the one door of alignment.
+
+    Args:
+        images: (n, size, size), background zero.
+        target: `prepare` of the references.
+
+    Returns:
+        Class index (n,), pose (n,) and score (n,) of every particle's best reference. The score
+        is `refine`'s, or without refinement that of the grid.
+    """
+    if not len(images):
+        raise ValueError("no images to match")
+    if target.screen is not None:
+        return adaptive_poses(images, target.templates, target.screen, target.rings)
+    assert target.spectra is not None
+    label, score, pose = best_match(images, target.spectra, target.search, target.rings)
+    if target.search.refine:
+        pose, score = refine_on(images, target.templates, label, pose, target.rings)
+    return label, pose, score
 
 
 def _peaks(
@@ -240,19 +316,26 @@ def _peaks_in_torch(
 ) -> tuple[Tensor, Tensor]:
     rings, shifts = Rings(first_ring, last_ring, ring_step, angles), shifts.to(images.device)
     bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
-    budget = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
+    cpu = images.device.type == "cpu"
+    budget = CPU_CHUNK if cpu else CUDA_CHUNK
+    # The operator's CPU body makes references ready at every call: here that is done once.
+    factors = ring_factors(references) if cpu else None
     few = max(1, budget // bytes_each)
     shape = (len(images), len(references))
     score = images.new_empty(shape)
     place = images.new_empty(shape, dtype=torch.int64)
+    places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
     # Sampling shares its weights among the images of a call, spectra want to stay in cache:
     # hence chunks of chunks.
     for start in range(0, len(images), 4 * few):
-        polar = to_polar(images[start : start + 4 * few], rings, shifts)
+        polar = sample_at(images[start : start + 4 * few], places)
         for part in polar.split(few):
             rows = slice(start, start + len(part))
-            score[rows], place[rows] = correlation_peaks(
-                normalised_spectra(part, rings), references, mirror, candidates
+            spectra = normalised_spectra(part, rings)
+            score[rows], place[rows] = (
+                correlation_peaks(spectra, references, mirror, candidates)
+                if factors is None
+                else table_peaks(spectra, factors, mirror)
             )
             start += len(part)
     return score, place

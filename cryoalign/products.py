@@ -1,0 +1,154 @@
+"""Ring products: what `correlate.correlation_peaks` computes in PyTorch, in blocks of the table.
+
+Shape letters as in `correlate`. Prepared references (`ring_factors`) serve any number of calls.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Angular frequencies that share a ring product's extent: few leave little out, many are fast.
+BAND = 16
+# References that a ring product takes at least, unless there are but two: with fewer columns some
+# BLAS kernels round by the column, and equal references should score the same.
+LEAST = 8
+
+
+class RingFactors(NamedTuple):
+    """References made ready for ring products.
+
+    Attributes:
+        size: k.
+        pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y likewise; zeros past k.
+        bands: (first m, end m, first ring, end ring) outside of which all references are zero.
+    """
+
+    size: int
+    pairs: Tensor
+    bands: list[tuple[int, int, int, int]]
+
+
+def ring_factors(references: Tensor) -> RingFactors:
+    """Make spectra (k, r, m) ready for `peaks_of`."""
+    y = references.permute(2, 1, 0).resolve_conj()  # (m, r, k)
+    both = torch.stack([y.real, y.imag, y.imag, -y.real], -1).unflatten(-1, (2, 2))
+    held = (references != 0).any(0).cpu()  # (r, m)
+    bands = []
+    for start in range(0, len(y), BAND):
+        rows = held[:, start : start + BAND].any(1).nonzero()
+        if len(rows):
+            end = min(start + BAND, len(y))
+            bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
+    pairs = both.permute(0, 3, 1, 2, 4)  # (m, 2, r, k, 2)
+    k = len(references)
+    pairs = F.pad(pairs, (0, 0, 0, _spare(k)))
+    return RingFactors(k, pairs.contiguous(), bands)
+
+
+def peaks_of(
+    particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
+) -> tuple[Tensor, Tensor]:
+    """The best of both hands of `hand_peaks`, (n, k) each: the first place of equals."""
+    score, place = hand_peaks(particles, factors, mirror, block, together)
+    best = score.amax(-1)
+    last = torch.iinfo(place.dtype).max
+    return best, place.masked_fill(score < best.unsqueeze(-1), last).amin(-1)
+
+
+def hand_peaks(
+    particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
+) -> tuple[Tensor, Tensor]:
+    """The best score of every particle, reference and hand, and its place: (n, k, hands) each.
+
+    Args:
+        particles: (n, s, r, m) spectra.
+        factors: `ring_factors` of the references.
+        mirror: whether to try the mirrored hand.
+        block: entries of the table at a time.
+        together: particles at a time, at most.
+
+    Returns:
+        Scores, and places (shift * hands + hand) * a + angle, the first of equals.
+    """
+    n, s, r, m = particles.shape
+    k, hands = factors.size, 1 + mirror
+    score = particles.new_empty(n, k, hands, dtype=particles.real.dtype)
+    place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
+    per_pair = s * hands * 2 * (m - 1)
+    most = max(1, block // per_pair)
+    k_block = math.ceil(k / math.ceil(k / most)) if k else 1
+    n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together))
+    # One workspace for all blocks: fresh memory costs more than what is done in it.
+    widest = max(k_block, LEAST) if k > 2 else k_block
+    room = particles.new_empty(m * 2 * n_block * s * 2 * widest, dtype=score.dtype)
+    for start in range(0, n, n_block):
+        rows = slice(start, start + n_block)
+        x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
+        x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
+        for first in range(0, k, k_block):
+            some = slice(first, min(first + k_block, k))
+            score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror, room)
+    return score, place
+
+
+def _spare(k: int) -> int:
+    """Columns of zeros that k references need."""
+    return max(0, LEAST - k) if k > 2 else 0
+
+
+def _block_peaks(
+    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Peaks of a block of particles against a block of references, (n, k, hands) each.
+
+    Real and imaginary part of the particles make a correlation each, A of sum_r Re(X) Y and B of
+    sum_r Im(X) (-i Y). Then A + B is the table's plain hand, and (A - B) read backwards from half
+    a turn its mirrored one: two real products and two transforms serve both.
+
+    Args:
+        parts: (m, 2, n s, r) real and imaginary part of the particles' spectra.
+        room: memory for the product.
+    """
+    m, _, ns, _ = parts.shape
+    a = 2 * (m - 1)
+    k = some.stop - some.start
+    columns = factors.pairs[..., some, :]  # (m, 2, r, k, 2)
+    if _spare(k):
+        whole = factors.size == k  # else it is a small part of many
+        columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, _spare(k)))
+    columns = columns.flatten(3)  # (m, 2, r, k' 2)
+    shape = (m, 2, ns, columns.shape[-1])
+    product = room[: math.prod(shape)].view(shape)
+    done = 0
+    for start, end, low, high in factors.bands:
+        product[done:start] = 0
+        torch.bmm(
+            parts[start:end, :, :, low:high].flatten(0, 1),
+            columns[start:end, :, low:high].flatten(0, 1),
+            out=product[start:end].flatten(0, 1),
+        )
+        done = end
+    product[done:] = 0
+    spectrum = torch.view_as_complex(product.unflatten(-1, (-1, 2)))[..., :k]  # (m, 2, n s, k)
+    half_a, half_b = torch.fft.irfft(spectrum, n=a, dim=0).unbind(1)  # (a, n s, k) each
+    plain = half_a + half_b
+    tables = [plain]
+    if mirror:
+        tables.append(half_a.sub_(half_b))
+    index = torch.arange(k, device=product.device)
+    row = torch.arange(ns // s, device=product.device)[:, None] * s
+    scores, places = [], []
+    for hand, table in enumerate(tables):
+        score, shift = table.amax(0).reshape(-1, s, k).max(1)  # (n, k)
+        best = table[:, row + shift, index]  # (a, n, k)
+        if hand == 1:
+            best = best.roll(-1 - a // 2, 0).flip(0)  # entry i is that at a / 2 - i
+        angle = (best == score).to(torch.uint8).argmax(0)
+        scores.append(score)
+        places.append((shift * len(tables) + hand) * a + angle)
+    return torch.stack(scores, -1), torch.stack(places, -1)

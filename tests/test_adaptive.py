@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+
+from cryoalign import adaptive
+from cryoalign.adaptive import coarse_shifts, prepare_screen, reduce
+from cryoalign.filters import fourier_resize, soft_mask
+from cryoalign.geometry import transform
+from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.refine import refine
+from cryoalign.search import Search, best_poses, match, prepare
+from cryoalign.synthetic import Simulation, simulate
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def found(images: torch.Tensor, references: torch.Tensor, mode: str, **search: float):
+    return best_poses(images, prepare(references, Search(mode=mode, **search)))
+
+
+def errors(data: Simulation, n: int, label: torch.Tensor, pose: Pose) -> tuple[float, float, float]:
+    """Share of wrong classes or hands; median angle (degrees) and shift (pixels) of the others."""
+    truth = data.pose[:n]
+    right = (label == data.class_number[:n] - 1) & (pose.mirror == truth.mirror)
+    turn = wrap_degrees(pose.angle - truth.angle).abs()[right].median()
+    off = (pose.shift - truth.shift).norm(dim=1)[right].median()
+    return float((~right).double().mean()), float(turn), float(off)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["clean", "noisy"])
+def test_adaptive_loses_nothing(kind: str, seed: int) -> None:
+    n, k = 150, 12
+    data = simulate(n + 50 * k, k, size=72, snr=0.05, seed=seed)
+    references = data.views
+    if kind == "noisy":  # averages of 50 other particles, at poses that are slightly off
+        generator = torch.Generator().manual_seed(seed)
+        pose = data.pose[n:]
+        pose = Pose(
+            pose.angle + torch.randn(len(pose), generator=generator),
+            pose.shift + 0.4 * torch.randn(len(pose), 2, generator=generator),
+            pose.mirror,
+        )
+        member = data.class_number[n:] - 1
+        references = torch.zeros_like(references).index_add_(
+            0, member, transform(data.images[n:], pose)
+        )
+        references = references / torch.bincount(member)[:, None, None]
+    references = references * soft_mask(72, 28)
+    images = data.images[:n]
+    label, pose, score = found(images, references, "adaptive", last_ring=28)
+    other, other_pose, other_score = found(images, references, "exhaustive", last_ring=28)
+
+    search = Search(last_ring=28)
+    grid = match(images, references, search)
+    row = torch.arange(n)
+    first, second = (
+        refine(images, references, c, grid.pose[row, c], search.rings(72))[1]
+        for c in grid.score.topk(2, 1).indices.unbind(1)
+    )
+    decided = (first - second).abs() > 0.25 / (math.sqrt(math.pi) * 28)
+    assert decided.double().mean() > 0.9
+    assert torch.equal(label[decided], other[decided])
+    wrong, turn, off = errors(data, n, label, pose)
+    other_wrong, other_turn, other_off = errors(data, n, other, other_pose)
+    # Medians of 150 errors, paired: a few per cent of play.
+    assert wrong <= other_wrong + 1 / n
+    assert turn <= 1.07 * other_turn
+    assert off <= 1.07 * other_off
+    if kind == "clean":
+        assert (score - other_score).abs().median() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (48, {"max_shift": 2}),
+        (49, {"max_shift": 2}),
+        (81, {"max_shift": 3, "mirror": False}),
+        (64, {"max_shift": 1.5, "shift_step": 0.5, "first_ring": 3}),
+        (80, {"max_shift": 2, "ring_step": 2, "last_ring": 33}),
+        (64, {"max_shift": 0}),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 5])
+def test_noise_free_particles_come_back_to_their_pose(size: int, settings: dict, k: int) -> None:
+    reach = min(1.5, settings["max_shift"])
+    data = simulate(
+        30, k, size=size, snr=1e4, max_shift=reach, mirror=settings.get("mirror", True), seed=size
+    )
+    label, pose, score = found(data.images, data.views, "adaptive", **settings)
+    assert torch.equal(label, data.class_number - 1)
+    assert torch.equal(pose.mirror, data.pose.mirror)
+    assert wrap_degrees(pose.angle - data.pose.angle).abs().max() < 0.3
+    assert (pose.shift - data.pose.shift).norm(dim=-1).max() < 0.06
+    assert score.min() > 0.98
+
+
+def test_batch_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = simulate(45, 6, size=48, snr=0.05, seed=4)
+    label, pose, score = found(data.images, data.views, "adaptive")
+    for batch, chunk, together in ((1, 1, 1), (7, 3, 2), (1024, 32, 5)):
+        monkeypatch.setattr(adaptive, "BATCH", batch)
+        monkeypatch.setattr(adaptive, "CHUNK", chunk)
+        monkeypatch.setattr(adaptive, "TOGETHER", together)
+        again, other, other_score = found(data.images, data.views, "adaptive")
+        assert torch.equal(label, again)
+        assert torch.equal(score, other_score)
+        assert torch.equal(pose.angle, other.angle)
+        assert torch.equal(pose.shift, other.shift)
+
+
+@pytest.mark.parametrize(("old", "new"), [(91, 45), (90, 45), (65, 33), (64, 31)])
+def test_reduce_is_the_fourier_resize(old: int, new: int) -> None:
+    images = torch.randn(2, old, old, generator=torch.Generator().manual_seed(old))
+    torch.testing.assert_close(reduce(images, new), fourier_resize(images, new))
+
+
+def test_reduce_keeps_the_centre_of_even_boxes() -> None:
+    data = simulate(3, 3, size=64, snr=math.inf, max_shift=0, seed=0)
+    small = reduce(data.views, 40)
+    truth = fourier_resize(data.views, 40)
+    # Only the last frequency is left out.
+    assert (small - truth).abs().max() < 0.02 * truth.abs().max()
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.5, 1.0, 1.5, 2.3])
+def test_coarse_shifts_leave_no_gap(reach: float) -> None:
+    shifts = coarse_shifts(reach)
+    axis = torch.linspace(-reach, reach, 41)
+    everywhere = torch.cartesian_prod(axis, axis)
+    gap = (everywhere[:, None] - shifts).abs().amax(-1).amin(1).max()
+    assert gap <= 0.5 + 1e-5
+
+
+def test_images_that_say_nothing_and_no_images() -> None:
+    data = simulate(4, 3, size=40, snr=1.0, max_shift=2, seed=0)
+    images = torch.cat([torch.zeros(2, 40, 40), data.images])
+    label, pose, score = found(images, data.views, "adaptive")
+    assert label.shape == score.shape == pose.angle.shape == (6,)
+    assert torch.equal(label[2:], data.class_number - 1)
+    assert torch.equal(score[:2], torch.zeros(2))
+    with pytest.raises(ValueError, match="no images"):
+        found(images[:0], data.views, "adaptive")
+
+
+def test_small_boxes_are_screened_as_they_are() -> None:
+    screen = prepare_screen(torch.randn(2, 32, 32), Search(max_shift=2).rings(32), 2, True)
+    assert screen.factor == 1
+    screen = prepare_screen(torch.randn(2, 90, 90), Search(last_ring=36).rings(90), 3, True)
+    assert (screen.factor, screen.size, len(screen.shifts)) == (2, 45, 9)
+
+
+def test_modes_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match=r"search.refine: true"):
+        Search(mode="adaptive", refine=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Search().is_adaptive(cpu)
+    assert not Search().is_adaptive(cuda)
+    assert not Search(refine=False).is_adaptive(cpu)
+    assert Search(mode="adaptive").is_adaptive(cuda)
+    assert not Search(mode="exhaustive").is_adaptive(cpu)
