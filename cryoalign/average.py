@@ -18,6 +18,7 @@ from cryoalign.geometry import pixel_grid, transform
 from cryoalign.kernels import images as kernel_images
 from cryoalign.pose import Pose, compose
 from cryoalign.settings import FORBID
+from cryoalign.workers import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
 TRUSTED = 4  # members of each half from which a class's own FRC counts
@@ -116,12 +117,25 @@ def class_sums(
     """
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
     count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
-    for rows, images in batches:
-        group = (half[rows] * n_classes + label[rows]).to(device)
+
+    def sums(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        rows, images = batch
         moved = pose[rows].to(device)
-        sums = sum_aligned(images, moved.angle, moved.shift, moved.mirror, group, 2 * n_classes)
-        total += sums.flatten(1)
-        count.index_add_(0, group, torch.ones_like(group))
+        # Only the groups that are there: a small result whatever their number is.
+        group = half[rows] * n_classes + label[rows]
+        there, member, members = group.unique(return_inverse=True, return_counts=True)
+        return (
+            there,
+            members,
+            sum_aligned(
+                images, moved.angle, moved.shift, moved.mirror, member.to(device), len(there)
+            ),
+        )
+
+    for there, members, part in map_in_order(sums, batches, workers_for(device)):
+        there = there.to(device)
+        total.index_add_(0, there, part.flatten(1))
+        count.index_add_(0, there, members.to(device))
     return ClassSums(
         sum_over_ranks(total).reshape(2, n_classes, size, size),
         sum_over_ranks(count).reshape(2, n_classes),
@@ -165,13 +179,9 @@ def _(
 def _sum_in_torch(
     images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
 ) -> Tensor:
-    total = images.new_zeros(n_groups, *images.shape[1:], dtype=torch.float64)
     aligned = transform(images, Pose(angle, shift, mirror)).double()
-    # Only the groups that are there: a small product whatever n_groups is.
-    present, member = group.unique(return_inverse=True)
-    select = torch.nn.functional.one_hot(member, len(present)).double()
-    total[present] = (select.T @ aligned.flatten(1)).unflatten(1, images.shape[1:])
-    return total
+    select = torch.nn.functional.one_hot(group, n_groups).double()
+    return (select.T @ aligned.flatten(1)).unflatten(1, images.shape[1:])
 
 
 def displacement(pose: Pose) -> Tensor:

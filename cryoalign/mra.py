@@ -39,6 +39,7 @@ from cryoalign.polar import Rings
 from cryoalign.pose import Pose, pixel_error
 from cryoalign.search import Search, best_poses, prepare
 from cryoalign.seeding import SEEDINGS, seed_references
+from cryoalign.workers import map_in_order, workers_for
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, particles done, particles in all) now and then."""
@@ -246,7 +247,8 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
     label, pose, score = _assign(job, state.references.to(job.particles.device))
     reassigned = float((label != state.label).double().mean())
     device = job.particles.device
-    change = pixel_error(pose.to(device), state.pose.to(device), job.rings.last_ring).sqrt().cpu()
+    there = pose.to(device)  # where arithmetic on all poses is quick
+    change = pixel_error(there, state.pose.to(device), job.rings.last_ring).sqrt().cpu()
     same_hand = pose.mirror == state.pose.mirror
     first = state.iteration == 0  # there is no pose yet to have changed
     settled = reassigned <= job.settle
@@ -257,9 +259,9 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
     sums = job.sum_classes(label, pose, k)
     references, mask = filtered_averages(sums, job.averaging, job.mask()), job.mask()
     if not (last or settled):
-        shift = centring(sums.averages(), pose, label, job.averaging.centre, mask)
-        references = transform(references, move(Pose.identity(k), shift.cpu()).to(shift.device))
-        pose = move(pose, shift.cpu()[label])
+        shift = centring(sums.averages(), there, label, job.averaging.centre, mask)
+        references = transform(references, move(Pose.identity(k, device=device), shift))
+        pose = move(there, shift[label.to(device)]).to("cpu")
     references = masked(references, mask)
     row = {
         "iteration": state.iteration + 1,
@@ -290,11 +292,14 @@ def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSum
 def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
     target = prepare(references, job.search)
+
+    def columns(batch: tuple[Tensor, Tensor]) -> Tensor:
+        label, pose, score = best_poses(batch[1], target)
+        found = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
+        return torch.stack([c.double() for c in found], 1)  # (b, 6)
+
     found = [torch.zeros(0, 6, dtype=torch.float64, device=job.particles.device)]
-    for _, images in job.batches("align"):
-        label, pose, score = best_poses(images, target)
-        columns = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
-        found.append(torch.stack([c.double() for c in columns], 1))
+    found += map_in_order(columns, job.batches("align"), workers_for(job.particles.device))
     table = gather_over_ranks(torch.cat(found).cpu())  # once: batches do not wait for each other
     pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
     return table[:, 0].long(), pose, table[:, 5].float()

@@ -78,7 +78,7 @@ def templates_of(references: Tensor) -> Tensor:
 
 
 def refine_on(
-    images: Tensor, templates: Tensor, label: Tensor, pose: Pose, rings: Rings, steps: int = 3
+    images: Tensor, templates: Tensor, label: Tensor, pose: Pose, rings: Rings, steps: int = 2
 ) -> tuple[Pose, Tensor]:
     """`refine` with `templates_of` the references at hand."""
     angle, shift, score = refine_poses(

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryoalign"
 
 # Low to high. ``io`` as a whole lies on the ground floor.
 FLOORS = {
-    "ground": ("settings", "files", "pose", "distributed", "yaml12", "io"),
+    "ground": ("settings", "files", "workers", "pose", "distributed", "yaml12", "io"),
     "image": (
         "geometry", "filters", "frc", "screen", "polar", "kernels", "average", "particles",
         "seeding", "synthetic",

@@ -14,7 +14,7 @@ from cryoalign.correlate import correlation_table
 from cryoalign.geometry import sample
 from cryoalign.kernels import images as kernel_images
 from cryoalign.kernels.peaks import Layout
-from cryoalign.polar import Rings, normalised_spectra, ring_points, ring_spectra
+from cryoalign.polar import Rings, normalised_spectra, reference_spectra, ring_points, ring_spectra
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.refine import _gradient, _refine_in_torch, refine_poses
 from cryoalign.search import Search, best_match, image_peaks, match
@@ -288,7 +288,7 @@ def test_operators_keep_their_contract(device: str, request: pytest.FixtureReque
     torch.library.opcheck(sum_aligned, placed(device, 7, 24, 3))
     images, views = particles(5, 2, 40, device=device)[:2]
     search = Search(max_shift=1, last_ring=12)
-    spectra = ring_spectra(views, search.rings(40))[:, 0]
+    spectra = reference_spectra(views, search.rings(40))
     for candidates in (None, 1):
         torch.library.opcheck(
             image_peaks, (images, spectra, search.shifts(), 1, 1, 12, 256, True, candidates)
@@ -299,7 +299,7 @@ def test_best_match_is_the_best_of_match() -> None:
     images, views = particles(9, 3, 40, device="cpu")[:2]
     search = Search(max_shift=1, last_ring=12)
     label, score, pose = match(images, views, search).best()
-    spectra = ring_spectra(views, search.rings(40))[:, 0]
+    spectra = reference_spectra(views, search.rings(40))
     again = best_match(images, spectra, search, search.rings(40))
     assert torch.equal(again[0], label)
     assert torch.equal(again[1], score)

@@ -69,6 +69,13 @@ def test_batch_size_changes_nothing(data: Simulation) -> None:
         )  # fmt: skip
 
     one, other = run(64), run(7)
+    threads = torch.get_num_threads()
+    try:  # nor does the number of threads
+        torch.set_num_threads(1 if threads > 1 else 2)
+        again = run(64)
+    finally:
+        torch.set_num_threads(threads)
+    pd.testing.assert_frame_equal(one.to_frame(), again.to_frame(), check_exact=True)
     pd.testing.assert_frame_equal(one.to_frame(), other.to_frame(), check_exact=True)
     assert torch.equal(one.averages, other.averages)
 
