@@ -57,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--keep", action="store_true", help=f"write bench/results/{name}.json")
+        command.add_argument(
+            "--keep",
+            action="store_true",
+            help=f"write bench/results/{name}.json (-cuda.json on a GPU)",
+        )
         command.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
         for parameter, kind in typing.get_type_hints(function, include_extras=True).items():
             if parameter != "return":
@@ -108,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     shown = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
     made = record(entry, shown, result)
     made.show(console)
-    kept = RESULTS / f"{entry}.json"
+    kept = RESULTS / made.file_name()
     if kept.exists():
         for line in compare(made, json.loads(kept.read_text())):
             console.print(f"- {line}", highlight=False)

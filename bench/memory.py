@@ -32,8 +32,11 @@ def run(
     few: Annotated[int, "particles where K or the shifts grow"] = 128,
     size: Annotated[int, "box, px"] = 90,
     last_ring: Annotated[int, "outermost ring, px"] = 36,
+    device: Annotated[str, "cpu or cuda"] = "cpu",
 ) -> Result:
-    """Peak resident memory of one MRA iteration, particles read from a file.
+    """Peak memory of one MRA iteration, particles read from a file.
+
+    Resident memory on a CPU, allocated memory on a GPU.
 
     Each case is a process of its own: its peak above what was resident after importing and a
     tiny alignment. Particles and references are images of one simulated set, repeated. The
@@ -50,6 +53,7 @@ def run(
         for count, classes, reach in cases:
             _write(folder, count, classes, size)
             job = {"max_shift": reach, "last_ring": last_ring, "threads": threads}
+            job |= {"device": device}
             before, peak = _in_new_process(folder, job)
             rows.append(
                 {
@@ -97,16 +101,18 @@ def _iterate(folder: Path, job: dict[str, Any]) -> None:
     """The measured process: print what was resident before, and at the peak."""
     torch.set_num_threads(job["threads"])
     tiny = simulate(8, 1, size=48)  # libraries load and plan much when first used
-    align_multi_reference(tiny.images, tiny.views, iterations=1, device="cpu")
-    before = _resident("VmRSS")
+    align_multi_reference(tiny.images, tiny.views, iterations=1, device=job["device"])
+    cuda = job["device"] == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
     align_multi_reference(
         read_particles(folder / "particles.mrcs"),
         folder / "views.mrcs",
         iterations=1,
         search=Search(max_shift=job["max_shift"], last_ring=job["last_ring"]),
-        device="cpu",
+        device=job["device"],
     )
-    print(json.dumps([before, _resident("VmHWM")]))
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    print(json.dumps([before, peak]))
 
 
 def _resident(what: str) -> float:

@@ -40,6 +40,10 @@ class Record:
     date: str
     result: Result
 
+    def file_name(self) -> str:
+        """``<entry>.json``, ``<entry>-cuda.json`` on a GPU."""
+        return f"{self.entry}{'-cuda' * (self.options.get('device') == 'cuda')}.json"
+
     def show(self, console: Console) -> None:
         """Print everything."""
         for title in ("options", "machine", "versions"):
@@ -50,9 +54,9 @@ class Record:
             console.print(f"- {note}")
 
     def keep(self, folder: Path = RESULTS) -> Path:
-        """Write ``<entry>.json``, with no folder of this machine in it; returns its path."""
+        """Write `file_name`, with no folder of this machine in it; returns its path."""
         folder.mkdir(exist_ok=True)
-        path = folder / f"{self.entry}.json"
+        path = folder / self.file_name()
         with replacing(path) as beside:
             beside.write_text(json.dumps(asdict(self), indent=1, default=_plain) + "\n")
         return path
