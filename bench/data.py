@@ -71,3 +71,14 @@ def read_set(prefix: Path) -> KnownSet:
         label.long(),
         pose,
     )
+
+
+def particles(n: int, k: int, size: int, snr: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, size, size) noisy images and their (k, size, size) views on a device."""
+    data = simulate(min(n, 256), k, size=size, snr=snr)
+    generator = torch.Generator(device).manual_seed(0)
+    base = data.images.to(device)
+    images = base.repeat(-(-n // len(base)), 1, 1)[:n]
+    for part in images[len(base) :].split(4096):  # copies that are no copies
+        part += 0.2 * torch.randn(part.shape, generator=generator, device=device)
+    return images, data.views.to(device)

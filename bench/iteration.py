@@ -8,12 +8,12 @@ from typing import Annotated
 import torch
 
 from bench import plain
+from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import choose_device
 from cryoalign.search import Search
-from cryoalign.synthetic import simulate
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
 ) -> Result:
     """Particles per second of whole alignment iterations, particles in memory.
 
-    With one reference it is an iteration of reference-free alignment. Particles are 2048 or fewer
+    With one reference it is an iteration of reference-free alignment. Particles are 256 or fewer
     simulated images, repeated with fresh noise. The baseline is the plain formulation of features
     and search alone (bench/plain.py), measured in the same run on a part of the particles.
     """
@@ -53,19 +53,6 @@ def run(
                 }
             )
     return Result(rows, [f"{size} px, last ring {last_ring} px, both hands, refined; {where.type}"])
-
-
-def particles(
-    n: int, k: int, size: int, snr: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, size, size) noisy images and their (k, size, size) views on a device."""
-    data = simulate(min(n, 2048), k, size=size, snr=snr)
-    generator = torch.Generator(device).manual_seed(0)
-    base = data.images.to(device)
-    images = base.repeat(-(-n // len(base)), 1, 1)[:n]
-    for part in images[len(base) :].split(4096):  # copies that are no copies
-        part += 0.2 * torch.randn(part.shape, generator=generator, device=device)
-    return images, data.views.to(device)
 
 
 def _iteration(images: torch.Tensor, views: torch.Tensor, search: Search, count: int) -> float:

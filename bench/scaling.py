@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from bench import plain
-from bench.iteration import particles
+from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.particles import choose_device

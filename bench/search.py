@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import plain
+from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.average import class_sums
@@ -18,7 +19,6 @@ from cryoalign.particles import choose_device
 from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
 from cryoalign.refine import refine
 from cryoalign.search import Search, match_spectra
-from cryoalign.synthetic import simulate
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
 CPU_CHUNKS, CUDA_CHUNKS = (8, 2), (2048, 512)
@@ -52,8 +52,7 @@ def run(
     search = Search(max_shift=max_shift, last_ring=last_ring)
     rows: list[Row] = []
     for classes in k:
-        data = simulate(n, classes, size=size, snr=snr, max_shift=max_shift)
-        images, views = data.images.to(where), data.views.to(where)
+        images, views = particles(n, classes, size, snr, where)
         times = measure(_stages(images, views, search), where, repeats)
         for name, (wall, cpu) in times.items():
             base = times[BASELINE[name]] if name in BASELINE else None

@@ -20,7 +20,7 @@ MAX_TURN = 2.0  # degrees
 MAX_MOVE = 0.7  # pixels
 ROUNDING = 1e-6  # scores that differ by less are equal
 # Pixels of the particles of a chunk: they stay in a core's cache, or spare a GPU's memory.
-CPU_CHUNK = 2**16
+CPU_CHUNK = 2**17
 CUDA_CHUNK = 2**22
 
 
@@ -201,12 +201,13 @@ def _refine_chunk(
     shift = pose.shift - whole
     window = _window(rings.last_ring + 1 + math.sqrt(0.5) + steps * MAX_MOVE, images)  # (p, 2)
     pixels = _pixels(window, pose.mirror)
-    particles = _seen(images, window, whole)  # (n, 2, p)
+    particles, whole_window = _seen(images, window, whole)  # (n, 2, p)
 
     def fit(angle: Tensor, shift: Tensor, last: bool) -> _Fit:
         # Where no step follows, no derivatives are needed.
         seen = templates[:, :1] if last else templates
-        return _evaluate(particles, seen, pixels, Pose(angle, shift, pose.mirror), rings)
+        moved = Pose(angle, shift, pose.mirror)
+        return _evaluate(particles, seen, pixels, moved, rings, whole_window)
 
     now = fit(pose.angle, shift, steps == 0)
     for step in range(steps):
@@ -231,9 +232,9 @@ def _window(reach: float, images: Tensor) -> Tensor:
     return grid[grid.norm(dim=-1) <= reach]
 
 
-def _seen(images: Tensor, window: Tensor, shift: Tensor) -> Tensor:
+def _seen(images: Tensor, window: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
     """(n, 2, p) a mask of what lies in the image, and the masked pixels, at window - shift (n, 2),
-    all whole."""
+    all whole; and whether all of it does."""
     height, width = images.shape[-2:]
     x, y = window.long().unbind(-1)  # (p,)
     left, top = (shift.long() * -1 + shift.new_tensor([width // 2, height // 2]).long()).unbind(1)
@@ -245,12 +246,12 @@ def _seen(images: Tensor, window: Tensor, shift: Tensor) -> Tensor:
     ):  # all of it, for every particle
         index = (y * width + x) + (top * width + left).unsqueeze(1)  # (n, p)
         values = images.flatten(1).gather(1, index)
-        return torch.stack([torch.ones_like(values), values], 1)
+        return torch.stack([torch.ones_like(values), values], 1), True
     x, y = x + left.unsqueeze(1), y + top.unsqueeze(1)  # (n, p)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
     values = images.flatten(1).gather(1, index)
-    return torch.stack([torch.ones_like(values), values], 1) * inside.unsqueeze(1)
+    return torch.stack([torch.ones_like(values), values], 1) * inside.unsqueeze(1), False
 
 
 def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
@@ -270,7 +271,12 @@ def _with_turn(templates: Tensor) -> Tensor:
 
 
 def _evaluate(
-    particles: Tensor, templates: Tensor, pixels: _Pixels, pose: Pose, rings: Rings
+    particles: Tensor,
+    templates: Tensor,
+    pixels: _Pixels,
+    pose: Pose,
+    rings: Rings,
+    whole_window: bool,
 ) -> _Fit:
     """Score and moments at poses of particles (n, 2, p): a row of ones (zeros outside the image), a
     row of pixels.
@@ -288,7 +294,9 @@ def _evaluate(
     # A turn keeps distances: |v + shift| is that on the reference.
     square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
     square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
-    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1) * particles[:, :1]
+    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
+    if not whole_window:
+        weight = weight * particles[:, :1]
     own = weight * particles
     across = own @ values.mT  # (n, 2, 4)
     moments = torch.cat(
