@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Optics:
 
     def __getitem__(self, rows: Any) -> Optics:
         return Optics(**{name: value[rows] for name, value in vars(self).items()})
+
+    def scaled(self, scale: float) -> Optics:
+        """The same for images whose pixels are ``scale`` times as large."""
+        return replace(self, pixel_size=self.pixel_size * scale)
 
 
 # Our name and RELION's column. All must be there but the phase shift.

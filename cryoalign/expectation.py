@@ -16,7 +16,9 @@ Shape letters: n particles, s shifts, k classes, h hands, a angles, r rings, m f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +47,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.weight)
 
+    def take(self, members: Tensor) -> Features:
+        """Those of some particles."""
+        return Features(self.rows[:, members], self.weight[members], self.shifts, self.rings)
+
 
 def features(
     polar: Tensor, weight: Tensor, own: Tensor, shifts: Tensor, rings: FourierRings
@@ -60,8 +66,7 @@ def features(
     return Features(rows, weight[:, : rings.last].contiguous(), shifts, rings)
 
 
-@dataclass(frozen=True, eq=False)
-class Posterior:
+class Posterior(NamedTuple):
     """What an E-step says of n particles.
 
     Attributes:
@@ -78,8 +83,7 @@ class Posterior:
     angle: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(NamedTuple):
     """Weighted sums of aligned particles.
 
     Attributes:
@@ -101,8 +105,7 @@ def expect(
     log_prior: Tensor | None = None,
     mirror: bool = False,
     temperature: float = 1.0,
-    sums: bool = True,
-) -> tuple[Posterior, Sums | None]:
+) -> tuple[Posterior, Sums]:
     """One E-step, with the sums the M-step needs.
 
     Args:
@@ -112,61 +115,96 @@ def expect(
         log_prior: (k,) added to the logits.
         mirror: whether to try mirrored particles.
         temperature: divides the log-likelihood; above 1 the weights are softer.
-        sums: whether to make the sums.
     """
-    k, rings = len(classes), data.rings
-    hands, s, angles, frequencies = 1 + mirror, len(data.shifts), rings.n_angles, classes.shape[-1]
     members = torch.arange(len(data)) if members is None else members
-    columns = _columns(classes, mirror)  # (m, 2 r, k h 2)
-    gradient = torch.zeros(2, *columns.shape, device=columns.device)
-    inverse = _inverse_transform(frequencies, angles, columns.device)  # (a, 2 m)
-    power = class_power(classes, rings)  # (k, r)
-    first = [2 * (rings.first_ring(m) - 1) for m in range(frequencies)]
-    n_block = max(1, BLOCK // (s * k * hands * angles))
-    parts: list[tuple[Tensor, ...]] = []
-    share_of: list[Tensor] = []
-    order = torch.cat([members[members % 2 == 0], members[members % 2 == 1]])
-    n_even = int((members % 2 == 0).sum())
+    even = members % 2 == 0
+    order = torch.cat([even.nonzero(), (~even).nonzero()]).squeeze(1)  # into members
+    job = _job(data, classes, log_prior, mirror, temperature)
+    gradient = torch.zeros(2, *job.columns.shape, device=classes.device)
+    n_block = max(1, BLOCK // (job.per_shift * len(data.shifts)))
+    n_even = int(even.sum())
     bounds = [*range(0, n_even, n_block), *range(n_even, len(order), n_block), len(order)]
-    weight = data.weight[order]
+    parts: list[tuple[Tensor, ...]] = []
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        half, some = int(start >= n_even), order[start:stop]
-        b = len(some)
-        x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
-        product = torch.empty(frequencies, b * s, k * hands * 2, device=x.device)
-        for m in range(frequencies):
-            torch.mm(x[m][:, first[m] :], columns[m, first[m] :], out=product[m])
-        spectrum = product.unflatten(-1, (-1, 2)).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
-        table = (inverse @ spectrum).view(angles, b, s, k, hands)
-        table -= (weight[start:stop] @ power.T / 2)[:, None, :, None]
-        table /= temperature
-        if log_prior is not None:
-            table += log_prior[:, None]
-        found = _summary(table)
-        parts.append(found)
-        total = torch.logsumexp(found[0], 1)  # (b,)
-        share_of.append((found[0] - total[:, None]).exp())
-        if sums:
-            table = (table - total[:, None, None, None]).exp_()
-            back = (inverse.T @ table.view(angles, -1)).view(frequencies, 2, b * s, k * hands)
-            back = back.permute(0, 2, 3, 1).reshape(frequencies, b * s, -1)
-            for m in range(frequencies):
-                gradient[half, m, first[m] :] += x[m][:, first[m] :].T @ back[m]
-    undo = torch.empty_like(order)
-    undo[order.argsort()] = torch.arange(len(order))
-    back_order = torch.argsort(order)[torch.argsort(torch.argsort(members))]
-    columns_of = [torch.cat(part)[back_order] for part in zip(*parts, strict=True)]
-    share_sorted = torch.cat(share_of)
-    share = share_sorted[back_order]
-    posterior = Posterior(torch.logsumexp(columns_of[0], 1), share, *columns_of[1:])
-    if not sums:
-        return posterior, None
+        half = gradient[int(start >= n_even)]
+        parts.append(_expect_block(data, members[order[start:stop]], job, half))
+    back = order.argsort()
+    posterior = Posterior(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+    share, weight = posterior.share[order], data.weight[members[order]]
     halves = [slice(0, n_even), slice(n_even, None)]
     return posterior, Sums(
-        torch.stack([_signal(g, hands, angles) for g in gradient]),
-        torch.stack([share_sorted[h].T @ weight[h] for h in halves]),
-        torch.stack([share_sorted[h].sum(0) for h in halves]),
+        torch.stack([_signal(g, 1 + mirror, data.rings.n_angles) for g in gradient]),
+        torch.stack([share[h].T @ weight[h] for h in halves]),
+        torch.stack([share[h].sum(0) for h in halves]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all blocks of an E-step share."""
+
+    columns: Tensor  # (m, 2, 2 r, k h) right factors of real and imaginary part
+    power: Tensor  # (k, r) over twice the temperature
+    log_prior: Tensor  # (k,)
+    inverse: Tensor  # (a, 2 m)
+    first: list[int]  # where each frequency's rows begin
+    hands: int
+
+    @property
+    def per_shift(self) -> int:
+        return self.columns.shape[-1] * len(self.inverse)
+
+
+def _job(
+    data: Features, classes: Tensor, log_prior: Tensor | None, mirror: bool, temperature: float
+) -> _Job:
+    rings, k = data.rings, len(classes)
+    if classes.shape[1:] != (rings.last, rings.n_frequencies):
+        raise ValueError(
+            f"class features {tuple(classes.shape)} do not fit rings x frequencies "
+            f"{(rings.last, rings.n_frequencies)} of the particles"
+        )
+    return _Job(
+        _columns(classes / temperature, mirror),
+        class_power(classes, rings) / (2 * temperature),
+        classes.real.new_zeros(k) if log_prior is None else log_prior,
+        _inverse_transform(rings.n_frequencies, rings.n_angles, classes.device),
+        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)],
+        1 + mirror,
+    )
+
+
+def _expect_block(
+    data: Features, some: Tensor, job: _Job, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    """`Posterior`'s fields for a block of particles; their sums are added to ``gradient``."""
+    x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
+    angles, hands, columns = len(job.inverse), job.hands, job.columns
+    b, s, kh = len(some), len(data.shifts), columns.shape[-1]
+    spectrum = x.new_empty(len(x), 2, b * s, kh)
+    for m, first in enumerate(job.first):
+        for part in (0, 1):
+            torch.mm(x[m][:, first:], columns[m, part, first:], out=spectrum[m, part])
+    constant = job.log_prior - data.weight[some] @ job.power.T  # (b, k)
+    spectrum[0, 0].view(b, s, -1, hands).add_(angles * constant[:, None, :, None])
+    table = (job.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
+    peak = table.amax(0)  # (b, s, k, h)
+    best, place = peak.permute(0, 2, 1, 3).flatten(2).max(-1)  # (b, k)
+    shift, hand = place // hands, place % hands
+    row, column = torch.arange(b, device=x.device)[:, None], torch.arange(kh // hands)
+    angle = table[:, row, shift, column.to(x.device), hand].argmax(0)
+    top = best.amax(1)  # (b,)
+    table.sub_(top[:, None, None, None]).exp_()
+    back = (job.inverse.T @ table.view(angles, -1)).view(len(x), 2, b * s, kh)
+    # Frequency 0 is the mean over angles.
+    total = back[0, 0].view(b, s, -1, hands).sum((1, 3)) * angles  # (b, k)
+    norm = total.sum(1).reciprocal().repeat_interleave(s)
+    for m, first in enumerate(job.first):
+        turned = (x[m][:, first:] * norm[:, None]).T
+        for part in (0, 1):
+            gradient[m, part, first:] += turned @ back[m, part]
+    sum_all = total.sum(1, keepdim=True)
+    return sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle
 
 
 def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
@@ -176,42 +214,27 @@ def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
     return (torch.view_as_real(classes).square().sum(-1) * twice).sum(-1) / rings.n_angles
 
 
-def _summary(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of a table (a, b, s, k, h): log-sum-exp, maximum and its place per (b, k)."""
-    angles, b, s, k, hands = table.shape
-    over_angle = table.amax(0)  # (b, s, k, h)
-    best, place = over_angle.permute(0, 2, 1, 3).flatten(2).max(-1)  # (b, k)
-    shift, hand = place // hands, place % hands
-    row, column = torch.arange(b)[:, None], torch.arange(k)
-    column_of = table[:, row, shift, column, hand]  # (a, b, k)
-    angle = column_of.argmax(0)
-    total = (table - best[:, None, :, None]).exp_().sum((0, 2, 4)).log() + best
-    return total, best, shift, hand, angle
-
-
 def _columns(classes: Tensor, mirror: bool) -> Tensor:
-    """(k, r, m) complex -> (m, 2 r, k h 2) real: the right factor of the products."""
+    """(k, r, m) complex -> (m, 2, 2 r, k h) real: right factors of real and imaginary parts."""
     y = classes.permute(2, 1, 0)  # (m, r, k)
     re, im = y.real, y.imag
-    columns = [torch.stack([torch.stack([re, im], -1), torch.stack([im, -re], -1)], 2)]
+    hands = [torch.stack([torch.stack([re, im], 2), torch.stack([im, -re], 2)], 1)]
     if mirror:
         sign = (1 - 2 * (torch.arange(len(y), device=y.device) % 2))[:, None, None, None, None]
-        columns.append(
-            sign * torch.stack([torch.stack([re, -im], -1), torch.stack([-im, -re], -1)], 2)
-        )
-    # (m, r, 2, k, h, 2)
-    return torch.stack(columns, 4).flatten(3).flatten(1, 2).contiguous()
+        mirrored = torch.stack([torch.stack([re, -im], 2), torch.stack([-im, -re], 2)], 1)
+        hands.append(sign * mirrored)
+    return torch.stack(hands, -1).flatten(4).flatten(2, 3).contiguous()
 
 
 def _signal(gradient: Tensor, hands: int, angles: int) -> Tensor:
-    """The adjoint of `_columns`: (m, 2 r, k h 2) -> (k, r, m) complex sums of aligned particles."""
-    g = gradient.unflatten(1, (-1, 2)).unflatten(-1, (-1, hands, 2))  # (m, r, 2, k, h, 2)
-    re = g[:, :, 0, :, 0, 0] - g[:, :, 1, :, 0, 1]
-    im = g[:, :, 1, :, 0, 0] + g[:, :, 0, :, 0, 1]
+    """The adjoint of `_columns`: (m, 2, 2 r, k h) -> (k, r, m) complex sums of particles."""
+    g = gradient.unflatten(2, (-1, 2)).unflatten(-1, (-1, hands))  # (m, 2, r, 2, k, h)
+    re = g[:, 0, :, 0, :, 0] - g[:, 1, :, 1, :, 0]
+    im = g[:, 0, :, 1, :, 0] + g[:, 1, :, 0, :, 0]
     if hands == 2:
         sign = (1 - 2 * (torch.arange(len(g), device=g.device) % 2))[:, None, None]
-        re = re + sign * (g[:, :, 0, :, 1, 0] - g[:, :, 1, :, 1, 1])
-        im = im - sign * (g[:, :, 1, :, 1, 0] + g[:, :, 0, :, 1, 1])
+        re = re + sign * (g[:, 0, :, 0, :, 1] - g[:, 1, :, 1, :, 1])
+        im = im - sign * (g[:, 0, :, 1, :, 1] + g[:, 1, :, 0, :, 1])
     # The derivative of irfft's sum is twice the weighted sum over angles, over a, but for m = 0.
     scale = torch.full((len(g),), angles / 2.0, device=g.device)
     scale[0] = angles
@@ -225,3 +248,41 @@ def _inverse_transform(frequencies: int, angles: int, device: torch.device) -> T
     scale = torch.full((frequencies,), 2.0 / angles, device=device)
     scale[0] = 1.0 / angles
     return torch.stack([turn.cos() * scale, -turn.sin() * scale], -1).flatten(1)
+
+
+def add_sums(parts: Sequence[Sums]) -> Sums:
+    """The sums of several batches of particles."""
+    return Sums(*(torch.stack(of).sum(0) for of in zip(*parts, strict=True)))
+
+
+def join_classes(parts: Sequence[Sums]) -> Sums:
+    """The sums of several sets of classes, as of one."""
+    return Sums(*(torch.cat(of, 1) for of in zip(*parts, strict=True)))
+
+
+def maximise(sums: Sums, rings: FourierRings) -> Tensor:
+    """Class images from their sums: the Wiener filter of every class by its own half-sets.
+
+    The least-squares image is signal / weight; each ring is then weighted by 2 FRC / (1 + FRC)
+    of the half-sets' images there (`frc.wiener_curve`), smoothed over three rings.
+
+    Returns:
+        (k, r, m) complex features; zero for an empty class.
+    """
+    half = sums.signal / sums.weight.clamp(min=1e-6)[..., None]  # (2, k, r, m)
+    twice = torch.full((half.shape[-1],), 2.0, device=half.device)
+    twice[0] = 1.0
+    cross = ((half[0].conj() * half[1]).real * twice).sum(-1)  # (k, r)
+    power = (torch.view_as_real(half).square().sum(-1) * twice).sum(-1)  # (2, k, r)
+    frc = cross / power.prod(0).sqrt().clamp(min=1e-20)
+    padded = torch.nn.functional.pad(frc[:, None], (1, 1), mode="replicate")
+    smooth = torch.nn.functional.avg_pool1d(padded, 3, stride=1)[:, 0].clamp(0, 0.999)
+    images = sums.signal.sum(0) / sums.weight.sum(0).clamp(min=1e-6)[..., None]
+    return images * (2 * smooth / (1 + smooth))[..., None]
+
+
+def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
+    """Class features (k, r, m) on fewer rings as features on more: zero beyond."""
+    longer = classes.new_zeros(len(classes), new.last, new.n_frequencies)
+    longer[:, : old.last, : old.n_frequencies] = classes
+    return longer * math.sqrt(new.n_angles / old.n_angles)

@@ -48,7 +48,7 @@ class FourierRings:
     @property
     def n_angles(self) -> int:
         """Angles of the full circle: two to four per period of the highest frequency, 16 k."""
-        return 16 * math.ceil(2 * self.n_frequencies / 16)
+        import os; return 16 * math.ceil(float(os.environ.get('OV','2')) * self.n_frequencies / 16)
 
     def first_ring(self, m: int) -> int:
         """The innermost ring that has angular frequency m."""
@@ -125,8 +125,8 @@ def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
     spectrum[:, 1::2] = 1j * torch.view_as_complex((flat.imag @ odd).unflatten(1, (-1, 2)))
     spectrum = spectrum.reshape(*moved.shape[:-1], len(m))
     ring = torch.arange(1, rings.last + 1, device=moved.device)
-    # Per ring: area 2 pi r of Fourier pixels; sum over the circle is 2 / a; irfft brings 1 / a.
-    scale = (2 * math.pi * ring * angles).sqrt() * (2 / angles) / rings.size
+    # A mean over the circle, the ring's area in Fourier pixels, and irfft's 1 / n_angles undone.
+    scale = (2 * math.pi * ring * rings.n_angles).sqrt() * (2 / angles) / rings.size
     turn = torch.tensor([1, 1j, -1, -1j], device=moved.device)[m % 4]
     alive = torch.tensor(
         [[r >= rings.first_ring(f) for f in m.tolist()] for r in ring.tolist()],

@@ -19,6 +19,9 @@ from cryoalign.expectation import Sums, class_power
 from cryoalign.fourier_rings import FourierRings, half_circle_of, move_features, ring_features
 
 
+FINER = 4  # angles tried per angle of the E-step: averages are worth aligning exactly
+
+
 class Joint(NamedTuple):
     """How a class lies on others: (k,) each."""
 
@@ -43,7 +46,7 @@ def merge_classes(
     Returns:
         The sums of the classes left, and (k,) the new index of every old class.
     """
-    signal, weight, count = (t.clone() for t in (sums.signal, sums.weight, sums.count))
+    signal, weight, count = (total.clone() for total in sums)
     k = signal.shape[1]
     alive = torch.ones(k, dtype=torch.bool, device=signal.device)
     target = torch.arange(k, device=signal.device)
@@ -83,18 +86,20 @@ def join(
     weight = weight.clamp(min=1e-6)
     both = weight[a] + weight  # (k, r)
     moved = ring_features(half_circle_of(signal, rings), shifts, rings)  # (k, s, r, m)
-    table = _table(moved, signal[a] / both[..., None], mirror, rings.n_angles)  # (k, s, h, a)
+    angles = FINER * rings.n_angles
+    table = _table(moved, signal[a] / both[..., None], mirror, angles)  # (k, s, h, a)
+    table *= FINER  # irfft divides by its length, the features' scale is by the rings' own
     best, place = table.flatten(1).max(1)
     hands = table.shape[2]
     power = class_power(signal, rings)
     alone = (power / weight).sum(1) / 2
     together = ((power + power[a]) / both).sum(1) / 2 + best
-    angle = place % rings.n_angles * (2 * torch.pi / rings.n_angles)
-    hand = place // rings.n_angles % hands
+    angle = place % angles * (2 * torch.pi / angles)
+    hand = place // angles % hands
     return Joint(
         alone[a] + alone - together,
         angle,
-        shifts[place // (rings.n_angles * hands)],
+        shifts[place // (angles * hands)],
         hand.bool(),
     )
 
