@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import accuracy, blind, interpolation, memory, search
+from bench import accuracy, blind, classes, interpolation, memory, search
 from bench.result import Result, record
 
 ENTRIES: dict[str, Callable[..., Result]] = {
@@ -22,6 +22,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "memory": memory.run,
     "accuracy": accuracy.run,
     "blind": blind.run,
+    "classes": classes.run,
     "interpolation": interpolation.run,
 }
 
@@ -74,6 +75,12 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_without_folders(each) for each in value)
+    return value.name if isinstance(value, Path) else value
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one entry, show its table, keep it where asked."""
     given = vars(parser().parse_args(arguments))
@@ -89,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.pop("threads"))
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     result = ENTRIES[entry](**options)
-    shown = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
+    shown = {k: _without_folders(v) for k, v in options.items()}
     made = record(entry, shown, result)
     made.show(console)
     if keep:

@@ -53,6 +53,8 @@ from cryoalign.settings import FORBID
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, steps done, steps in all) now and then."""
 
+START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
+SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
 KEEP = 2**30  # bytes of features that are kept between iterations rather than made again
 CHUNK = 2048  # particles whose features are made at a time (even: half-sets go by parity)
 
@@ -69,7 +71,8 @@ class Likelihood:
         starts: independent starts, of which the likeliest goes on.
         surplus: classes to start with, per class asked.
         split: children that every class is split into.
-        cycles: of splitting, merging and relaxing.
+        cycles: of splitting, merging and relaxing at a resolution, at most: the first that does
+            not gain is the last.
         start_detail, end_detail: resolution of the start and the end, periods across the
             particle's diameter.
     """
@@ -83,9 +86,11 @@ class Likelihood:
     starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
     surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
     split: int = Field(default=3, ge=2, description="children every class is split into")
-    cycles: int = Field(default=3, ge=0, description="of splitting, merging and relaxing")
+    cycles: int = Field(
+        default=4, ge=0, description="of splitting, merging and relaxing, while they gain"
+    )
     start_detail: float = Field(
-        default=6.4, gt=1, description="resolution at the start, periods across the particle"
+        default=8.0, gt=1, description="resolution at the start, periods across the particle"
     )
     end_detail: float = Field(
         default=11.2, gt=1, description="resolution at the end, periods across the particle"
@@ -284,7 +289,7 @@ class _Climb:
         for level in self.levels[1:]:
             own = band.own + best_shift(state.posterior, band)
             old, band = band.rings, self.band(own, *level)
-            state = self.relax(band, extend(state.classes, old, band.rings), 3)
+            state = self.relax(band, extend(state.classes, old, band.rings), RELAX_STEPS)
             if level is not self.levels[-1]:
                 state = self.cycle(band, state)
         return best_of(state.posterior, band)
@@ -302,31 +307,36 @@ class _Climb:
         many = min(math.ceil(self.settings.likelihood.surplus * k), n // 2)
         chosen = torch.randperm(n, generator=self.generator)[:many]
         classes = single_particles(band.of(chosen), signal_power(band))
-        state = self.relax(band, classes, 4, "start")
+        state = self.relax(band, classes, START_STEPS, "start")
         return self.cycle(band, self.merge(band, state.sums))
 
     def cycle(self, band: _Band, state: _State) -> _State:
-        """Split and merge, from the likeliest state so far; the likeliest of all is returned."""
+        """Split and merge while that finds something likelier."""
         prior = signal_power(band)
         for _ in range(self.settings.likelihood.cycles):
             trial = self.merge(band, self.split(band, state.posterior.share.argmax(1), prior))
-            if trial.evidence > state.evidence:
-                state = trial
+            if trial.evidence <= state.evidence:
+                break
+            state = trial
         return state
 
     def merge(self, band: _Band, sums: Sums) -> _State:
         """Merged to the number of classes asked, and relaxed."""
         apart = shift_grid(self.settings.likelihood.max_shift + 1, 1.0, band.shifts.device)
         sums, _ = merge_classes(sums, band.rings, apart, self.settings.n_classes, band.mirror)
-        return self.relax(band, maximise(sums, band.rings), 3, "cycle")
+        return self.relax(band, maximise(sums, band.rings), RELAX_STEPS, "cycle")
 
     def relax(self, band: _Band, classes: Tensor, steps: int, step: str = "relax") -> _State:
-        """Plain expectation maximisation."""
+        """Plain expectation maximisation, until it rests or for so many steps."""
+        evidence = -math.inf
         for _ in range(steps):
             posterior, sums = band.expect(classes)
             classes = maximise(sums, band.rings)
             self.note(step, band, posterior)
-        return _State(float(posterior.log_evidence.mean()), classes, posterior, sums)
+            before, evidence = evidence, float(posterior.log_evidence.mean())
+            if evidence - before < SETTLED * abs(evidence):
+                break
+        return _State(evidence, classes, posterior, sums)
 
     def split(self, band: _Band, label: Tensor, prior: Tensor) -> Sums:
         """Children of every class: an expectation maximisation of its members alone."""
@@ -340,7 +350,7 @@ class _Climb:
             order = torch.randperm(len(members), generator=self.generator)
             seeds = order[: max(1, children)].sort().values
             classes = single_particles(made.take(seeds), prior)
-            for _ in range(4):
+            for _ in range(SPLIT_STEPS):
                 _, sums = expect(made, classes, mirror=band.mirror)
                 classes = maximise(sums, band.rings)
             parts.append(sums)

@@ -10,11 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryoalign"
 FLOORS = {
     "ground": ("settings", "files", "pose", "distributed", "yaml12", "kernels", "io"),
     "image": (
-        "geometry", "filters", "frc", "screen", "average", "particles", "seeding", "synthetic",
+        "geometry", "filters", "ctf", "frc", "screen", "average", "particles", "seeding",
+        "synthetic",
     ),
-    "correlate": ("polar", "correlate"),
-    "search": ("search", "refine"),
+    "correlate": ("polar", "correlate", "fourier_rings", "observations"),
+    "search": ("search", "refine", "expectation"),
     "align": ("alignment", "mra"),
+    "classify": ("merge", "classify"),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),
