@@ -91,7 +91,9 @@ def _means(rows: list[Row]) -> list[Row]:
         of = [row for row in rows if row["set"] == name]
         if len(of) > 1:
             mean = {
-                key: float(np.mean([row[key] for row in of])) if key not in ("set", "CTF") else value
+                key: float(np.mean([row[key] for row in of]))
+                if key not in ("set", "CTF")
+                else value
                 for key, value in of[0].items()
             }
             means.append({**mean, "K": of[0]["K"], "views": of[0]["views"], "seed": "mean"})

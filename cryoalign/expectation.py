@@ -15,6 +15,7 @@ Shape letters: n particles, s shifts, k classes, h hands, a angles, r rings, m f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,12 @@ class Sums(NamedTuple):
     Attributes:
         signal: (2, k, r, m) complex, by half-set.
         weight: (2, k, r) sums of posterior times CTF^2 / noise.
-        count: (2, k) sums of posteriors.
+        size: (2, k) sums of posteriors.
     """
 
     signal: Tensor
     weight: Tensor
-    count: Tensor
+    size: Tensor
 
 
 def expect(
@@ -125,7 +126,7 @@ def expect(
     n_even = int(even.sum())
     bounds = [*range(0, n_even, n_block), *range(n_even, len(order), n_block), len(order)]
     parts: list[tuple[Tensor, ...]] = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         half = gradient[int(start >= n_even)]
         parts.append(_expect_block(data, members[order[start:stop]], job, half))
     back = order.argsort()
@@ -174,9 +175,7 @@ def _job(
     )
 
 
-def _expect_block(
-    data: Features, some: Tensor, job: _Job, gradient: Tensor
-) -> tuple[Tensor, ...]:
+def _expect_block(data: Features, some: Tensor, job: _Job, gradient: Tensor) -> tuple[Tensor, ...]:
     """`Posterior`'s fields for a block of particles; their sums are added to ``gradient``."""
     x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
     angles, hands, columns = len(job.inverse), job.hands, job.columns

@@ -48,7 +48,7 @@ class FourierRings:
     @property
     def n_angles(self) -> int:
         """Angles of the full circle: two to four per period of the highest frequency, 16 k."""
-        import os; return 16 * math.ceil(float(os.environ.get('OV','2')) * self.n_frequencies / 16)
+        return 16 * math.ceil(2 * self.n_frequencies / 16)
 
     def first_ring(self, m: int) -> int:
         """The innermost ring that has angular frequency m."""
@@ -64,7 +64,7 @@ def half_circle(images: Tensor, rings: FourierRings) -> Tensor:
 
     Args:
         images: (n, size, size) real, of any smaller box too if cropped in Fourier space by
-            a factor: positions are in pixels of ``rings.size``.
+            a factor; positions are in pixels of ``rings.size``.
 
     Returns:
         (n, r, a // 2) complex, sum over pixels v of x(v) exp(-2 pi i k v / size), v about the

@@ -18,7 +18,6 @@ from torch import Tensor
 from cryoalign.expectation import Sums, class_power
 from cryoalign.fourier_rings import FourierRings, half_circle_of, move_features, ring_features
 
-
 FINER = 4  # angles tried per angle of the E-step: averages are worth aligning exactly
 
 

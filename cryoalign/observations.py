@@ -115,9 +115,10 @@ def observe(
         transfer = torch.ones_like(noise)[None] if optics is None else ctf_2d(optics[rows], size)
         transfer = transfer.to(device)
         spectra = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1))) * (transfer / noise)
-        small = torch.fft.fftshift(
-            torch.fft.irfft2(_crop(spectra, box), s=(box, box)), dim=(-2, -1)
-        ) * (box / size) ** 2
+        small = (
+            torch.fft.fftshift(torch.fft.irfft2(_crop(spectra, box), s=(box, box)), dim=(-2, -1))
+            * (box / size) ** 2
+        )
         polar.append(half_circle(small * mask, rings))
         power = (transfer.square() / noise)[:, inside].expand(len(rows), -1)
         keep = select >= 0

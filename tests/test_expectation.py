@@ -49,9 +49,7 @@ def test_posterior_is_the_tables(mirror: bool, temperature: float) -> None:
     data, classes = made_up()
     prior = torch.tensor([0.0, -1.0, 0.5])
     table = logits(data, classes, mirror) / temperature + prior[:, None, None, None]
-    found, _ = expect(
-        data, classes, log_prior=prior, mirror=mirror, temperature=temperature
-    )
+    found, _ = expect(data, classes, log_prior=prior, mirror=mirror, temperature=temperature)
     evidence = table.flatten(1).logsumexp(1)
     torch.testing.assert_close(found.log_evidence, evidence, rtol=1e-4, atol=1e-3)
     share = (table.flatten(2).logsumexp(2) - evidence[:, None]).exp()
@@ -75,7 +73,7 @@ def test_sums_are_the_gradient_of_the_evidence(mirror: bool) -> None:
     exact = residual * twice / data.rings.n_angles
     assert classes.grad is not None
     torch.testing.assert_close(exact, classes.grad, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
-    torch.testing.assert_close(sums.count.sum(), torch.tensor(12.0))
+    torch.testing.assert_close(sums.size.sum(), torch.tensor(12.0))
 
 
 def test_blocks_and_members_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,9 @@ def test_features_have_the_band_they_claim() -> None:
     masked = images * soft_mask(64, 0.36 * 64)
     wide = FourierRings(64, 16, 60.0)  # a radius that would allow for much more
     full = ring_features(half_circle(masked, wide), NOWHERE, wide)[:, 0].abs().square().sum((1, 2))
-    band = ring_features(half_circle(masked, rings), NOWHERE, rings)[:, 0].abs().square().sum((1, 2))
+    band = (
+        ring_features(half_circle(masked, rings), NOWHERE, rings)[:, 0].abs().square().sum((1, 2))
+    )
     torch.testing.assert_close(band / rings.n_angles, full / wide.n_angles, rtol=2e-3, atol=0)
 
 
@@ -63,7 +65,9 @@ def test_a_moved_particle_is_found_where_it_was_put(mirror: bool) -> None:
     images, rings = views(64, 16)
     angle = 360.0 / rings.n_angles * 9
     pose = Pose(
-        torch.full((3,), angle), torch.tensor([[1.5, -2.0]]).expand(3, 2), torch.tensor([mirror] * 3)
+        torch.full((3,), angle),
+        torch.tensor([[1.5, -2.0]]).expand(3, 2),
+        torch.tensor([mirror] * 3),
     )
     particles = transform(images, pose.inverse())
     shifts = torch.tensor([[0.0, 0.0], [1.5, -2.0]])
@@ -71,15 +75,16 @@ def test_a_moved_particle_is_found_where_it_was_put(mirror: bool) -> None:
     y = ring_features(half_circle(images, rings), NOWHERE, rings)[:, 0]
     sign = 1 - 2 * (torch.arange(rings.n_frequencies) % 2)
     table = torch.stack(
-        [product(x[:, 1], y, rings), torch.fft.irfft((sign * x[:, 1].conj() * y.conj()).sum(-2),
-                                                     n=rings.n_angles)], 1
+        [
+            product(x[:, 1], y, rings),
+            torch.fft.irfft((sign * x[:, 1].conj() * y.conj()).sum(-2), n=rings.n_angles),
+        ],
+        1,
     )  # fmt: skip  (n, hand, a)
     place = table.flatten(1).argmax(1)
     assert (place == mirror * rings.n_angles + 9).all()
     assert (table.flatten(1).amax(1) > product(x[:, 0], y, rings).amax(1)).all()
-    moved = move_features(
-        x[:, 0], torch.deg2rad(pose.angle), pose.shift, pose.mirror, rings
-    )
+    moved = move_features(x[:, 0], torch.deg2rad(pose.angle), pose.shift, pose.mirror, rings)
     assert (moved - y).abs().square().sum() < 0.02 * y.abs().square().sum()
 
 

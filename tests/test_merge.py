@@ -35,7 +35,7 @@ def test_copies_of_a_view_merge_and_views_do_not() -> None:
     for v in range(4):
         assert len(new[view == v].unique()) == 1
     assert len(new.unique()) == 4
-    torch.testing.assert_close(merged.count.sum(), sums.count.sum())
+    torch.testing.assert_close(merged.size.sum(), sums.size.sum())
     # Aligned, sums add up: nearly all of the power of members in phase.
     power = merged.signal.sum(0).abs().square().sum((1, 2)).sqrt()
     parts = sums.signal.sum(0).abs().square().sum((1, 2)).sqrt()
