@@ -19,6 +19,7 @@ from bench import (
     accuracy,
     adaptive,
     blind,
+    classes,
     gpu_search,
     interpolation,
     iteration,
@@ -38,6 +39,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "adaptive": adaptive.run,
     "adaptive-accuracy": adaptive.accuracy,
     "blind": blind.run,
+    "classes": classes.run,
     "interpolation": interpolation.run,
 }
 
@@ -94,6 +96,12 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_without_folders(each) for each in value)
+    return value.name if isinstance(value, Path) else value
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one entry, show its table, keep it where asked."""
     given = vars(parser().parse_args(arguments))
@@ -109,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.pop("threads"))
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     result = ENTRIES[entry](**options)
-    shown = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
+    shown = {k: _without_folders(v) for k, v in options.items()}
     made = record(entry, shown, result)
     made.show(console)
     kept = RESULTS / made.file_name()

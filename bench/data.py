@@ -51,26 +51,32 @@ def known_sets(
 
 
 def read_set(prefix: Path) -> KnownSet:
-    """Read ``PREFIX.mrcs``, ``PREFIX_views.mrcs`` and ``PREFIX_truth.npz``.
-
-    The truth has ``label`` (n,) and x_particle = ``B`` x_view + ``shift``, (n, 2, 2) and (n, 2), in
-    pixels about the centre.
-    """
-    with np.load(f"{prefix}_truth.npz", allow_pickle=False) as truth:
-        label, matrix, shift = (torch.from_numpy(truth[key]) for key in ("label", "B", "shift"))
-    if int(label.min()) < 0:
+    """Read ``PREFIX.mrcs``, ``PREFIX_views.mrcs`` and ``PREFIX_truth.npz`` (`truth_of`)."""
+    view, pose = truth_of(prefix)
+    if int(view.min()) < 0:
         raise ValueError(f"{prefix}_truth.npz has particles without a view: use a set without junk")
-    # x_view = B^-1 (x_particle - shift), and B is orthogonal.
-    linear = matrix.double().mT
-    angle = torch.rad2deg(torch.atan2(linear[:, 1, 0], linear[:, 1, 1]))
-    pose = Pose(wrap_degrees(angle), -shift.double(), torch.linalg.det(linear) < 0)
     return KnownSet(
         prefix.name,
         read_particles(f"{prefix}.mrcs"),
         read_images(f"{prefix}_views.mrcs"),
-        label.long(),
+        view,
         pose,
     )
+
+
+def truth_of(prefix: Path) -> tuple[Tensor, Pose]:
+    """True view (n,), -1 where there is none, and pose onto it, from ``PREFIX_truth.npz``.
+
+    The file has ``label`` (n,) and x_particle = ``B`` x_view + ``shift``, (n, 2, 2) and (n, 2), in
+    pixels about the centre.
+    """
+    with np.load(f"{prefix}_truth.npz", allow_pickle=False) as truth:
+        label, matrix, shift = (torch.from_numpy(truth[key]) for key in ("label", "B", "shift"))
+    # x_view = B^-1 (x_particle - shift), and B is orthogonal.
+    linear = matrix.double().mT
+    angle = torch.rad2deg(torch.atan2(linear[:, 1, 0], linear[:, 1, 1]))
+    pose = Pose(wrap_degrees(angle), -shift.double(), torch.linalg.det(linear) < 0)
+    return label.long(), pose
 
 
 def particles(n: int, k: int, size: int, snr: float, device: torch.device) -> tuple[Tensor, Tensor]:

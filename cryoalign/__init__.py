@@ -11,6 +11,7 @@ Every stage is a function of tensors; the modules, in reading order, are listed 
 
 from cryoalign.alignment import Alignment
 from cryoalign.average import Averaging
+from cryoalign.classification import Likelihood, classify
 from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images
@@ -25,10 +26,12 @@ __all__ = [
     "Alignment",
     "Averaging",
     "Images",
+    "Likelihood",
     "Pose",
     "Rings",
     "Search",
     "align_multi_reference",
+    "classify",
     "compose",
     "correlation_at",
     "correlation_peaks",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import accuracy, plain
+from bench import accuracy, classes, plain
 from bench.__main__ import ENTRIES, main, parser
 from bench.agreement import agreement
 from bench.bound import expected_medians, pose_covariance
@@ -20,6 +20,7 @@ from cryoalign.geometry import pixel_grid
 from cryoalign.io import write_images
 from cryoalign.polar import Rings, ring_spectra
 from cryoalign.pose import Pose, compose
+from cryoalign.synthetic import simulate
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +155,18 @@ def test_a_kept_result_names_no_folders(tmp_path: Path):
     assert json.loads(kept.read_text())["result"]["rows"] == [{"x": 1.0}]
     assert "secret" not in kept.read_text()
     assert "e0.1" in kept.read_text()
+
+
+def test_classes_scores_a_set_with_junk(tmp_path: Path):
+    made = simulate(n=90, n_classes=3, size=32, snr=1.0, max_shift=1.0, mirror=False, seed=4)
+    write_images(tmp_path / "a.mrcs", made.images)
+    lines = "\n".join(f"{i + 1:06d}@a.mrcs" for i in range(90))
+    (tmp_path / "a.star").write_text(f"data_\n\nloop_\n_rlnImageName #1\n{lines}\n")
+    inverse = made.pose.inverse().matrix().double()
+    label = made.class_number - 1
+    label[:5] = -1
+    np.savez(tmp_path / "a_truth.npz", label=label, B=inverse[:, :2, :2], shift=inverse[:, :2, 2])
+    rows = classes.run(data=(tmp_path / "a",), seeds=(0, 1)).rows
+    assert [row["seed"] for row in rows] == [0, 1, "mean"]
+    assert rows[-1]["ARI"] > 0.9
+    assert rows[-1]["views"] == rows[-1]["K"] == 3

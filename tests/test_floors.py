@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryoalign"
 FLOORS = {
     "ground": ("settings", "files", "workers", "pose", "distributed", "yaml12", "io"),
     "image": (
-        "geometry", "filters", "frc", "screen", "polar", "kernels", "average", "particles",
-        "seeding", "synthetic",
+        "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
+        "particles", "seeding", "synthetic",
     ),
-    "correlate": ("products", "correlate"),
-    "search": ("refine", "adaptive", "search"),
+    "correlate": ("products", "correlate", "fourier_rings", "observations"),
+    "search": ("refine", "adaptive", "search", "expectation"),
     "align": ("alignment", "checkpoint", "mra"),
+    "classify": ("merge", "classification"),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),

@@ -1,0 +1,100 @@
+"""What classification finds when nothing is known, on sets whose truth is known."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.agreement import agreement
+from bench.data import truth_of
+from bench.result import Result, Row
+from cryoalign.classification import Likelihood, classify, optics_of
+from cryoalign.io import read_particles
+from cryoalign.particles import TensorStack
+from cryoalign.pose import Pose
+from cryoalign.synthetic import simulate
+
+
+def run(
+    data: Annotated[
+        tuple[Path, ...], "PREFIXes of .star, .mrcs and _truth.npz; else one simulated set"
+    ] = (),
+    k: Annotated[int | None, "classes; else as many as there are true views"] = None,
+    seeds: Annotated[tuple[int, ...], "one run each"] = (0, 1, 2),
+    mask_radius: Annotated[float | None, "of the particle, px; else 0.4 of the box"] = None,
+    mirror: Annotated[bool, "try mirrored particles"] = True,
+    starts: Annotated[int, "independent starts, of which the likeliest goes on"] = 1,
+    n: Annotated[int, "simulated particles"] = 1000,
+    views: Annotated[int, "simulated views"] = 10,
+    size: Annotated[int, "simulated box, px"] = 64,
+    snr: Annotated[float, "of the simulated set"] = 0.1,
+    device: Annotated[str, "cpu or cuda"] = "cpu",
+) -> Result:
+    """Classification from nothing, scored against the truth.
+
+    Columns as those of the entry blind. Particles without a view (junk) are given to the program
+    like the others and left out of the scores. Largest: share of the particles in the largest
+    class. Seconds are of the whole job, from the files to the result.
+    """
+    rows: list[Row] = []
+    for prefix in data or (None,):
+        for seed in seeds:
+            wall, cpu = time.perf_counter(), time.process_time()
+            if prefix is None:
+                made = simulate(n, views, size=size, snr=snr, seed=0)
+                stack = TensorStack(made.images, made.pixel_size)
+                name, view, pose = f"simulated SNR {snr:g}", made.class_number - 1, made.pose
+            else:
+                stack, (view, pose) = read_particles(f"{prefix}.star"), truth_of(prefix)
+                name = prefix.name
+            classes = k or int(view.max()) + 1
+            found = classify(
+                stack,
+                classes,
+                likelihood=Likelihood(mask_radius=mask_radius, mirror=mirror, starts=starts),
+                seed=seed,
+                device=device,
+            )
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            scores = _scores(found.class_number - 1, found.pose, view, pose, classes)
+            ctf = "yes" if optics_of(stack) is not None else "no"
+            start: Row = {"set": name, "K": classes, "CTF": ctf, "seed": seed}
+            rows.append({**start, **scores, "seconds": wall, "CPU seconds": cpu})
+    return Result(rows + _means(rows))
+
+
+def _scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -> Row:
+    seen = view >= 0
+    score = agreement(label[seen], pose[seen], view[seen], truth[seen], classes)
+    sizes = torch.bincount(label.clamp(min=0), minlength=classes)
+    return {
+        "ARI": score.rand_index,
+        "empty": score.empty,
+        "found": score.views_found,
+        "views": int(view.max()) + 1,
+        "right": score.right,
+        "angle °": score.angle,
+        "shift px": score.shift,
+        "largest": float(sizes.max()) / len(label),
+    }
+
+
+def _means(rows: list[Row]) -> list[Row]:
+    """A row of means per set that was run more than once."""
+    means = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        of = [row for row in rows if row["set"] == name]
+        if len(of) > 1:
+            mean = {
+                key: float(np.mean([row[key] for row in of]))
+                if key not in ("set", "CTF")
+                else value
+                for key, value in of[0].items()
+            }
+            means.append({**mean, "K": of[0]["K"], "views": of[0]["views"], "seed": "mean"})
+    return means

@@ -1,0 +1,168 @@
+"""Rings in Fourier space: shifts are phases there, and CTF and noise are weights of the rings.
+
+The real inner product of two images whose support fits a disc is an integral over Fourier space,
+here a sum over rings of integer radius (in 1/box) and angular frequencies m:
+
+    <x, y> = irfft_m( sum_r conj(X[r, m]) Y[r, m] )   at the angle zero,
+
+so that the features of this module obey `correlate.correlation_table`'s formula for turned and
+mirrored particles. Unlike `polar`'s they are not normalised: they keep the likelihood's units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FourierRings:
+    """Rings 1 … last of the transform of a box.
+
+    Attributes:
+        size: box, pixels.
+        last: outermost ring, 1/box: the resolution limit is size / last pixels.
+        radius: of the images' support, pixels; ring r has no angular frequency above
+            2 pi r radius / size.
+    """
+
+    size: int
+    last: int
+    radius: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.last <= self.size // 2:
+            raise ValueError(
+                f"rings to {self.last}/box do not fit a box of {self.size} px: at most "
+                f"{self.size // 2}"
+            )
+
+    @property
+    def n_frequencies(self) -> int:
+        """Angular frequencies kept, m = 0 … n_frequencies - 1."""
+        return math.ceil(2 * math.pi * self.last * self.radius / self.size) + 2
+
+    @property
+    def n_angles(self) -> int:
+        """Angles of the full circle: two to four per period of the highest frequency, 16 k."""
+        return 16 * math.ceil(2 * self.n_frequencies / 16)
+
+    def first_ring(self, m: int) -> int:
+        """The innermost ring that has angular frequency m."""
+        return max(1, math.ceil((m - 2) * self.size / (2 * math.pi * self.radius)))
+
+    def to(self, last: int) -> FourierRings:
+        """The same with another outermost ring."""
+        return FourierRings(self.size, last, self.radius)
+
+
+def half_circle(images: Tensor, rings: FourierRings) -> Tensor:
+    """The transform of images on half circles, exactly (no interpolation).
+
+    Args:
+        images: (n, size, size) real, of any smaller box too if cropped in Fourier space by
+            a factor; positions are in pixels of ``rings.size``.
+
+    Returns:
+        (n, r, a // 2) complex, sum over pixels v of x(v) exp(-2 pi i k v / size), v about the
+        centre, k = r (cos theta, sin theta).
+    """
+    box = images.shape[-1]
+    step = rings.size / box
+    place = (torch.arange(box, device=images.device) - box // 2) * step
+    angle = torch.arange(rings.n_angles // 2, device=images.device) * (2 * math.pi / rings.n_angles)
+    ring = torch.arange(1, rings.last + 1, device=images.device)
+    k = ring[:, None, None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)  # (r, a', 2)
+    phase = (-2 * math.pi / rings.size) * k.reshape(-1, 2, 1) * place  # (r a', 2, v)
+    wave = torch.polar(torch.ones_like(phase), phase)
+    # Row by row: first along x, a product for all, then along y, a sum for each point.
+    along_x = images.to(wave.dtype) @ wave[:, 0].mT  # (n, y, r a')
+    values = torch.einsum("nyp,py->np", along_x, wave[:, 1]) * step**2
+    return values.reshape(len(images), rings.last, -1)
+
+
+def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
+    """Features of particles moved by trial shifts.
+
+    Args:
+        polar: (n, r', a // 2) from `half_circle` with these angles, r' >= rings.last.
+        shifts: (s, 2) or (n, s, 2) pixels: the particle moved by +shift.
+
+    Returns:
+        (n, s, r, m) complex, scaled so that inner products are those of images.
+    """
+    angles = 2 * polar.shape[-1]
+    polar = polar[:, : rings.last]
+    angle = torch.arange(angles // 2, device=polar.device) * (2 * math.pi / angles)
+    ring = torch.arange(1, rings.last + 1, device=polar.device)
+    along = shifts @ torch.stack([torch.cos(angle), torch.sin(angle)])  # (..., s, a')
+    phase = (-2 * math.pi / rings.size) * along[..., None, :] * ring[:, None]  # (..., s, r, a')
+    moved = polar[:, None] * torch.polar(torch.ones_like(phase), phase)  # (n, s, r, a')
+    return angular_spectrum(moved, rings)
+
+
+def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
+    """(..., r, m) features of half circles (..., r, a // 2).
+
+    With c_m the angular Fourier coefficients over the full circle, F(theta + pi) = conj F(theta),
+    the features are i^m c_m times the root of the ring's area: so mirrored images have
+    (-1)^m conj(X), as in real space.
+    """
+    half = moved.shape[-1]
+    angles = 2 * half
+    m = torch.arange(rings.n_frequencies, device=moved.device)
+    angle = torch.arange(half, device=moved.device) * (2 * math.pi / angles)
+    # Even m see the real part of the half circle, odd m the imaginary part (times i).
+    wave = torch.polar(torch.ones(half, len(m), device=moved.device), -angle[:, None] * m)
+    even = torch.view_as_real(wave[:, ::2].contiguous()).flatten(1)  # (a', m' 2)
+    odd = torch.view_as_real(wave[:, 1::2].contiguous()).flatten(1)
+    flat = moved.reshape(-1, half)
+    spectrum = moved.new_zeros(len(flat), len(m))
+    spectrum[:, ::2] = torch.view_as_complex((flat.real @ even).unflatten(1, (-1, 2)))
+    spectrum[:, 1::2] = 1j * torch.view_as_complex((flat.imag @ odd).unflatten(1, (-1, 2)))
+    spectrum = spectrum.reshape(*moved.shape[:-1], len(m))
+    ring = torch.arange(1, rings.last + 1, device=moved.device)
+    # A mean over the circle, the ring's area in Fourier pixels, and irfft's 1 / n_angles undone.
+    scale = (2 * math.pi * ring * rings.n_angles).sqrt() * (2 / angles) / rings.size
+    turn = torch.tensor([1, 1j, -1, -1j], device=moved.device)[m % 4]
+    alive = torch.tensor(
+        [[r >= rings.first_ring(f) for f in m.tolist()] for r in ring.tolist()],
+        device=moved.device,
+    )
+    return spectrum * (scale[:, None] * turn * alive)
+
+
+def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:
+    """(..., r, a // 2) half circles whose `angular_spectrum` is features (..., r, m)."""
+    m = torch.arange(rings.n_frequencies, device=features.device)
+    angles = rings.n_angles
+    ring = torch.arange(1, rings.last + 1, device=features.device)
+    scale = (2 * math.pi * ring * angles).sqrt() * (2 / angles) / rings.size * (angles / 2)
+    turn = torch.tensor([1, -1j, -1, 1j], device=features.device)[m % 4]
+    coefficient = features * turn / scale[:, None]
+    coefficient[..., 1:] *= 2
+    angle = torch.arange(angles // 2, device=features.device) * (2 * math.pi / angles)
+    wave = torch.polar(torch.ones_like(m * angle[:, None]), m * angle[:, None])  # (a', m)
+    even = (coefficient[..., ::2] @ wave[:, ::2].T).real
+    odd = (coefficient[..., 1::2] @ wave[:, 1::2].T).imag
+    return torch.complex(even, odd)
+
+
+def move_features(
+    features: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, rings: FourierRings
+) -> Tensor:
+    """Features (n, r, m) of images moved by poses: shift (n, 2), turn, mirror, as a `Pose`.
+
+    Args:
+        angle: (n,) radians; mirror: (n,) bool.
+    """
+    polar = half_circle_of(features, rings)
+    moved = ring_features(polar, shift[:, None], rings)[:, 0]  # (n, r, m)
+    m = torch.arange(moved.shape[-1], device=moved.device)
+    phase = angle[:, None] * m
+    turned = moved * torch.polar(torch.ones_like(phase), -phase)[:, None]
+    sign = 1 - 2 * (m % 2)
+    return torch.where(mirror[:, None, None], sign * turned.conj(), turned)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from bench.agreement import agreement
+from cryoalign import classification as module
+from cryoalign.classification import Likelihood, PhaseFlipped, classify, optics_of, shift_grid
+from cryoalign.ctf import ctf_2d
+from cryoalign.particles import TensorStack
+from cryoalign.synthetic import simulate
+from tests.test_ctf import some_optics
+
+QUICK = Likelihood(cycles=1, max_shift=2.0)
+
+
+def test_all_views_are_found_from_nothing() -> None:
+    made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
+    found = classify(made.images, 6, likelihood=QUICK, seed=0, device="cpu")
+    score = agreement(found.class_number - 1, found.pose, made.class_number - 1, made.pose, 6)
+    assert score.rand_index > 0.97
+    assert score.views_found == 6
+    assert score.right > 0.97
+    assert score.angle < 2.5
+    assert score.shift < 0.4
+    assert int(found.class_sizes.sum()) == 300
+    assert found.history["log_evidence"].is_monotonic_increasing is not None
+    assert {"log_evidence", "classes", "rings", "empty_classes"} <= set(found.history)
+
+
+def test_with_a_ctf_and_particles_set_aside() -> None:
+    made = simulate(n=300, n_classes=4, size=40, snr=2.0, max_shift=2.0, mirror=False, seed=2)
+    optics = some_optics(300, pixel_size=4.0)
+    spectra = torch.fft.rfft2(made.images) * ctf_2d(optics, 40)
+    noise = torch.randn(300, 40, 40, generator=torch.Generator().manual_seed(0))
+    images = torch.fft.irfft2(spectra, s=(40, 40)) + 1.5 * noise
+    images[7] = torch.nan
+    found = classify(images, 4, optics=optics, likelihood=QUICK, seed=0, device="cpu")
+    assert int(found.class_number[7]) == 0
+    used = torch.arange(300) != 7
+    score = agreement(
+        found.class_number[used] - 1, found.pose[used], made.class_number[used] - 1,
+        made.pose[used], 4,
+    )  # fmt: skip
+    assert score.rand_index > 0.95
+    assert score.right > 0.9
+
+
+def test_the_same_seed_gives_the_same_classes_however_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = simulate(n=120, n_classes=3, size=32, snr=0.5, max_shift=1.0, seed=3)
+    settings = Likelihood(cycles=1, max_shift=1.0)
+    one = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    monkeypatch.setattr(module, "KEEP", 0)
+    two = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    assert torch.equal(one.class_number, two.class_number)
+    torch.testing.assert_close(one.pose.angle, two.pose.angle, rtol=0, atol=1e-2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    images = torch.randn(20, 32, 32)
+    with pytest.raises(ValueError, match="n_classes"):
+        classify(images, 11, device="cpu")
+    with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
+        classify(images, 2, optics=some_optics(5), device="cpu")
+    with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
+        PhaseFlipped(TensorStack(images), some_optics(5))
+
+
+def test_a_stack_without_a_defocus_has_no_optics() -> None:
+    assert optics_of(TensorStack(torch.zeros(2, 8, 8))) is None
+
+
+def test_the_shift_grid_is_symmetric() -> None:
+    grid = shift_grid(3.0, 2.0)
+    assert grid.tolist() == (-grid.flip(0)).tolist()
+    assert shift_grid(0.0, 1.0).tolist() == [[0.0, 0.0]]

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from cryoalign.ctf import Optics, ctf_2d, optics_from_relion, phase_flip
+
+
+def some_optics(n: int = 5, pixel_size: float = 3.6, seed: int = 0) -> Optics:
+    rng = np.random.default_rng(seed)
+    u = torch.from_numpy(rng.uniform(1e4, 3e4, n)).float()
+    v = u - torch.from_numpy(rng.uniform(0, 2000, n)).float()
+    angle = torch.from_numpy(rng.uniform(0, 180, n)).float()
+    full = torch.full((n,), 300.0)
+    return Optics(u, v, angle, full, full * 0.009, full / 3000, full * 0, full * 0 + pixel_size)
+
+
+def formula(optics: Optics, size: int) -> torch.Tensor:
+    """sin(chi + asin(amplitude)), chi in RELION's convention, in float64."""
+    volts = optics.voltage.double()[:, None, None] * 1e3
+    wavelength = 12.2643247 / (volts * (1 + volts * 0.978466e-6)).sqrt()
+    apix = float(optics.pixel_size[0])
+    ky = torch.fft.fftfreq(size, apix, dtype=torch.float64)[:, None]
+    kx = torch.fft.rfftfreq(size, apix, dtype=torch.float64)[None]
+    k2, theta = kx**2 + ky**2, torch.atan2(ky, kx.expand(size, -1))
+    u, v, angle, cs, amplitude = (
+        value.double()[:, None, None]
+        for value in (
+            optics.defocus_u, optics.defocus_v, optics.defocus_angle,
+            optics.spherical_aberration, optics.amplitude_contrast,
+        )
+    )  # fmt: skip
+    defocus = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (theta - torch.deg2rad(angle)))
+    chi = torch.pi * wavelength * defocus * k2 - torch.pi / 2 * cs * 1e7 * wavelength**3 * k2**2
+    return torch.sin(chi + torch.asin(amplitude))
+
+
+@pytest.mark.parametrize("size", [64, 45])
+def test_ctf_is_the_formula(size: int) -> None:
+    optics = some_optics()
+    before = optics.defocus_u.clone()
+    made = ctf_2d(optics, size)
+    torch.testing.assert_close(made.double(), formula(optics, size), atol=2e-3, rtol=0)
+    assert torch.equal(optics.defocus_u, before)  # the library writes into its argument
+
+
+def test_flipping_makes_the_transfer_positive() -> None:
+    optics = some_optics(1)
+    point = torch.zeros(1, 64, 64)
+    point[:, 0, 0] = 1.0
+    blurred = torch.fft.irfft2(torch.fft.rfft2(point) * ctf_2d(optics, 64), s=(64, 64))
+    transfer = torch.fft.rfft2(phase_flip(blurred, optics))
+    assert transfer.imag.abs().max() < 1e-5
+    assert transfer.real.min() > -1e-5
+
+
+def test_columns_join_their_optics_group() -> None:
+    particles = {
+        "rlnDefocusU": [1e4, 2e4], "rlnDefocusV": [9e3, 1.9e4], "rlnDefocusAngle": [10.0, 20.0],
+        "rlnOpticsGroup": [7, 3],
+    }  # fmt: skip
+    groups = {
+        "rlnOpticsGroup": [3, 7], "rlnVoltage": [200.0, 300.0],
+        "rlnSphericalAberration": [2.0, 2.7], "rlnAmplitudeContrast": [0.07, 0.1],
+    }  # fmt: skip
+    optics = optics_from_relion(particles, groups, 1.5)
+    assert optics is not None
+    assert optics.voltage.tolist() == [300.0, 200.0]
+    assert optics.phase_shift.tolist() == [0.0, 0.0]
+    assert optics.pixel_size.tolist() == [1.5, 1.5]
+    assert optics[1:].defocus_u.tolist() == [2e4]
+    assert optics.scaled(2.0).pixel_size.tolist() == [3.0, 3.0]
+    assert optics_from_relion({"rlnImageName": ["1@a.mrcs"]}, groups, 1.5) is None
+    with pytest.raises(ValueError, match="no rlnVoltage"):
+        optics_from_relion(particles, {"rlnOpticsGroup": [3, 7]}, 1.5)
