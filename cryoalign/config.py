@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from cryoalign import yaml12
 from cryoalign.average import Averaging
+from cryoalign.classification import Likelihood
 from cryoalign.files import replacing
 from cryoalign.particles import Images
 from cryoalign.schema import known_keys, load_settings
@@ -24,12 +25,17 @@ HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this fil
 
 @dataclass(frozen=True, config=FORBID)
 class RunConfig:
-    """All that ``cryoalign run`` can be told; `align_multi_reference` has most arguments alike.
+    """All that ``cryoalign run`` can be told; `align_multi_reference` and `classify` have most
+    arguments alike.
 
     Raises ValueError (pydantic's) for wrong types, ranges and combinations.
     """
 
     particles: Path = Field(description="STAR file, .mrcs, .mrc or .npy of the particles")
+    method: Literal["mra", "classify"] = Field(
+        default="mra",
+        description="mra: multi-reference alignment; classify: classes from nothing, by likelihood",
+    )
     references: str = Field(
         default="random", description=f"a stack of references, or chosen: {', '.join(SEEDINGS)}"
     )
@@ -38,7 +44,8 @@ class RunConfig:
     )
     iterations: int = Field(default=20, ge=1, description="at most so many; fewer if it settles")
     output: Path | None = Field(
-        default=None, description="run folder; null: runs/<particles>-mra in the current folder"
+        default=None,
+        description="run folder; null: runs/<particles>-<method> in the current folder",
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of all random choices")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -47,6 +54,7 @@ class RunConfig:
     search: Search = Field(default_factory=Search)
     images: Images = Field(default_factory=Images)
     averaging: Averaging = Field(default_factory=Averaging)
+    likelihood: Likelihood = Field(default_factory=Likelihood)
     min_class_share: float = Field(
         default=0.2, ge=0, le=1, description="re-seed classes below this share of the mean size"
     )
@@ -83,6 +91,10 @@ class RunConfig:
         """What does not go together, as far as that shows without a file."""
         if self.references in SEEDINGS and self.n_classes is None:
             yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
+        if self.method == "classify" and self.references not in SEEDINGS:
+            yield "method=classify starts from nothing: leave references out, or use method=mra"
+        if self.method == "classify" and self.resume:
+            yield "method=classify keeps no checkpoint to resume: start it again"
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:

@@ -79,6 +79,12 @@ class Watch:
             total=self.iterations * total,
         )
 
+    def steps(self, doing: str, done: int, total: int) -> None:
+        """Take `classify`'s word: steps whose number is not known beforehand."""
+        self.bar.update(self.task, description=f"{doing}, step {done}", total=None)
+        if not self.console.is_terminal and done % 10 == 0:
+            self.console.print(f"{doing}, step {done}", highlight=False)
+
     def iteration(self, state: MraState) -> None:
         """Print a line about the iteration just done."""
         self.done, row = state.iteration, state.history[-1]

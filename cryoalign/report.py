@@ -83,8 +83,8 @@ def write_report(
 
 
 def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
-    """``search.max_shift`` in pixels of the input, which an alignment's shifts are in."""
-    search = config.get("search")
+    """The method's ``max_shift`` in pixels of the input, which an alignment's shifts are in."""
+    search = config.get("likelihood" if config.get("method") == "classify" else "search")
     limit = search.get("max_shift") if isinstance(search, Mapping) else None
     return None if limit is None else float(limit) * alignment.scale
 

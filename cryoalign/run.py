@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from cryoalign.checkpoint import MraState
+from cryoalign.classification import classify
 from cryoalign.config import HEADER, RunConfig, flat, load_config, save_config
-from cryoalign.distributed import process_group, rank, same_on_all_ranks
+from cryoalign.distributed import process_group, rank, same_on_all_ranks, world_size
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
 from cryoalign.mra import align_multi_reference
@@ -65,6 +66,8 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(choose_device(config.device)):
+        if config.method == "classify" and world_size() > 1:
+            raise ValueError("method=classify runs in one process: start it without torchrun")
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
         config, state = _open_folder(config, stack)
@@ -105,6 +108,23 @@ def _align_and_write(
         if on_iteration is not None:
             on_iteration(state)
 
+    if config.method == "classify":
+        alignment = classify(
+            stack,
+            _classes(config),
+            likelihood=config.likelihood,
+            images=config.images,
+            averaging=config.averaging,
+            seed=config.seed,
+            device=config.device,
+            batch_size=config.batch_size,
+            max_rejected=config.max_rejected,
+            progress=watch.steps,
+        )
+        watch.finishing()
+        write_results(folder, config, stack, alignment)
+        _discard_replaced(folder)
+        return
     alignment = align_multi_reference(
         stack,
         config.references,
@@ -128,6 +148,13 @@ def _align_and_write(
         write_results(folder, config, stack, alignment)
 
 
+def _classes(config: RunConfig) -> int:
+    """How many classes to find from nothing; `RunConfig` made sure that it is told."""
+    if config.n_classes is None:
+        raise ValueError("n_classes is missing: method=classify needs it, e.g. n_classes=10")
+    return config.n_classes
+
+
 def _read(config: RunConfig) -> ParticleStack:
     """The particles; raises for all that headers and rows can tell."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
@@ -142,7 +169,7 @@ def _read(config: RunConfig) -> ParticleStack:
 
 def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, MraState | None]:
     """Make the run folder ready: the resolved settings, and the checkpoint to go on from."""
-    named = plain(config.output or Path("runs", f"{config.particles.stem}-mra"))
+    named = plain(config.output or Path("runs", f"{config.particles.stem}-{config.method}"))
     number = 1
     if rank() == 0:  # decides; the others wait below until it has
         if config.output is None:

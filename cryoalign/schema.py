@@ -132,10 +132,14 @@ def _flatten(
 
 
 def _suggestion(key: str, fields: dict[str, FieldInfo]) -> str:
-    by_leaf = {name.rpartition(".")[2]: name for name in fields}
+    by_leaf: dict[str, list[str]] = {}
+    for name in fields:
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
     leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1)
-    close = [by_leaf[name] for name in leaf] or difflib.get_close_matches(key, fields, 1, 0.8)
-    return f"did you mean {close[0]}?" if close else "`cryoalign run --help` lists the keys"
+    close = by_leaf[leaf[0]] if leaf else difflib.get_close_matches(key, fields, 1, 0.8)
+    return (
+        f"did you mean {' or '.join(close)}?" if close else "`cryoalign run --help` lists the keys"
+    )
 
 
 def _nest(values: dict[str, Value]) -> dict[str, Value]:

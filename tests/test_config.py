@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cryoalign.classification import classify
 from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config
 from cryoalign.mra import align_multi_reference
 from cryoalign.schema import describe, known_keys
@@ -29,16 +30,19 @@ def test_every_shipped_config_loads(path):
     assert config.particles == Path("other.star")
 
 
-def test_mra_yaml_shows_every_key_with_its_default():
-    path = next(path for path in CONFIGS if path.name == "mra.yaml")
-    written = yaml.safe_load(path.read_text())
-    keys = {
-        f"{name}.{leaf}" if leaf else name
-        for name, value in written.items()
-        for leaf in (value if isinstance(value, dict) else [""])
-    }
-    assert keys == set(dict(known_keys(RunConfig)))
-    assert load_config(path, GIVEN) == load_config(None, GIVEN)
+def test_the_configs_show_every_key_with_its_default():
+    shown = set()
+    for name in ("mra.yaml", "classify.yaml"):
+        path = next(path for path in CONFIGS if path.name == name)
+        written = yaml.safe_load(path.read_text())
+        shown |= {
+            f"{name}.{leaf}" if leaf else name
+            for name, value in written.items()
+            for leaf in (value if isinstance(value, dict) else [""])
+        }
+        method = f"method={path.stem}"
+        assert load_config(path, GIVEN) == load_config(None, [*GIVEN, method])
+    assert shown == set(dict(known_keys(RunConfig)))
 
 
 def test_keys_are_the_arguments_of_the_functions_behind_them():
@@ -48,6 +52,9 @@ def test_keys_are_the_arguments_of_the_functions_behind_them():
     defaults = load_config(None, GIVEN)
     for name in set(arguments) - special - {"n_classes"}:
         assert name in by_name
+        assert getattr(defaults, name) == arguments[name].default, name
+    arguments = signature(classify).parameters
+    for name in set(arguments) - special - {"n_classes", "optics", "likelihood"}:
         assert getattr(defaults, name) == arguments[name].default, name
     simulation = signature(simulate).parameters
     assert [field.name for field in fields(SimulateConfig)] == list(simulation)
@@ -78,7 +85,10 @@ def test_yaml_means_what_it_shows(tmp_path):
     ("wrong", "message"),
     [
         ("search.lastring=30", "unknown key search.lastring; did you mean search.last_ring?"),
-        ("max_shift=3", "unknown key max_shift; did you mean search.max_shift?"),
+        (
+            "max_shift=3",
+            "unknown key max_shift; did you mean search.max_shift or likelihood.max_shift?",
+        ),
         ("nclasses=3", "unknown key nclasses; did you mean n_classes?"),
         ("qqq=1", "unknown key qqq; `cryoalign run --help` lists the keys"),
         ("search=3", "search: should hold keys of its own, got 3"),
@@ -95,6 +105,8 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("settle=null", "settle is missing"),
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
         ("search.shift_step=100", "no shift would be tried"),
+        ("method=classify references=views.mrcs", "leave references out"),
+        ("method=classify resume=true output=x", "keeps no checkpoint"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
         ("settle", "'settle' should be key=value"),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from sklearn.metrics import adjusted_rand_score
 
 from cryoalign.alignment import Alignment
 from cryoalign.config import load_config
@@ -231,3 +232,15 @@ def test_references_from_a_file_keep_their_order(star, tmp_path):
     found = pd.read_csv(folder / "particles.csv").drop(index=SPOILT)
     assert (truth["class_number"] == found["class_number"]).mean() > 0.95
     assert len(read_images(folder / "class_averages.mrcs")) == 3
+
+
+def test_classes_from_nothing_by_one_command(tmp_path):
+    made = simulate(150, 3, size=32, snr=0.5, max_shift=1.0, seed=4)
+    star = write_simulation(tmp_path / "stack", made)
+    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    more = [f"output={tmp_path / 'run'}", "device=cpu", "embedding=false", "seed=1"]
+    folder = run(load_config(None, [*words, *more]))
+    table = pd.read_csv(folder / "particles.csv")
+    assert adjusted_rand_score(made.class_number, table["class_number"]) > 0.9
+    assert (folder / "report.html").exists()
+    assert pd.read_csv(folder / "history.csv")["log_evidence"].notna().all()
