@@ -105,8 +105,8 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
 
     def averaged() -> None:
         class_sums(
-            ((part, images[part]) for part in rows.split(2048)),
-            pose, label, rows % 2, len(views), images.shape[-1], images.device,
+            rows.split(2048), images.__getitem__, pose, label, rows % 2, len(views),
+            images.shape[-1], images.device,
         )  # fmt: skip
 
     def both() -> None:

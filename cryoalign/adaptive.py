@@ -37,6 +37,7 @@ FINAL, FINAL_MARGIN = 2, 1.0
 LOW_STEPS, FINE_STEPS = 1, 1
 # Particles at a time: in all, and in the screen, where they share sampling weights.
 BATCH, CHUNK = 1024, 32
+ROOM = 2**25  # bytes of the spectra of a chunk, at most
 # Entries of the screen's correlation table at a time, and particles that share them.
 BLOCK, TOGETHER = 2**20, 32
 
@@ -162,7 +163,8 @@ def _batch_poses(
 def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
     peaks = []
-    for part in small.split(CHUNK):
+    each = 8 * len(screen.shifts) * len(screen.rings.radii()) * screen.rings.n_angles  # bytes
+    for part in small.split(max(1, min(CHUNK, ROOM // each))):
         spectra = normalised_spectra(sample_at(part, screen.places), screen.rings)
         peaks.append(hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, TOGETHER))
     score, place = (torch.cat(parts) for parts in zip(*peaks, strict=True))  # (n, k, hands)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass as plain_dataclass
 from typing import Literal
 
@@ -91,7 +91,8 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def class_sums(
-    batches: Iterable[tuple[Tensor, Tensor]],
+    parts: Iterable[Tensor],
+    read: Callable[[Tensor], Tensor],
     pose: Pose,
     label: Tensor,
     half: Tensor,
@@ -106,20 +107,21 @@ def class_sums(
     the float32 averages keep: neither batch size nor the number of processes shows in them.
 
     Args:
-        batches: pairs of rows (b,) into the following tensors, and images (b, size, size).
+        parts: rows (b,) into the following tensors, a batch at a time.
+        read: makes images (b, size, size) of such rows; called by several threads.
         pose: (n,).
         label: (n,) class index.
         half: (n,) 0 or 1.
         n_classes, size, device: of the sums.
 
     Returns:
-        The sums over every process's batches.
+        The sums over every process's parts.
     """
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
     count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
 
-    def sums(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        rows, images = batch
+    def sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = read(rows)
         moved = pose[rows].to(device)
         # Only the groups that are there: a small result whatever their number is.
         group = half[rows] * n_classes + label[rows]
@@ -132,7 +134,7 @@ def class_sums(
             ),
         )
 
-    for there, members, part in map_in_order(sums, batches, workers_for(device)):
+    for there, members, part in map_in_order(sums, parts, workers_for(device)):
         there = there.to(device)
         total.index_add_(0, there, part.flatten(1))
         count.index_add_(0, there, members.to(device))

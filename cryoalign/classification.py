@@ -436,7 +436,9 @@ def _finish(
     radius = averaging.mask_radius or settings.radius
     last_ring = min(round(settings.radius), (size - 1) // 2)
     mask = soft_mask(size, radius, averaging.mask_edge, particles.device)
-    sums = class_sums(particles.batches(), pose, label, half, k, size, particles.device)
+    sums = class_sums(
+        particles.parts(), particles.take, pose, label, half, k, size, particles.device
+    )
     references = masked(filtered_averages(sums, averaging, mask), mask)
     poses, scores = [], []
     for members, images in particles.batches():
@@ -447,7 +449,9 @@ def _finish(
         poses.append(found.to("cpu"))
         scores.append(score.cpu())
     pose, score = Pose.cat(poses), torch.cat(scores)
-    sums = class_sums(particles.batches(), pose, label, half, k, size, particles.device)
+    sums = class_sums(
+        particles.parts(), particles.take, pose, label, half, k, size, particles.device
+    )
     curves = sums.frc(mask)
     resolution = frc.resolution(curves, size, particles.pixel_size or particles.scale)
     n, rows = len(particles.stack), particles.rows

@@ -155,11 +155,11 @@ class _Job:
             self.particles.size, self.mask_radius, self.averaging.mask_edge, self.particles.device
         )
 
-    def batches(self, doing: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's particles, with progress told after each batch."""
+    def parts(self, doing: str) -> Iterator[Tensor]:
+        """Members of this process's batches, with progress told as they are taken."""
         done = 0
-        for members, images in self.particles.batches():
-            yield members, images
+        for members in self.particles.parts():
+            yield members
             done += len(members)
             if self.progress is not None:
                 self.progress(doing, done, len(self.particles))
@@ -168,7 +168,7 @@ class _Job:
         # Half-sets by the row of the input, so that they do not depend on what was set aside.
         half = self.particles.rows % 2
         return class_sums(
-            self.batches("average"), pose, label, half, k, self.particles.size,
+            self.parts("average"), self.particles.take, pose, label, half, k, self.particles.size,
             self.particles.device,
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _given_references(job: _Job, references: Tensor | str | Path, n_classes: int
     """(k, size, size) references from a tensor or a file, in the prepared particles' box."""
     particles, stack = job.particles, job.particles.stack
     if isinstance(references, Tensor):
-        images, pixel_size = references, None
+        images, pixel_size = references.detach(), None
     else:
         images, pixel_size = read_images(references), image_pixel_size(references)
     boxes = {stack.shape[0]: stack.pixel_size, particles.size: particles.pixel_size}
@@ -293,13 +293,13 @@ def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
     """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
     target = prepare(references, job.search)
 
-    def columns(batch: tuple[Tensor, Tensor]) -> Tensor:
-        label, pose, score = best_poses(batch[1], target)
+    def columns(members: Tensor) -> Tensor:
+        label, pose, score = best_poses(job.particles.take(members), target)
         found = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
         return torch.stack([c.double() for c in found], 1)  # (b, 6)
 
     found = [torch.zeros(0, 6, dtype=torch.float64, device=job.particles.device)]
-    found += map_in_order(columns, job.batches("align"), workers_for(job.particles.device))
+    found += map_in_order(columns, job.parts("align"), workers_for(job.particles.device))
     table = gather_over_ranks(torch.cat(found).cpu())  # once: batches do not wait for each other
     pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
     return table[:, 0].long(), pose, table[:, 5].float()

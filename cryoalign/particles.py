@@ -41,7 +41,7 @@ class TensorStack:
     def __init__(self, images: Tensor, pixel_size: float | None = None) -> None:
         if images.ndim != 3:
             raise ValueError(f"particles must be (n, h, w), got {tuple(images.shape)}")
-        self.images, self.pixel_size = images, pixel_size
+        self.images, self.pixel_size = images.detach(), pixel_size
         self.shape: tuple[int, int] = (images.shape[1], images.shape[2])
 
     def __len__(self) -> int:
@@ -138,18 +138,25 @@ class PreparedParticles:
         images = normalise(-images if self.images.invert else images, self.background_radius)
         return fourier_resize(images, self.size)
 
+    def parts(self) -> Iterator[Tensor]:
+        """Members (b,) of this process's batches, in order; `take` reads them."""
+        members = torch.arange(len(self))
+        yield from (part for part in members[shard(len(self))].split(self.batch_size) if len(part))
+
+    def take(self, part: Tensor) -> Tensor:
+        """`read` of one of `parts`; several threads may do so at a time."""
+        if self._kept is not None:  # in order: no copy
+            return self._kept[int(part[0]) : int(part[-1]) + 1]
+        return self.read(part)
+
     def batches(self, members: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (members (b,), images (b, size, size)): this process's share of ``members``, or
         of all particles, in order."""
-        every = members is None
         if members is None:
-            members = torch.arange(len(self))
+            yield from ((part, self.take(part)) for part in self.parts())
+            return
         for part in members[shard(len(members))].split(self.batch_size):
-            if not len(part):
-                continue
-            if every and self._kept is not None:  # in order: no copy
-                yield part, self._kept[int(part[0]) : int(part[-1]) + 1]
-            else:
+            if len(part):
                 yield part, self.read(part)
 
 

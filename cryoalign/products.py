@@ -118,9 +118,10 @@ def _block_peaks(
     a = 2 * (m - 1)
     k = some.stop - some.start
     columns = factors.pairs[..., some, :]  # (m, 2, r, k, 2)
-    if _spare(k):
-        whole = factors.size == k  # else it is a small part of many
-        columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, _spare(k)))
+    spare = _spare(k) if factors.size == k else max(0, LEAST - k)  # a part of many: like them
+    if spare:
+        whole = factors.size == k
+        columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, spare))
     columns = columns.flatten(3)  # (m, 2, r, k' 2)
     shape = (m, 2, ns, columns.shape[-1])
     product = room[: math.prod(shape)].view(shape)

@@ -186,6 +186,7 @@ class Target:
 
 def prepare(references: Tensor, search: Search) -> Target:
     """Make references (k, size, size) ready for `best_poses`."""
+    references = references.detach()  # what is chosen has no gradient
     rings = search.rings(references.shape[-1])
     templates = templates_of(references)
     if search.is_adaptive(references.device):
@@ -207,6 +208,9 @@ def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
     """
     if not len(images):
         raise ValueError("no images to match")
+    images, size = images.detach(), target.templates.shape[-1]
+    if images.shape[-1] != size:
+        raise ValueError(f"images of {images.shape[-1]} px, references of {size} px: resize one")
     if target.screen is not None:
         return adaptive_poses(images, target.templates, target.screen, target.rings)
     assert target.spectra is not None

@@ -7,6 +7,7 @@ Results do not depend on the number of workers, since no batch's arithmetic does
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,29 @@ import torch
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+
+class _OneThread:
+    """PyTorch at one thread while anyone wants it so; the last out restores the threads."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, 1
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch.get_num_threads()
+            self.inside += 1
+            torch.set_num_threads(1)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.set_num_threads(self.before)
+
+
+_one_thread = _OneThread()
 
 
 def map_in_order(
@@ -29,9 +53,8 @@ def map_in_order(
     if workers <= 1:
         yield from map(function, items)
         return
-    before = torch.get_num_threads()
     # PyTorch counts threads per thread for OpenMP, but per process for some libraries.
-    torch.set_num_threads(1)
+    _one_thread.enter()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Outcome]] = deque()
     try:
@@ -45,7 +68,7 @@ def map_in_order(
         for future in waiting:
             future.cancel()
         pool.shutdown(wait=True)
-        torch.set_num_threads(before)
+        _one_thread.leave()
 
 
 def workers_for(device: torch.device) -> int:

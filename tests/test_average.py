@@ -40,13 +40,16 @@ def stack(seed: int = SEED) -> tuple[torch.Tensor, Pose, torch.Tensor, torch.Ten
     return images, pose, label, torch.arange(N) % 2
 
 
-def batches(images: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(rows, images[rows]) for rows in torch.arange(len(images)).split(size)]
+def parts(n: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Rows a few at a time."""
+    return torch.arange(n).split(size)
 
 
 def sums_of(batch: int) -> ClassSums:
     images, pose, label, half = stack()
-    return class_sums(batches(images, batch), pose, label, half, K, SIZE, CPU)
+    return class_sums(
+        parts(len(images), batch), images.__getitem__, pose, label, half, K, SIZE, CPU
+    )
 
 
 def test_class_sums_are_the_loop():
@@ -97,7 +100,9 @@ def test_aligned_copies_average_to_the_original():
         particles.append(scipy.ndimage.affine_transform(picture, linear, offset, order=3))
     images = torch.from_numpy(np.stack(particles)).float()
     label, half = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 2
-    found = class_sums(batches(images, 5), pose.to(torch.float32), label, half, 1, 48, CPU)
+    found = class_sums(
+        parts(len(images), 5), images.__getitem__, pose.to(torch.float32), label, half, 1, 48, CPU
+    )
     assert np.abs(found.averages()[0].numpy() - picture).max() < 0.02
     assert found.frc()[0, :8].min() > 0.99
 
