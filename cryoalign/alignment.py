@@ -158,6 +158,28 @@ class Alignment:
             raise ValueError(f"{path}: not an alignment that cryoalign saved ({error})") from error
 
 
+def over_all_rows(
+    n: int, rows: Tensor, label: Tensor, pose: Pose, score: Tensor, scale: float
+) -> tuple[Pose, Tensor, Tensor]:
+    """What was found for the usable particles, as an `Alignment` has it for all n of the input.
+
+    Args:
+        n: particles of the input; rows: (u,) the usable ones among them.
+        label: (u,) class index; pose: (u,) in prepared pixels; score: (u,).
+        scale: pixels of the input per prepared pixel.
+
+    Returns:
+        pose (n,), class_number (n,) and score (n,); NaN and 0 where a particle was set aside.
+    """
+    angle, scored = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
+    shift, mirror = torch.full((n, 2), torch.nan), torch.zeros(n, dtype=torch.bool)
+    class_number = torch.zeros(n, dtype=torch.int64)
+    angle[rows], scored[rows] = pose.angle, score
+    shift[rows], mirror[rows] = pose.shift * scale, pose.mirror
+    class_number[rows] = label + 1
+    return Pose(angle, shift, mirror), class_number, scored
+
+
 def _columns(name: str, table: pd.DataFrame) -> dict[str, np.ndarray]:
     """Columns of a table as arrays ``name.column``: unlike CSV, that keeps every bit and text."""
     texts = {column for column in table if pd.api.types.is_string_dtype(table[column])}

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign import frc
-from cryoalign.alignment import Alignment
+from cryoalign.alignment import Alignment, over_all_rows
 from cryoalign.average import Averaging, class_sums, filtered_averages, masked
 from cryoalign.ctf import Optics, optics_from_relion, phase_flip
 from cryoalign.expectation import (
@@ -454,18 +454,13 @@ def _finish(
     )
     curves = sums.frc(mask)
     resolution = frc.resolution(curves, size, particles.pixel_size or particles.scale)
-    n, rows = len(particles.stack), particles.rows
-    angle, scored = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
-    shift = torch.full((n, 2), torch.nan)
-    mirror = torch.zeros(n, dtype=torch.bool)
-    class_number = torch.zeros(n, dtype=torch.int64)
-    angle[rows], scored[rows] = pose.angle, score
-    shift[rows] = pose.shift * particles.scale
-    mirror[rows], class_number[rows] = pose.mirror, label + 1
+    pose, class_number, score = over_all_rows(
+        len(particles.stack), particles.rows, label, pose, score, particles.scale
+    )
     return Alignment(
-        pose=Pose(angle, shift, mirror),
+        pose=pose,
         class_number=class_number,
-        score=scored,
+        score=score,
         averages=sums.averages().cpu(),
         frc=curves.cpu(),
         resolution=resolution.cpu(),

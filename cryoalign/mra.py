@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cryoalign import frc
-from cryoalign.alignment import Alignment
+from cryoalign.alignment import Alignment, over_all_rows
 from cryoalign.average import (
     Averaging,
     ClassSums,
@@ -337,19 +337,13 @@ def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[T
 
 def _finish(job: _Job, state: MraState, sums: ClassSums) -> Alignment:
     particles = job.particles
-    n = len(particles.stack)
-    angle, score = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
-    shift = torch.full((n, 2), torch.nan)
-    mirror = torch.zeros(n, dtype=torch.bool)
-    class_number = torch.zeros(n, dtype=torch.int64)
-    rows = particles.rows
-    angle[rows], score[rows] = state.pose.angle, state.score
-    shift[rows] = state.pose.shift * particles.scale
-    mirror[rows], class_number[rows] = state.pose.mirror, state.label + 1
+    pose, class_number, score = over_all_rows(
+        len(particles.stack), particles.rows, state.label, state.pose, state.score, particles.scale
+    )
     curves = sums.frc(job.mask())
     resolution = frc.resolution(curves, particles.size, particles.pixel_size or particles.scale)
     return Alignment(
-        pose=Pose(angle, shift, mirror),
+        pose=pose,
         class_number=class_number,
         score=score,
         averages=sums.averages().cpu(),
