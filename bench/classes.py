@@ -13,7 +13,8 @@ from torch import Tensor
 from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row
-from cryoalign.classification import Likelihood, classify, optics_of
+from cryoalign.classification import classify, optics_of
+from cryoalign.climb import Likelihood
 from cryoalign.io import read_particles
 from cryoalign.particles import TensorStack
 from cryoalign.pose import Pose

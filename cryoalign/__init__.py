@@ -11,7 +11,8 @@ Every stage is a function of tensors; the modules, in reading order, are listed 
 
 from cryoalign.alignment import Alignment
 from cryoalign.average import Averaging
-from cryoalign.classification import Likelihood, classify
+from cryoalign.classification import classify
+from cryoalign.climb import Likelihood
 from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images

@@ -1,4 +1,4 @@
-"""Where an alignment stands, kept between iterations."""
+"""Where a run stands, kept between iterations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoalign.band import Found
 from cryoalign.files import replacing
 from cryoalign.pose import Pose
 
@@ -78,3 +79,81 @@ class MraState:
             )
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a checkpoint of cryoalign ({error})") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ClimbState:
+    """Where a classification stands (`climb`): enough to go on from.
+
+    Attributes:
+        level: of resolution; cycle: cycles of splitting and merging done there.
+        done: whether it has arrived.
+        evidence: mean log-evidence of a particle.
+        classes: (k, r, m) complex features of the class images.
+        own: (n, 2) pixels, the shifts about which the level tries shifts.
+        found: what the last E-step found.
+        history: a row per step.
+        generator: state of the random numbers.
+        fingerprint: of the particles' pixels (`PreparedParticles.fingerprint`).
+    """
+
+    level: int
+    cycle: int
+    done: bool
+    evidence: float
+    classes: Tensor
+    own: Tensor
+    found: Found
+    history: list[dict[str, Any]]
+    generator: Tensor
+    fingerprint: str = ""
+
+    @property
+    def iteration(self) -> int:
+        """Steps done."""
+        return len(self.history)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one ``.npz`` file (no pickles), all or nothing."""
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(
+                file,
+                allow_pickle=False,
+                level=self.level,
+                cycle=self.cycle,
+                done=self.done,
+                evidence=self.evidence,
+                classes=self.classes.numpy(),
+                own=self.own.numpy(),
+                history=json.dumps(self.history),
+                generator=self.generator.numpy(),
+                fingerprint=self.fingerprint,
+                **{f"found.{name}": value.numpy() for name, value in self.found._asdict().items()},
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClimbState:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a state.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                data = {name: archive[name] for name in archive.files}
+            tensor = {
+                name: torch.from_numpy(data[name]) for name in ("classes", "own", "generator")
+            }
+            found = Found(*(torch.from_numpy(data[f"found.{name}"]) for name in Found._fields))
+            return cls(
+                level=int(data["level"]),
+                cycle=int(data["cycle"]),
+                done=bool(data["done"]),
+                evidence=float(data["evidence"]),
+                found=found,
+                history=json.loads(str(data["history"])),
+                fingerprint=str(data["fingerprint"]),
+                **tensor,
+            )
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a checkpoint of a classification ({error})") from error

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from cryoalign import yaml12
 from cryoalign.average import Averaging
-from cryoalign.classification import Likelihood
+from cryoalign.climb import Likelihood
 from cryoalign.files import replacing
 from cryoalign.particles import Images
 from cryoalign.schema import known_keys, load_settings

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from cryoalign.fourier_rings import FourierRings, ring_features
 
-BLOCK = 2**21  # entries of one block of the table
+BLOCK = {"cpu": 2**21, "cuda": 2**27}  # entries of one block of the table: in cache; few launches
+NEGLIGIBLE = -25.0  # log of a weight, relative to the largest, that is left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def expect(
     data: Features,
     classes: Tensor,
     *,
-    members: Tensor | None = None,
+    half: Tensor | None = None,
     log_prior: Tensor | None = None,
     mirror: bool = False,
     temperature: float = 1.0,
@@ -112,26 +113,26 @@ def expect(
     Args:
         data: the particles.
         classes: (k, r, m) complex features of the class images.
-        members: (b,) int64 particles to use; None is all. Half-sets are by parity of these.
+        half: (n,) 0 or 1, the half-set of every particle; None goes by parity.
         log_prior: (k,) added to the logits.
         mirror: whether to try mirrored particles.
         temperature: divides the log-likelihood; above 1 the weights are softer.
     """
-    members = torch.arange(len(data)) if members is None else members
-    even = members % 2 == 0
-    order = torch.cat([even.nonzero(), (~even).nonzero()]).squeeze(1)  # into members
+    device = classes.device
+    half = torch.arange(len(data), device=device) % 2 if half is None else half.to(device)
+    order = half.argsort(stable=True)
     job = _job(data, classes, log_prior, mirror, temperature)
-    gradient = torch.zeros(2, *job.columns.shape, device=classes.device)
-    n_block = max(1, BLOCK // (job.per_shift * len(data.shifts)))
-    n_even = int(even.sum())
+    gradient = torch.zeros(2, *job.columns.shape, device=device)
+    n_block = max(1, BLOCK[device.type] // (job.per_shift * len(data.shifts)))
+    n_even = len(data) - int(half.sum())
     bounds = [*range(0, n_even, n_block), *range(n_even, len(order), n_block), len(order)]
     parts: list[tuple[Tensor, ...]] = []
     for start, stop in itertools.pairwise(bounds):
-        half = gradient[int(start >= n_even)]
-        parts.append(_expect_block(data, members[order[start:stop]], job, half))
+        into = gradient[int(start >= n_even)]
+        parts.append(_expect_block(data, order[start:stop], job, into))
     back = order.argsort()
     posterior = Posterior(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
-    share, weight = posterior.share[order], data.weight[members[order]]
+    share, weight = posterior.share[order], data.weight[order]
     halves = [slice(0, n_even), slice(n_even, None)]
     return posterior, Sums(
         torch.stack([_signal(g, 1 + mirror, data.rings.n_angles) for g in gradient]),
@@ -193,8 +194,7 @@ def _expect_block(data: Features, some: Tensor, job: _Job, gradient: Tensor) -> 
     row, column = torch.arange(b, device=x.device)[:, None], torch.arange(kh // hands)
     angle = table[:, row, shift, column.to(x.device), hand].argmax(0)
     top = best.amax(1)  # (b,)
-    table.sub_(top[:, None, None, None]).exp_()
-    back = (job.inverse.T @ table.view(angles, -1)).view(len(x), 2, b * s, kh)
+    back = _weights(table, peak, top, job, spectrum)
     # Frequency 0 is the mean over angles.
     total = back[0, 0].view(b, s, -1, hands).sum((1, 3)) * angles  # (b, k)
     norm = total.sum(1).reciprocal().repeat_interleave(s)
@@ -204,6 +204,34 @@ def _expect_block(data: Features, some: Tensor, job: _Job, gradient: Tensor) -> 
             gradient[m, part, first:] += turned @ back[m, part]
     sum_all = total.sum(1, keepdim=True)
     return sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle
+
+
+def _weights(table: Tensor, peak: Tensor, top: Tensor, job: _Job, out: Tensor) -> Tensor:
+    """(m, 2, b s, k h) sums over angles of exp(table - top) times the transform's waves.
+
+    Only where (particle, shift, class, hand) matters at all: late in a climb that is little.
+
+    Args:
+        table: (a, b, s, k, h), overwritten; peak: (b, s, k, h) its maxima over angles.
+        top: (b,) its maxima.
+        out: (m, 2, b s, k h), overwritten and returned.
+    """
+    below = top[:, None, None, None]
+    counts = (peak - below > NEGLIGIBLE).flatten().nonzero().squeeze(1)
+    flat = table.flatten(1)  # (a, b s k h)
+    if 2 * len(counts) > flat.shape[1]:
+        weights = table.sub_(below).flatten(1)
+    else:
+        # Frequencies are sums of few columns then, and zero in the others.
+        weights = flat[:, counts] - below.expand_as(peak).flatten()[counts]
+    # Below the clamp nothing counts, and denormal numbers would cost tenfold.
+    weights.clamp_(min=2 * NEGLIGIBLE).exp_()
+    waves = out.flatten(0, 1).flatten(1)  # (2 m, b s k h)
+    if weights.shape[1] == flat.shape[1]:
+        torch.mm(job.inverse.T, weights, out=waves)
+    else:
+        waves.zero_()[:, counts] = job.inverse.T @ weights
+    return out
 
 
 def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
@@ -247,6 +275,12 @@ def _inverse_transform(frequencies: int, angles: int, device: torch.device) -> T
     scale = torch.full((frequencies,), 2.0 / angles, device=device)
     scale[0] = 1.0 / angles
     return torch.stack([turn.cos() * scale, -turn.sin() * scale], -1).flatten(1)
+
+
+def no_sums(classes: Tensor) -> Sums:
+    """The sums of no particles over classes (k, r, m)."""
+    weight = classes.real.new_zeros(2, *classes.shape[:2])
+    return Sums(classes.new_zeros(2, *classes.shape), weight, weight[..., 0])
 
 
 def add_sums(parts: Sequence[Sums]) -> Sums:

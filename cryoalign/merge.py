@@ -10,6 +10,7 @@ Ward's (1963) linkage, the distance being one between *views*: free of turn, shi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from cryoalign.expectation import Sums, class_power
 from cryoalign.fourier_rings import FourierRings, half_circle_of, move_features, ring_features
+from cryoalign.workers import map_in_order, workers_for
 
 FINER = 4  # angles tried per angle of the E-step: averages are worth aligning exactly
 
 
 class Joint(NamedTuple):
-    """How a class lies on others: (k,) each."""
+    """How a class lies on others: (j,) each."""
 
     loss: Tensor  # of log-likelihood, were they one class
     angle: Tensor  # radians, the pose that takes *them* onto this class
@@ -49,57 +51,70 @@ def merge_classes(
     k = signal.shape[1]
     alive = torch.ones(k, dtype=torch.bool, device=signal.device)
     target = torch.arange(k, device=signal.device)
-    rows = [join(signal.sum(0), weight.sum(0), a, rings, shifts, mirror) for a in range(k)]
-    loss = torch.stack([row.loss for row in rows])  # (k, k)
-    loss.fill_diagonal_(torch.inf)
+    moved = ring_features(half_circle_of(signal.sum(0), rings), shifts, rings)  # (k, s, r, m)
+
+    def row(a: int, others: Tensor) -> Joint:
+        return join(signal.sum(0), weight.sum(0), moved, a, others, shifts, rings, mirror)
+
+    # Every pair once, from the side of its first; (k, k) tables.
+    later = [torch.arange(a + 1, k, device=signal.device) for a in range(k)]
+    workers = workers_for(signal.device)
+    rows = list(map_in_order(lambda a: row(a, later[a]), range(k - 1), workers))
+    pairs = Joint(*(_table_of(of, later, k) for of in zip(*rows, strict=True)))
     for _ in range(k - n_classes):
-        place = int(loss.argmin())
+        place = int(pairs.loss.argmin())
         a, b = place // k, place % k
-        row = rows[a]
-        moved = move_features(
-            signal[:, b], row.angle[b].expand(2), row.shift[b].expand(2, 2),
-            row.mirror[b].expand(2), rings,
-        )  # fmt: skip
-        signal[:, a] += moved
-        weight[:, a] += weight[:, b]
+        angle, shift, hand = (of[a, b].expand(2, *of.shape[2:]) for of in pairs[1:])
+        total = signal[:, a] + move_features(signal[:, b], angle, shift, hand, rings)
+        signal[:, a], weight[:, a] = total, weight[:, a] + weight[:, b]
         count[:, a] += count[:, b]
         alive[b] = False
         target[target == b] = a
-        rows[a] = join(signal.sum(0), weight.sum(0), a, rings, shifts, mirror)
-        loss[a] = torch.where(alive, rows[a].loss, torch.inf)
-        loss[b] = loss[:, b] = torch.inf
-        loss[:, a] = torch.inf  # the pose is known from a's side only
-        loss[a, a] = torch.inf
+        moved[a] = ring_features(half_circle_of(total.sum(0)[None], rings), shifts, rings)[0]
+        for gone in (a, b):
+            pairs.loss[gone], pairs.loss[:, gone] = torch.inf, torch.inf
+        others = (alive & (torch.arange(k, device=alive.device) != a)).nonzero().squeeze(1)
+        for table, of in zip(pairs, row(a, others), strict=True):
+            table[a, others] = of
     number = torch.cumsum(alive, 0) - 1
     return Sums(signal[:, alive], weight[:, alive], count[:, alive]), number[target]
 
 
+def _table_of(rows: Sequence[Tensor], columns: Sequence[Tensor], k: int) -> Tensor:
+    """(k, k, ...) of rows that have some columns each; infinite elsewhere (False for hands)."""
+    nothing = False if rows[0].dtype == torch.bool else torch.inf
+    table = rows[0].new_full((k, k, *rows[0].shape[1:]), nothing)
+    for a, row in enumerate(rows):
+        table[a, columns[a]] = row
+    return table
+
+
 def join(
-    signal: Tensor, weight: Tensor, a: int, rings: FourierRings, shifts: Tensor, mirror: bool
-) -> Joint:
-    """What every class would lose in one class with class ``a``.
+    signal: Tensor, weight: Tensor, moved: Tensor, a: int, others: Tensor, shifts: Tensor,
+    rings: FourierRings, mirror: bool,
+) -> Joint:  # fmt: skip
+    """What other classes would lose in one class with class ``a``.
 
     Args:
-        signal: (k, r, m); weight: (k, r).
+        signal: (k, r, m); weight: (k, r) of all classes.
+        moved: (k, s, r, m) the signals moved by the shifts (s, 2).
+        others: (j,) the classes asked about.
     """
+    power = class_power(signal, rings)
     weight = weight.clamp(min=1e-6)
-    both = weight[a] + weight  # (k, r)
-    moved = ring_features(half_circle_of(signal, rings), shifts, rings)  # (k, s, r, m)
+    alone = (power / weight).sum(1) / 2  # (k,)
+    both = weight[a] + weight[others]  # (j, r)
     angles = FINER * rings.n_angles
-    table = _table(moved, signal[a] / both[..., None], mirror, angles)  # (k, s, h, a)
+    table = _table(moved[others], signal[a] / both[..., None], mirror, angles)  # (j, s, h, a)
     table *= FINER  # irfft divides by its length, the features' scale is by the rings' own
     best, place = table.flatten(1).max(1)
     hands = table.shape[2]
-    power = class_power(signal, rings)
-    alone = (power / weight).sum(1) / 2
-    together = ((power + power[a]) / both).sum(1) / 2 + best
-    angle = place % angles * (2 * torch.pi / angles)
-    hand = place // angles % hands
+    together = ((power[others] + power[a]) / both).sum(1) / 2 + best
     return Joint(
-        alone[a] + alone - together,
-        angle,
+        alone[a] + alone[others] - together,
+        place % angles * (2 * torch.pi / angles),
         shifts[place // (angles * hands)],
-        hand.bool(),
+        (place // angles % hands).bool(),
     )
 
 

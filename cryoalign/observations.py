@@ -16,6 +16,7 @@ from torch import Tensor
 from cryoalign.ctf import Optics, ctf_2d
 from cryoalign.filters import background, frequency_grid, soft_mask
 from cryoalign.fourier_rings import FourierRings, half_circle
+from cryoalign.workers import map_in_order, workers_for
 
 NOISE_SAMPLE = 1000  # particles that the noise spectrum is measured on
 CHUNK = 256
@@ -81,18 +82,19 @@ def noise_spectrum(images: Tensor, radius: float) -> Tensor:
 
 def observe(
     read: Read, n: int, size: int, optics: Optics | None, last_ring: int, radius: float,
-    max_shift: float,
+    max_shift: float, rows: slice = slice(None),
 ) -> Observations:  # fmt: skip
-    """Read all particles once.
+    """Read particles once.
 
     Args:
-        read: gives images, background zero, of rows (b,).
-        n: how many there are.
+        read: gives images, background zero, of rows (b,); several threads may ask it.
+        n: how many there are; the noise is measured on some of all of them.
         size: their box, pixels.
         optics: of all of them; None is a CTF of 1.
         last_ring: resolution limit, 1/box.
         radius: of the particle, pixels.
         max_shift: how far off centre particles may be, pixels.
+        rows: which of the n to observe.
     """
     sample = read(torch.arange(0, n, max(1, n // NOISE_SAMPLE)))
     device = sample.device
@@ -108,23 +110,21 @@ def observe(
     select = ring[inside] - 1  # -1, the mean, is dropped below
     count = torch.bincount(select.clamp(min=0), minlength=last_ring).to(noise)
     count[0] -= 1
-    polar, weight = [], []
-    for start in range(0, n, CHUNK):
-        rows = torch.arange(start, min(n, start + CHUNK))
-        images = read(rows)
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor]:
         transfer = torch.ones_like(noise)[None] if optics is None else ctf_2d(optics[rows], size)
         transfer = transfer.to(device)
-        spectra = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1))) * (transfer / noise)
-        small = (
-            torch.fft.fftshift(torch.fft.irfft2(_crop(spectra, box), s=(box, box)), dim=(-2, -1))
-            * (box / size) ** 2
-        )
-        polar.append(half_circle(small * mask, rings))
+        spectra = torch.fft.rfft2(torch.fft.ifftshift(read(rows), dim=(-2, -1)))
+        small = torch.fft.irfft2(_crop(spectra * (transfer / noise), box), s=(box, box))
+        small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
         power = (transfer.square() / noise)[:, inside].expand(len(rows), -1)
         keep = select >= 0
         mean = power.new_zeros(len(rows), last_ring).index_add(1, select[keep], power[:, keep])
-        weight.append(mean / count)
-    return Observations(torch.cat(polar), torch.cat(weight), rings)
+        return half_circle(small * mask, rings), mean / count
+
+    parts = list(map_in_order(part, torch.arange(n)[rows].split(CHUNK), workers_for(device)))
+    polar, weight = (torch.cat(of) for of in zip(*parts, strict=True))
+    return Observations(polar, weight, rings)
 
 
 def _crop(spectra: Tensor, box: int) -> Tensor:

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from bench.agreement import agreement
-from cryoalign import classification as module
-from cryoalign.classification import Likelihood, PhaseFlipped, classify, optics_of, shift_grid
+from cryoalign import band as module
+from cryoalign.band import shift_grid
+from cryoalign.classification import PhaseFlipped, classify, optics_of
+from cryoalign.climb import Likelihood
 from cryoalign.ctf import ctf_2d
 from cryoalign.particles import TensorStack
 from cryoalign.synthetic import simulate

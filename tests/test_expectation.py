@@ -79,12 +79,12 @@ def test_sums_are_the_gradient_of_the_evidence(mirror: bool) -> None:
 def test_blocks_and_members_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data, classes = made_up()
     whole, sums = expect(data, classes, mirror=True)
-    monkeypatch.setattr(expectation, "BLOCK", 1)
+    monkeypatch.setitem(expectation.BLOCK, "cpu", 1)
     again, sums_again = expect(data, classes, mirror=True)
     for one, other in zip((*whole, *sums), (*again, *sums_again), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     some = torch.tensor([7, 2, 9])
-    part, _ = expect(data, classes, members=some, mirror=True)
+    part, _ = expect(data.take(some), classes, half=torch.tensor([1, 1, 1]), mirror=True)
     torch.testing.assert_close(part.best, whole.best[some], rtol=1e-4, atol=1e-3)
     assert torch.equal(part.angle, whole.angle[some])
 

@@ -1,7 +1,13 @@
 import torch
 
 from cryoalign.expectation import Sums
-from cryoalign.fourier_rings import FourierRings, half_circle, move_features, ring_features
+from cryoalign.fourier_rings import (
+    FourierRings,
+    half_circle,
+    half_circle_of,
+    move_features,
+    ring_features,
+)
 from cryoalign.merge import join, merge_classes
 from cryoalign.synthetic import simulate
 
@@ -48,8 +54,10 @@ def test_hands_are_two_views_where_mirrors_are_not_searched() -> None:
     signal = sums.signal[:, [0, 0]].clone()
     sign = 1 - 2 * (torch.arange(signal.shape[-1]) % 2)
     signal[:, 1] = sign * signal[:, 1].conj()
+    total, weight = signal.sum(0), sums.weight.sum(0)[[0, 0]]
+    moved = ring_features(half_circle_of(total, RINGS), SHIFTS, RINGS)
     losses = [
-        float(join(signal.sum(0), sums.weight.sum(0)[[0, 0]], 0, RINGS, SHIFTS, m).loss[1])
+        float(join(total, weight, moved, 0, torch.tensor([1]), SHIFTS, RINGS, m).loss)
         for m in (True, False)
     ]
     assert losses[0] < 0.05 * losses[1]

@@ -1,0 +1,282 @@
+"""The climb from random particles to classes, step by step.
+
+Expectation maximisation with the full likelihood (classes, hands, angles and shifts weighted, CTF
+and noise spectrum in the model; `expectation`) finds most views from random single particles if
+it starts with more classes than asked, at a resolution where the table is small. What it leaves
+is of two kinds, views that have several classes and classes that hold several views, and both are
+mended by moves that need no luck: *merging* the classes that explain their members as well
+together (`merge`), and *splitting* every class by an expectation maximisation of its own members
+alone, which costs no more than a class each. Merging back to the number asked then keeps what
+splitting found. Cycles of these, then ever more rings.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from cryoalign.band import Band, Found, shift_grid, sums_over_ranks
+from cryoalign.checkpoint import ClimbState
+from cryoalign.distributed import shard
+from cryoalign.expectation import (
+    Features,
+    Sums,
+    expect,
+    extend,
+    join_classes,
+    maximise,
+    no_sums,
+)
+from cryoalign.merge import merge_classes
+from cryoalign.observations import Observations
+from cryoalign.settings import FORBID
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, steps done, steps in all) now and then."""
+
+START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
+SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
+FEWEST = 8  # members per child of a class that is split
+
+
+@dataclass(frozen=True, config=FORBID)
+class Likelihood:
+    """What the likelihood knows and how it is climbed.
+
+    Attributes:
+        mask_radius: of the particle, pixels of the prepared images; None is 0.4 of the box.
+        max_shift: how far off centre particles may be, pixels.
+        mirror: whether mirrored particles are of one class.
+        ctf: `auto` uses the CTF where the STAR file has a defocus; `none` never.
+        starts: independent starts, of which the likeliest goes on.
+        surplus: classes to start with, per class asked.
+        split: children that every class is split into.
+        cycles: of splitting, merging and relaxing at a resolution, at most: the first that does
+            not gain is the last.
+        start_detail, end_detail: resolution of the start and the end, periods across the
+            particle's diameter.
+    """
+
+    mask_radius: float | None = Field(
+        default=None, gt=0, description="radius of the particle, px; null: 0.4 of the box"
+    )
+    max_shift: float = Field(default=3.0, ge=0, description="how far off centre, px")
+    mirror: bool = Field(default=True, description="mirrored particles are of one class")
+    ctf: bool = Field(default=True, description="use the CTF where the STAR file has a defocus")
+    starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
+    surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
+    split: int = Field(default=3, ge=2, description="children every class is split into")
+    cycles: int = Field(
+        default=4, ge=0, description="of splitting, merging and relaxing, while they gain"
+    )
+    start_detail: float = Field(
+        default=8.0, gt=1, description="resolution at the start, periods across the particle"
+    )
+    end_detail: float = Field(
+        default=11.2, gt=1, description="resolution at the end, periods across the particle"
+    )
+
+
+@plain_dataclass(frozen=True)
+class Plan:
+    """The settings in the units of the prepared images.
+
+    Attributes:
+        likelihood: the settings.
+        n_classes: classes asked.
+        radius: of the particle, pixels.
+        size: box, pixels.
+    """
+
+    likelihood: Likelihood
+    n_classes: int
+    radius: float
+    size: int
+
+    def ring(self, detail: float) -> int:
+        """The Fourier ring of so many periods across the particle."""
+        most = self.size // 2 - 1
+        return min(max(3, round(detail * self.size / (2 * self.radius))), most)
+
+    @property
+    def levels(self) -> list[tuple[int, float, float]]:
+        """Last ring, reach and step of the trial shifts: wide and coarse, then narrow and fine
+        about what was found."""
+        start, end = self.ring(self.likelihood.start_detail), self.ring(self.likelihood.end_detail)
+        reach = self.likelihood.max_shift
+        wide = 2.0 if reach >= 2 else 1.0
+        return [(start, reach, wide), (round((start + end) / 2), 1.0, 1.0), (end, 1.0, 0.5)]
+
+
+class _Rest(NamedTuple):
+    """Where an expectation maximisation came to rest."""
+
+    evidence: float  # mean log-evidence of a particle
+    classes: Tensor  # (k, r, m)
+    found: Found
+    sums: Sums
+
+
+class Climb:
+    """The climb, with one process's particles, in step with the other processes'."""
+
+    def __init__(
+        self, plan: Plan, observations: Observations, n: int, seed: int,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            plan: the settings.
+            observations: of this process's shard of the particles.
+            n: particles of all processes.
+            seed: of the random choices, the same on all.
+            progress: told after every step.
+        """
+        self.plan, self.observations, self.n = plan, observations, n
+        self.generator = torch.Generator().manual_seed(seed)
+        self.progress, self.history = progress, list[dict[str, Any]]()
+        self.clock = time.perf_counter()
+        self._band: tuple[int, Band] | None = None
+
+    def begin(self) -> ClimbState:
+        """The likeliest of the starts."""
+        band = self.band(0, torch.zeros(self.n, 2))
+        found = [self.start(band) for _ in range(self.plan.likelihood.starts)]
+        return self.state(0, 0, band, max(found, key=lambda each: each.evidence))
+
+    def advance(self, state: ClimbState) -> ClimbState:
+        """A cycle of splitting and merging or, where that gains no more, more rings."""
+        self.history = list(state.history)
+        self.generator.set_state(state.generator)
+        band, level = self.band(state.level, state.own), state.level + 1
+        if state.cycle < self.plan.likelihood.cycles and level < len(self.plan.levels):
+            trial = self.merge(band, self.split(band, state.found.label), "cycle")
+            if trial.evidence > state.evidence:
+                return self.state(state.level, state.cycle + 1, band, trial)
+        finer = self.band(level, state.found.shift)
+        classes = extend(state.classes.to(band.device), band.rings, finer.rings)
+        return self.state(level, 0, finer, self.relax(finer, classes, "relax"))
+
+    def state(self, level: int, cycle: int, band: Band, rest: _Rest) -> ClimbState:
+        """Where the climb is."""
+        return ClimbState(
+            level=level,
+            cycle=cycle,
+            done=level + 1 == len(self.plan.levels),
+            evidence=rest.evidence,
+            classes=rest.classes.cpu(),
+            own=band.own,
+            found=rest.found,
+            history=list(self.history),
+            generator=self.generator.get_state(),
+        )
+
+    def band(self, level: int, own: Tensor) -> Band:
+        """What a level iterates; the last one asked for is kept, with its features."""
+        if self._band is None or self._band[0] != level:
+            last, reach, step = self.plan.levels[level]
+            device = self.observations.polar.device
+            band = Band(
+                self.observations, shard(self.n).start, own, shift_grid(reach, step, device),
+                self.observations.rings.to(last), self.plan.likelihood.mirror,
+            )  # fmt: skip
+            self._band = level, band
+        return self._band[1]
+
+    def start(self, band: Band) -> _Rest:
+        """From random single particles, more than the classes asked, merged to as many."""
+        many = math.ceil(self.plan.likelihood.surplus * self.plan.n_classes)
+        rows = self.random(self.n)[: min(many, self.n // 2)]
+        classes = band.single_particles(rows, band.signal_power())
+        rest = self.relax(band, classes, "start", START_STEPS)
+        return self.merge(band, rest.sums, "start")
+
+    def merge(self, band: Band, sums: Sums, step: str) -> _Rest:
+        """Merged to the number of classes asked, and relaxed."""
+        apart = shift_grid(self.plan.likelihood.max_shift + 1, 1.0, band.device)
+        merged, _ = merge_classes(sums, band.rings, apart, self.plan.n_classes, band.mirror)
+        return self.relax(band, maximise(merged, band.rings), step)
+
+    def relax(self, band: Band, classes: Tensor, step: str, steps: int = RELAX_STEPS) -> _Rest:
+        """Plain expectation maximisation, until it rests or for so many steps."""
+        evidence = -math.inf
+        for _ in range(steps):
+            found, sums = band.expect(classes)
+            classes = maximise(sums, band.rings)
+            before, evidence = evidence, float(found.log_evidence.mean())
+            self.note(step, band, found, len(classes))
+            if evidence - before < SETTLED * abs(evidence):
+                break
+        return _Rest(evidence, classes, found, sums)
+
+    def split(self, band: Band, label: Tensor) -> Sums:
+        """Children of every class: an expectation maximisation of its members alone."""
+        groups = [(label == c).nonzero().squeeze(1) for c in range(int(label.max()) + 1)]
+        groups = [members for members in groups if len(members)]
+        seeds = [members[self.seeds(len(members))] for members in groups]
+        children = [len(each) for each in seeds]
+        classes = band.single_particles(torch.cat(seeds), band.signal_power())
+        families = [_Family(band, members) for members in groups]
+        for _ in range(SPLIT_STEPS):
+            pairs = zip(families, classes.split(children), strict=True)
+            parts = list(band.over(lambda pair: pair[0].expect(pair[1]), pairs))
+            sums = sums_over_ranks(join_classes(parts))
+            classes = maximise(sums, band.rings)
+        return sums
+
+    def seeds(self, members: int) -> Tensor:
+        """Which of a class's members its children start from."""
+        children = max(1, min(self.plan.likelihood.split, members // FEWEST))
+        return self.random(members)[:children].sort().values
+
+    def random(self, n: int) -> Tensor:
+        """0 … n - 1 in random order."""
+        return torch.randperm(n, generator=self.generator)
+
+    def note(self, step: str, band: Band, found: Found, k: int) -> None:
+        """A row of the history."""
+        sizes = torch.bincount(found.label, minlength=k)
+        self.history.append(
+            {
+                "iteration": len(self.history) + 1,
+                "step": step,
+                "rings": band.rings.last,
+                "classes": k,
+                "log_evidence": float(found.log_evidence.mean()),
+                "certainty": float(found.share.mean()),
+                "smallest_class": int(sizes.min()),
+                "largest_class": int(sizes.max()),
+                "empty_classes": int((sizes == 0).sum()),
+                "seconds": round(time.perf_counter() - self.clock, 3),
+            }
+        )
+        self.clock = time.perf_counter()
+        if self.progress is not None:
+            self.progress(step, len(self.history), 0)
+
+
+class _Family:
+    """The members of a class, of which its children are made; this process's part of them."""
+
+    def __init__(self, band: Band, members: Tensor) -> None:
+        here = band.is_here(members)
+        self.band, self.rows = band, members[here]
+        self.half = (torch.arange(len(members)) % 2)[here]
+        self.kept: Features | None = None
+
+    def expect(self, classes: Tensor) -> Sums:
+        """Sums of an E-step of these members over these classes alone."""
+        if not len(self.rows):
+            return no_sums(classes)
+        made = self.kept or self.band.of(self.rows)
+        if self.band.fits(len(self.band.observations)):
+            self.kept = made
+        return expect(made, classes, half=self.half, mirror=self.band.mirror)[1]
