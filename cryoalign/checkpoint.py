@@ -39,6 +39,11 @@ class MraState:
     settled: bool = False
     fingerprint: str = ""
 
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to iterate."""
+        return self.settled
+
     def save(self, path: str | Path) -> None:
         """Write to one ``.npz`` file (no pickles), all or nothing."""
         with replacing(path) as beside:

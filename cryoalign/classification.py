@@ -41,7 +41,7 @@ def classify(
     batch_size: int | None = None,
     max_rejected: float = 0.1,
     resume: ClimbState | None = None,
-    on_step: Callable[[ClimbState], None] | None = None,
+    on_iteration: Callable[[ClimbState], None] | None = None,
     progress: Progress | None = None,
 ) -> Alignment:
     """Classify particles without references.
@@ -58,7 +58,7 @@ def classify(
         batch_size: particles at a time; None chooses.
         max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
         resume: go on from this state, with the same particles and settings.
-        on_step: called with the state after the start, every cycle and every change of rings.
+        on_iteration: called with the state after the start, every cycle and every change of rings.
         progress: called now and then.
 
     Returns:
@@ -89,8 +89,8 @@ def classify(
     while state is None or not state.done:
         state = climb.begin() if state is None else climb.advance(state)
         state = replace(state, fingerprint=prepared.fingerprint)
-        if on_step is not None:
-            on_step(state)
+        if on_iteration is not None:
+            on_iteration(state)
     flipped = prepared
     if optics is not None:
         flipped = PreparedParticles(

@@ -93,8 +93,6 @@ class RunConfig:
             yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
         if self.method == "classify" and self.references not in SEEDINGS:
             yield "method=classify starts from nothing: leave references out, or use method=mra"
-        if self.method == "classify" and self.resume:
-            yield "method=classify keeps no checkpoint to resume: start it again"
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cryoalign.checkpoint import MraState
+from cryoalign.checkpoint import ClimbState, MraState
 from cryoalign.distributed import world_size
 
 
@@ -82,12 +82,20 @@ class Watch:
     def steps(self, doing: str, done: int, total: int) -> None:
         """Take `classify`'s word: steps whose number is not known beforehand."""
         self.bar.update(self.task, description=f"{doing}, step {done}", total=None)
-        if not self.console.is_terminal and done % 10 == 0:
-            self.console.print(f"{doing}, step {done}", highlight=False)
 
-    def iteration(self, state: MraState) -> None:
+    def iteration(self, state: MraState | ClimbState) -> None:
         """Print a line about the iteration just done."""
         self.done, row = state.iteration, state.history[-1]
+        if isinstance(state, ClimbState):
+            self.console.print(
+                f"step {state.iteration:3d} ({row['step']}): resolution level {state.level + 1}, "
+                f"log-likelihood {row['log_evidence']:.3f} a particle, certainty "
+                f"{row['certainty']:.0%}, classes of {row['smallest_class']} to "
+                f"{row['largest_class']}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return
         notes = [f"{row['seconds']:.1f} s"]
         if row["empty_classes"]:
             notes.insert(0, f"{row['empty_classes']} empty")

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from cryoalign.checkpoint import MraState
+from cryoalign.checkpoint import ClimbState, MraState
 from cryoalign.classification import classify
 from cryoalign.config import HEADER, RunConfig, flat, load_config, save_config
-from cryoalign.distributed import process_group, rank, same_on_all_ranks, world_size
+from cryoalign.distributed import process_group, rank, same_on_all_ranks
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
 from cryoalign.mra import align_multi_reference
@@ -31,6 +31,8 @@ FREE = {
 }
 
 
+State = MraState | ClimbState
+STATES: dict[str, type[State]] = {"mra": MraState, "classify": ClimbState}
 REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
 
 
@@ -42,7 +44,7 @@ def run(
     config: RunConfig,
     *,
     console: Console | None = None,
-    on_iteration: Callable[[MraState], None] | None = None,
+    on_iteration: Callable[[State], None] | None = None,
 ) -> Path:
     """Align as told, and write everything into the run folder.
 
@@ -66,8 +68,6 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(choose_device(config.device)):
-        if config.method == "classify" and world_size() > 1:
-            raise ValueError("method=classify runs in one process: start it without torchrun")
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
         config, state = _open_folder(config, stack)
@@ -76,7 +76,7 @@ def run(
         console.print(shown, highlight=False, soft_wrap=True)
         if state is not None:
             going = f"going on after iteration {state.iteration}"
-            console.print(going + (", settled" if state.settled else ""), highlight=False)
+            console.print(going + (", settled" if state.done else ""), highlight=False)
         with Watch(console, config.iterations, state.iteration if state else 0) as watch:
             try:
                 _align_and_write(config, stack, state, watch, on_iteration)
@@ -93,13 +93,13 @@ def run(
 def _align_and_write(
     config: RunConfig,
     stack: ParticleStack,
-    state: MraState | None,
+    state: State | None,
     watch: Watch,
-    on_iteration: Callable[[MraState], None] | None,
+    on_iteration: Callable[[State], None] | None,
 ) -> None:
     folder = config.output or Path()
 
-    def keep(state: MraState) -> None:
+    def keep(state: State) -> None:
         if rank() == 0:
             state.save(folder / CHECKPOINT)
             _discard_replaced(folder)
@@ -119,11 +119,13 @@ def _align_and_write(
             device=config.device,
             batch_size=config.batch_size,
             max_rejected=config.max_rejected,
+            resume=state if isinstance(state, ClimbState) else None,
+            on_iteration=keep,
             progress=watch.steps,
         )
-        watch.finishing()
-        write_results(folder, config, stack, alignment)
-        _discard_replaced(folder)
+        if rank() == 0:
+            watch.finishing()
+            write_results(folder, config, stack, alignment)
         return
     alignment = align_multi_reference(
         stack,
@@ -139,7 +141,7 @@ def _align_and_write(
         device=config.device,
         batch_size=config.batch_size,
         max_rejected=config.max_rejected,
-        resume=state,
+        resume=state if isinstance(state, MraState) else None,
         on_iteration=keep,
         progress=watch.progress,
     )
@@ -167,7 +169,7 @@ def _read(config: RunConfig) -> ParticleStack:
     return stack
 
 
-def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, MraState | None]:
+def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, State | None]:
     """Make the run folder ready: the resolved settings, and the checkpoint to go on from."""
     named = plain(config.output or Path("runs", f"{config.particles.stem}-{config.method}"))
     number = 1
@@ -181,7 +183,8 @@ def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, Mr
         save_config(_numbered(named, number) / CONFIG, resolved)
     folder = _numbered(named, int(same_on_all_ranks(torch.tensor(number))))
     checkpoint = folder / CHECKPOINT
-    state = MraState.load(checkpoint) if config.resume and checkpoint.exists() else None
+    kind = STATES[config.method]
+    state = kind.load(checkpoint) if config.resume and checkpoint.exists() else None
     return _resolved(config, folder), state
 
 

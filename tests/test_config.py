@@ -106,7 +106,6 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
         ("search.shift_step=100", "no shift would be tried"),
         ("method=classify references=views.mrcs", "leave references out"),
-        ("method=classify resume=true output=x", "keeps no checkpoint"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
         ("settle", "'settle' should be key=value"),

@@ -53,6 +53,19 @@ def test_two_processes_give_what_one_gives(star, tmp_path):
     np.testing.assert_allclose(history[0]["mean_score"], history[1]["mean_score"], atol=1e-5)
 
 
+def test_two_processes_find_the_classes_that_one_finds(star, tmp_path):
+    """Blocks of particles begin elsewhere, so sums are rounded otherwise: no more than that."""
+    words = (f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1")
+    process = command(*words, f"output={tmp_path / '2'}")
+    assert process.returncode == 0, process.stderr
+    run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))
+    one, two = (pd.read_csv(tmp_path / name / "particles.csv") for name in "12")
+    assert (one["class_number"] == two["class_number"]).mean() > 0.98
+    shifts = ["shift_x", "shift_y"]
+    assert np.nanmedian((one[shifts] - two[shifts]).abs()) < 0.02
+    assert one["class_number"].eq(0).sum() == two["class_number"].eq(0).sum() == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

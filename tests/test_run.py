@@ -13,6 +13,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from cryoalign.alignment import Alignment
+from cryoalign.checkpoint import ClimbState
 from cryoalign.config import load_config
 from cryoalign.io import read_images
 from cryoalign.results import RUN_FILES
@@ -244,3 +245,39 @@ def test_classes_from_nothing_by_one_command(tmp_path):
     assert adjusted_rand_score(made.class_number, table["class_number"]) > 0.9
     assert (folder / "report.html").exists()
     assert pd.read_csv(folder / "history.csv")["log_evidence"].notna().all()
+
+
+def test_a_classification_goes_on_where_it_stopped(star, tmp_path):
+    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    words += ["device=cpu", "embedding=false", "threads=1"]
+    whole = run(load_config(None, [*words, f"output={tmp_path / 'whole'}"]))
+    steps = []
+
+    def stop(state):
+        steps.append(state.iteration)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    broken = f"output={tmp_path / 'broken'}"
+    with pytest.raises(Interrupted, match="resume=true"):
+        run(load_config(None, [*words, broken]), on_iteration=stop)
+    assert not (tmp_path / "broken" / "particles.csv").exists()
+    resumed = run(load_config(None, [*words, broken, "resume=true"]), on_iteration=stop)
+    assert steps[2] > steps[1]  # what was done is not done again
+    one, two = (pd.read_csv(folder / "particles.csv") for folder in (whole, resumed))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    history = [pd.read_csv(folder / "history.csv") for folder in (whole, resumed)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in history))
+
+
+def test_a_classification_refuses_the_checkpoint_of_others(star, tmp_path):
+    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    words += ["device=cpu", "embedding=false", f"output={tmp_path / 'run'}"]
+    folder = run(load_config(None, words))
+    state = ClimbState.load(folder / "checkpoint.npz")
+    replace(state, fingerprint="another").save(folder / "checkpoint.npz")
+    with pytest.raises(ValueError, match="other particles"):
+        run(load_config(None, [*words, "resume=true"]))
+    (folder / "checkpoint.npz").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"checkpoint\.npz: not a checkpoint"):
+        run(load_config(None, [*words, "resume=true"]))
