@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cryoalign.distributed import gather_over_ranks, sum_over_ranks
-from cryoalign.expectation import Features, Posterior, Sums, add_sums, expect, features
+from cryoalign.expectation import Features, Posterior, Sums, add_sums, expect, features, no_sums
 from cryoalign.fourier_rings import FourierRings
 from cryoalign.observations import Observations
 from cryoalign.pose import Pose, wrap_degrees
@@ -121,6 +121,19 @@ class Band:
         found = Found(*(torch.cat(of) for of in zip(*(each for each, _ in steps), strict=True)))
         found = Found(*(gather_over_ranks(each) for each in found))
         return found, sums_over_ranks(add_sums([sums for _, sums in steps]))
+
+    def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:
+        """An E-step of some particles, rows (b,) of all: their mean log-evidence and sums."""
+
+        def step(part: Tensor) -> tuple[Tensor, Sums]:
+            posterior, sums = expect(self.of(part), classes, half=part % 2, mirror=self.mirror)
+            return posterior.log_evidence.sum(), sums
+
+        here = rows[self.is_here(rows)].split(CHUNK[self.device.type])
+        steps = list(self.over(step, [part for part in here if len(part)]))
+        evidence = sum_over_ranks(sum((e for e, _ in steps), classes.real.new_zeros(())))
+        sums = add_sums([no_sums(classes), *(sums for _, sums in steps)])
+        return float(evidence) / len(rows), sums_over_ranks(sums)
 
     def found(self, rows: Tensor, posterior: Posterior) -> Found:
         """The likeliest class and pose of particles (b,)."""

@@ -16,7 +16,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -33,6 +34,7 @@ from cryoalign.expectation import (
     extend,
     join_classes,
     maximise,
+    mix_sums,
     no_sums,
 )
 from cryoalign.merge import merge_classes
@@ -44,6 +46,9 @@ Progress = Callable[[str, int, int], None]
 
 START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
 SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
+SUBSET, SUBSET_STEPS = 8, 5  # particles per class of the first subset; steps at a resolution
+COARSEST, RISES = 0.6, 3  # the first resolution as a share of the start's; resolutions
+MOMENTUM = 0.5  # share of the sums that a subset leaves of those before
 FEWEST = 8  # members per child of a class that is split
 
 
@@ -56,6 +61,8 @@ class Likelihood:
         max_shift: how far off centre particles may be, pixels.
         mirror: whether mirrored particles are of one class.
         ctf: `auto` uses the CTF where the STAR file has a defocus; `none` never.
+        start: how a climb starts: `singles` from random particles by expectation maximisation
+            over all particles, `stochastic` by steps on random subsets that grow.
         starts: independent starts, of which the likeliest goes on.
         surplus: classes to start with, per class asked.
         split: children that every class is split into.
@@ -71,6 +78,9 @@ class Likelihood:
     max_shift: float = Field(default=3.0, ge=0, description="how far off centre, px")
     mirror: bool = Field(default=True, description="mirrored particles are of one class")
     ctf: bool = Field(default=True, description="use the CTF where the STAR file has a defocus")
+    start: Literal["singles", "stochastic"] = Field(
+        default="singles", description="singles: all particles; stochastic: growing random subsets"
+    )
     starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
     surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
     split: int = Field(default=3, ge=2, description="children every class is split into")
@@ -195,9 +205,38 @@ class Climb:
         """From random single particles, more than the classes asked, merged to as many."""
         many = math.ceil(self.plan.likelihood.surplus * self.plan.n_classes)
         rows = self.random(self.n)[: min(many, self.n // 2)]
-        classes = band.single_particles(rows, band.signal_power())
+        if self.plan.likelihood.start == "stochastic":
+            classes = self.descend(band, rows)
+        else:
+            classes = band.single_particles(rows, band.signal_power())
         rest = self.relax(band, classes, "start", START_STEPS)
         return self.merge(band, rest.sums, "start")
+
+    def descend(self, band: Band, seeds: Tensor) -> Tensor:
+        """Classes by small steps on random subsets that grow, while rings are added.
+
+        The sums of a subset are the gradient of its log-likelihood with respect to the classes;
+        mixed into those before they are a natural-gradient step with momentum (online expectation
+        maximisation: Cappé & Moulines 2009). What few particles know is soon forgotten, and early
+        wrong turns with it.
+        """
+        rise = torch.linspace(COARSEST, 1.0, RISES) * band.rings.last
+        bands = [replace(band, rings=band.rings.to(max(3, round(r)))) for r in rise.tolist()]
+        classes = bands[0].single_particles(seeds, bands[0].signal_power())
+        first = min(self.n, SUBSET * len(seeds))
+        step = 0
+        for before, now in zip([bands[0], *bands], bands, strict=False):
+            classes, total = extend(classes, before.rings, now.rings), None
+            for _ in range(SUBSET_STEPS):
+                grown = (step / (RISES * SUBSET_STEPS)) ** 2 / 2  # up to half of all
+                size = first + round(grown * (self.n - first))
+                rows = self.random(self.n)[:size].sort().values
+                evidence, sums = now.sums_of(rows, classes)
+                total = sums if total is None else mix_sums(total, sums, MOMENTUM)
+                classes = maximise(total, now.rings)
+                step += 1
+                self.note("subset", now, len(classes), evidence)
+        return classes
 
     def merge(self, band: Band, sums: Sums, step: str) -> _Rest:
         """Merged to the number of classes asked, and relaxed."""
@@ -212,7 +251,7 @@ class Climb:
             found, sums = band.expect(classes)
             classes = maximise(sums, band.rings)
             before, evidence = evidence, float(found.log_evidence.mean())
-            self.note(step, band, found, len(classes))
+            self.note(step, band, len(classes), evidence, found)
             if evidence - before < SETTLED * abs(evidence):
                 break
         return _Rest(evidence, classes, found, sums)
@@ -241,23 +280,31 @@ class Climb:
         """0 … n - 1 in random order."""
         return torch.randperm(n, generator=self.generator)
 
-    def note(self, step: str, band: Band, found: Found, k: int) -> None:
-        """A row of the history."""
-        sizes = torch.bincount(found.label, minlength=k)
-        self.history.append(
-            {
-                "iteration": len(self.history) + 1,
-                "step": step,
-                "rings": band.rings.last,
-                "classes": k,
-                "log_evidence": float(found.log_evidence.mean()),
+    def note(
+        self, step: str, band: Band, k: int, evidence: float, found: Found | None = None
+    ) -> None:
+        """A row of the history; steps on subsets know nothing of all particles."""
+        row = {
+            "iteration": len(self.history) + 1,
+            "step": step,
+            "rings": band.rings.last,
+            "classes": k,
+            "log_evidence": evidence,
+            "certainty": math.nan,
+            "smallest_class": 0,
+            "largest_class": 0,
+            "empty_classes": 0,
+            "seconds": round(time.perf_counter() - self.clock, 3),
+        }
+        if found is not None:
+            sizes = torch.bincount(found.label, minlength=k)
+            row |= {
                 "certainty": float(found.share.mean()),
                 "smallest_class": int(sizes.min()),
                 "largest_class": int(sizes.max()),
                 "empty_classes": int((sizes == 0).sum()),
-                "seconds": round(time.perf_counter() - self.clock, 3),
             }
-        )
+        self.history.append(row)
         self.clock = time.perf_counter()
         if self.progress is not None:
             self.progress(step, len(self.history), 0)

@@ -288,6 +288,12 @@ def add_sums(parts: Sequence[Sums]) -> Sums:
     return Sums(*(torch.stack(of).sum(0) for of in zip(*parts, strict=True)))
 
 
+def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
+    """Running sums: ``momentum`` of the old ones, each per particle, and the rest of the new."""
+    per = new.size.sum() / old.size.sum()
+    return Sums(*(momentum * per * a + (1 - momentum) * b for a, b in zip(old, new, strict=True)))
+
+
 def join_classes(parts: Sequence[Sums]) -> Sums:
     """The sums of several sets of classes, as of one."""
     return Sums(*(torch.cat(of, 1) for of in zip(*parts, strict=True)))
