@@ -29,6 +29,7 @@ def run(
     seeds: Annotated[tuple[int, ...], "one run each"] = (0, 1, 2),
     mask_radius: Annotated[float | None, "of the particle, px; else 0.4 of the box"] = None,
     mirror: Annotated[bool, "try mirrored particles"] = True,
+    start: Annotated[str, "singles or stochastic, see likelihood.start"] = "singles",
     starts: Annotated[int, "independent starts, of which the likeliest goes on"] = 1,
     n: Annotated[int, "simulated particles"] = 1000,
     views: Annotated[int, "simulated views"] = 10,
@@ -57,15 +58,17 @@ def run(
             found = classify(
                 stack,
                 classes,
-                likelihood=Likelihood(mask_radius=mask_radius, mirror=mirror, starts=starts),
+                likelihood=Likelihood(
+                    mask_radius=mask_radius, mirror=mirror, start=start, starts=starts
+                ),
                 seed=seed,
                 device=device,
             )
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             scores = _scores(found.class_number - 1, found.pose, view, pose, classes)
             ctf = "yes" if optics_of(stack) is not None else "no"
-            start: Row = {"set": name, "K": classes, "CTF": ctf, "seed": seed}
-            rows.append({**start, **scores, "seconds": wall, "CPU seconds": cpu})
+            setting: Row = {"set": name, "K": classes, "CTF": ctf, "start": start, "seed": seed}
+            rows.append({**setting, **scores, "seconds": wall, "CPU seconds": cpu})
     return Result(rows + _means(rows))
 
 
@@ -93,7 +96,7 @@ def _means(rows: list[Row]) -> list[Row]:
         if len(of) > 1:
             mean = {
                 key: float(np.mean([row[key] for row in of]))
-                if key not in ("set", "CTF")
+                if key not in ("set", "CTF", "start")
                 else value
                 for key, value in of[0].items()
             }

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 
@@ -14,9 +16,11 @@ from tests.test_ctf import some_optics
 QUICK = Likelihood(cycles=1, max_shift=2.0)
 
 
-def test_all_views_are_found_from_nothing() -> None:
+@pytest.mark.parametrize("start", ["singles", "stochastic"])
+def test_all_views_are_found_from_nothing(start: Literal["singles", "stochastic"]) -> None:
     made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
-    found = classify(made.images, 6, likelihood=QUICK, seed=0, device="cpu")
+    likelihood = Likelihood(cycles=1, max_shift=2.0, start=start)
+    found = classify(made.images, 6, likelihood=likelihood, seed=0, device="cpu")
     score = agreement(found.class_number - 1, found.pose, made.class_number - 1, made.pose, 6)
     assert score.rand_index > 0.97
     assert score.views_found == 6
