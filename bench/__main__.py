@@ -24,6 +24,7 @@ from bench import (
     interpolation,
     iteration,
     memory,
+    relion,
     scaling,
     search,
 )
@@ -40,6 +41,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "adaptive-accuracy": adaptive.accuracy,
     "blind": blind.run,
     "classes": classes.run,
+    "relion": relion.run,
     "interpolation": interpolation.run,
 }
 

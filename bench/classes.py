@@ -65,14 +65,14 @@ def run(
                 device=device,
             )
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            scores = _scores(found.class_number - 1, found.pose, view, pose, classes)
+            score = scores(found.class_number - 1, found.pose, view, pose, classes)
             ctf = "yes" if optics_of(stack) is not None else "no"
             setting: Row = {"set": name, "K": classes, "CTF": ctf, "start": start, "seed": seed}
-            rows.append({**setting, **scores, "seconds": wall, "CPU seconds": cpu})
+            rows.append({**setting, **score, "seconds": wall, "CPU seconds": cpu})
     return Result(rows + _means(rows))
 
 
-def _scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -> Row:
+def scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -> Row:
     seen = view >= 0
     score = agreement(label[seen], pose[seen], view[seen], truth[seen], classes)
     sizes = torch.bincount(label.clamp(min=0), minlength=classes)

@@ -63,7 +63,7 @@ def classify(
 
     Returns:
         The `Alignment`, of the whole input on every process; its averages are of phase-flipped
-        particles where there is a CTF.
+        particles where there is a CTF. Class 1 is the largest.
 
     Raises:
         ValueError: anything that does not fit, before work starts.
@@ -154,7 +154,8 @@ def _finish(
 ) -> Alignment:
     """Poses refined against the averages, and everything the result tells."""
     k, size, device = plan.n_classes, particles.size, particles.device
-    label, half = state.found.label, particles.rows % 2
+    by_size = torch.bincount(state.found.label, minlength=k).argsort(descending=True, stable=True)
+    label, half = by_size.argsort()[state.found.label], particles.rows % 2
     mask = soft_mask(size, averaging.mask_radius or plan.radius, averaging.mask_edge, device)
     rings = Rings(last_ring=min(round(plan.radius), (size - 1) // 2))
 

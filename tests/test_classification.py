@@ -28,6 +28,7 @@ def test_all_views_are_found_from_nothing(start: Literal["singles", "stochastic"
     assert score.angle < 2.5
     assert score.shift < 0.4
     assert int(found.class_sizes.sum()) == 300
+    assert found.class_sizes.tolist() == sorted(found.class_sizes.tolist(), reverse=True)
     assert {"log_evidence", "classes", "rings", "empty_classes"} <= set(found.history)
 
 
