@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,48 +33,56 @@ def run(
     mirror: Annotated[bool, "try mirrored particles"] = True,
     start: Annotated[str, "singles or stochastic, see likelihood.start"] = "singles",
     starts: Annotated[int, "independent starts, of which the likeliest goes on"] = 1,
-    n: Annotated[int, "simulated particles"] = 1000,
-    views: Annotated[int, "simulated views"] = 10,
-    size: Annotated[int, "simulated box, px"] = 64,
-    snr: Annotated[float, "of the simulated set"] = 0.1,
+    jobs: Annotated[int, "runs at a time, a process each"] = 1,
     device: Annotated[str, "cpu or cuda"] = "cpu",
 ) -> Result:
     """Classification from nothing, scored against the truth.
 
     Columns as those of the entry blind. Particles without a view (junk) are given to the program
     like the others and left out of the scores. Largest: share of the particles in the largest
-    class. Seconds are of the whole job, from the files to the result.
+    class. Seconds are of the whole job, from the files to the result, by the clock and of all
+    cores.
     """
-    rows: list[Row] = []
-    for prefix in data or (None,):
-        for seed in seeds:
-            wall, cpu = time.perf_counter(), time.process_time()
-            if prefix is None:
-                made = simulate(n, views, size=size, snr=snr, seed=0)
-                stack = TensorStack(made.images, made.pixel_size)
-                name, view, pose = f"simulated SNR {snr:g}", made.class_number - 1, made.pose
-            else:
-                stack, (view, pose) = read_particles(f"{prefix}.star"), truth_of(prefix)
-                name = prefix.name
-            classes = k or int(view.max()) + 1
-            found = classify(
-                stack,
-                classes,
-                likelihood=Likelihood(
-                    mask_radius=mask_radius, mirror=mirror, start=start, starts=starts
-                ),
-                seed=seed,
-                device=device,
-            )
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            score = scores(found.class_number - 1, found.pose, view, pose, classes)
-            ctf = "yes" if optics_of(stack) is not None else "no"
-            setting: Row = {"set": name, "K": classes, "CTF": ctf, "start": start, "seed": seed}
-            rows.append({**setting, **score, "seconds": wall, "CPU seconds": cpu})
-    return Result(rows + _means(rows))
+    likelihood = {
+        "mask_radius": mask_radius, "mirror": mirror, "start": start, "starts": starts
+    }  # fmt: skip
+    runs = [(prefix, k, seed, likelihood, device) for prefix in data or (None,) for seed in seeds]
+    if jobs == 1:
+        return _with_means([_one(*each) for each in runs])
+    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        return _with_means([future.result() for future in [pool.submit(_one, *r) for r in runs]])
+
+
+def _one(
+    prefix: Path | None, k: int | None, seed: int, likelihood: dict[str, Any], device: str
+) -> Row:
+    """A run, and its row."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    if prefix is None:
+        made = simulate(1000, 10, size=64, snr=0.1, seed=0)
+        stack = TensorStack(made.images, made.pixel_size)
+        name, view, pose = "simulated SNR 0.1", made.class_number - 1, made.pose
+    else:
+        stack, (view, pose) = read_particles(f"{prefix}.star"), truth_of(prefix)
+        name = prefix.name
+    classes = k or int(view.max()) + 1
+    found = classify(stack, classes, likelihood=Likelihood(**likelihood), seed=seed, device=device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    row: Row = {
+        "set": name,
+        "K": classes,
+        "CTF": "yes" if optics_of(stack) is not None else "no",
+        "start": likelihood["start"],
+        "seed": seed,
+    }
+    score = scores(found.class_number - 1, found.pose, view, pose, classes)
+    return {**row, **score, "seconds": wall, "CPU seconds": cpu}
 
 
 def scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -> Row:
+    """Columns that compare labels (-1: set aside) and poses (n,) with the truth."""
     seen = view >= 0
     score = agreement(label[seen], pose[seen], view[seen], truth[seen], classes)
     sizes = torch.bincount(label.clamp(min=0), minlength=classes)
@@ -88,7 +98,7 @@ def scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -
     }
 
 
-def _means(rows: list[Row]) -> list[Row]:
+def _with_means(rows: list[Row]) -> Result:
     """A row of means per set that was run more than once."""
     means = []
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -101,4 +111,4 @@ def _means(rows: list[Row]) -> list[Row]:
                 for key, value in of[0].items()
             }
             means.append({**mean, "K": of[0]["K"], "views": of[0]["views"], "seed": "mean"})
-    return means
+    return Result(rows + means)
