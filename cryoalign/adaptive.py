@@ -23,6 +23,7 @@ from torch import Tensor
 from cryoalign.correlate import unravel_place
 from cryoalign.filters import frequency_grid
 from cryoalign.geometry import sample_at, sampling_places
+from cryoalign.kernels import cpu
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.products import RingFactors, hand_peaks, ring_factors
@@ -49,7 +50,7 @@ class Screen(NamedTuple):
         factor: pixels of the images to one of the screen.
         size: box in the screen's pixels.
         templates: `refine.templates_of` the low-passed and down-sampled references.
-        factors: of their ring spectra.
+        spectra: (k, r, m) their ring spectra; factors: of these.
         rings: in the screen's pixels.
         shifts: (s, 2) trial shifts, in the screen's pixels.
         places: `sampling_places` of the rings about all of them.
@@ -59,6 +60,7 @@ class Screen(NamedTuple):
     factor: float
     size: int
     templates: Tensor
+    spectra: Tensor
     factors: RingFactors
     rings: Rings
     shifts: Tensor
@@ -77,10 +79,13 @@ def prepare_screen(references: Tensor, rings: Rings, max_shift: float, mirror: b
     step = max(1, round(rings.ring_step / factor))
     low = Rings(first, last, step, angles=_angles(last))
     reduced = reduce(references, small)
-    factors = ring_factors(reference_spectra(reduced, low))
+    spectra = reference_spectra(reduced, low)
     shifts = coarse_shifts(max_shift / factor).to(references)
     places = sampling_places(shifted_rings(reduced, low, shifts), small, small)
-    return Screen(factor, small, templates_of(reduced), factors, low, shifts, places, mirror)
+    return Screen(
+        factor, small, templates_of(reduced), spectra, ring_factors(spectra), low, shifts, places,
+        mirror,
+    )  # fmt: skip
 
 
 def coarse_shifts(reach: float) -> Tensor:
@@ -162,12 +167,7 @@ def _batch_poses(
 
 def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
-    peaks = []
-    each = 8 * len(screen.shifts) * len(screen.rings.radii()) * screen.rings.n_angles  # bytes
-    for part in small.split(max(1, min(CHUNK, ROOM // each))):
-        spectra = normalised_spectra(sample_at(part, screen.places), screen.rings)
-        peaks.append(hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, TOGETHER))
-    score, place = (torch.cat(parts) for parts in zip(*peaks, strict=True))  # (n, k, hands)
+    score, place = _peaks(small, screen)
     hands = score.shape[2]
     best, which = score.flatten(1).topk(min(SCREENED, score[0].numel()), 1)
     near = best >= best[:, :1] - margin
@@ -179,6 +179,20 @@ def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     angle = wrap_degrees(found.angle * (360.0 / angles)).to(small.dtype)
     pose = Pose(angle, screen.shifts[found.shift], found.mirror.bool())
     return _Hypotheses(particle, which // hands, pose, best[particle, rank])
+
+
+def _peaks(small: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+    """Best score and place of every particle, reference and hand, (n, k, hands) each."""
+    found = cpu.image_peaks(small, screen.spectra, screen.rings, screen.shifts, screen.mirror)
+    if found is not None:
+        return found
+    peaks = []
+    each = 8 * len(screen.shifts) * len(screen.rings.radii()) * screen.rings.n_angles  # bytes
+    for part in small.split(max(1, min(CHUNK, ROOM // each))):
+        spectra = normalised_spectra(sample_at(part, screen.places), screen.rings)
+        peaks.append(hand_peaks(spectra, screen.factors, screen.mirror, BLOCK, TOGETHER))
+    score, place = (torch.cat(parts) for parts in zip(*peaks, strict=True))
+    return score, place
 
 
 def _refined(

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cryoalign.kernels import cpu as cpu_kernels
 from cryoalign.kernels import peaks as kernels
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.pose import Pose
-from cryoalign.products import RingFactors, peaks_of, ring_factors
+from cryoalign.products import RingFactors, best_hand, peaks_of, ring_factors
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
@@ -109,7 +110,10 @@ def _(
 
 
 def _table_peaks(particles: Tensor, references: Tensor, mirror: bool) -> tuple[Tensor, Tensor]:
-    """`correlation_peaks` in PyTorch, on any device."""
+    """`correlation_peaks` on any device: in PyTorch, or the compiled search of a CPU."""
+    found = cpu_kernels.spectra_peaks(particles, references, mirror)
+    if found is not None:
+        return best_hand(*found)
     return table_peaks(particles, ring_factors(references), mirror)
 
 

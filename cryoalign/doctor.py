@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cryoalign import kernels
-from cryoalign.kernels import build
+from cryoalign.kernels import build, cpu
 
 
 class Finding(NamedTuple):
@@ -23,7 +23,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, PyTorch, processor, GPUs and kernels; changes nothing."""
-    return [_python(), _torch(), _processor(), *_gpus(), _compiler(), _kernels()]
+    return [_python(), _torch(), _processor(), *_gpus(), *_compilers(), *_kernels()]
 
 
 def _python() -> Finding:
@@ -63,10 +63,13 @@ def _gpus() -> list[Finding]:
     return findings
 
 
-def _compiler() -> Finding:
-    return Finding("nvcc", build.find_nvcc() or "none")
+def _compilers() -> list[Finding]:
+    return [
+        Finding("C++ compiler", build.find_compiler() or "none"),
+        Finding("nvcc", build.find_nvcc() or "none"),
+    ]
 
 
-def _kernels() -> Finding:
-    state = kernels.status()
-    return Finding("CUDA kernels", state.message, state.advice)
+def _kernels() -> list[Finding]:
+    states = {"CPU kernels": cpu.status(), "CUDA kernels": kernels.status()}
+    return [Finding(what, state.message, state.advice) for what, state in states.items()]

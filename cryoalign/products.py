@@ -53,8 +53,12 @@ def ring_factors(references: Tensor) -> RingFactors:
 def peaks_of(
     particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of both hands of `hand_peaks`, (n, k) each: the first place of equals."""
-    score, place = hand_peaks(particles, factors, mirror, block, together)
+    """The best of both hands of `hand_peaks`, (n, k) each."""
+    return best_hand(*hand_peaks(particles, factors, mirror, block, together))
+
+
+def best_hand(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The better of hands (n, k, hands), (n, k) each: the first place of equals."""
     best = score.amax(-1)
     last = torch.iinfo(place.dtype).max
     return best, place.masked_fill(score < best.unsqueeze(-1), last).amin(-1)

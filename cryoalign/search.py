@@ -15,10 +15,11 @@ from cryoalign import kernels
 from cryoalign.adaptive import Screen, adaptive_poses, prepare_screen
 from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
 from cryoalign.geometry import sample_at, sampling_places
+from cryoalign.kernels import cpu as cpu_kernels
 from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.products import ring_factors
+from cryoalign.products import best_hand, ring_factors
 from cryoalign.refine import refine_on, templates_of
 from cryoalign.settings import FORBID
 
@@ -319,6 +320,9 @@ def _peaks_in_torch(
     candidates: int | None,
 ) -> tuple[Tensor, Tensor]:
     rings, shifts = Rings(first_ring, last_ring, ring_step, angles), shifts.to(images.device)
+    found = cpu_kernels.image_peaks(images, references, rings, shifts, mirror)
+    if found is not None:
+        return best_hand(*found)
     bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
     cpu = images.device.type == "cpu"
     budget = CPU_CHUNK if cpu else CUDA_CHUNK

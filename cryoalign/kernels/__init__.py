@@ -1,4 +1,4 @@
-"""The CUDA kernels: whether they are here, and loading them once.
+"""The CUDA kernels: whether they are here, and loading them once. (`cpu` has the CPU's.)
 
 They are optional. Without the library, without an NVIDIA GPU, or on a card before Ampere, every
 operator runs its PyTorch body. ``python -m cryoalign.kernels.build`` makes the library.

@@ -277,7 +277,7 @@ class Search {
         const Ints better = score > best.score;
         if (!any(better)) return;
         Ints angle{};
-        for (int i = a_ - 1; i >= 0; --i) angle = entry(i) == top ? Ints{} + i : angle;
+        for (int i = a_ - 1; i >= 0; --i) angle = entry(i) * scale == score ? Ints{} + i : angle;
         best.score = better ? score : best.score;
         best.shift = better ? Ints{} + shift : best.shift;
         best.angle = better ? angle : best.angle;
