@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cryoalign.files import replacing
+from cryoalign.kernels import cpu
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -101,6 +102,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
+        "CPU kernels": "in use" if cpu.usable() else "none",
         "load average": None if load is None else round(load, 2),
     }
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from bench import plain
+from bench.adaptive import SPARX
 from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.average import class_sums
 from cryoalign.correlate import correlation_peaks
+from cryoalign.kernels import CRYOALIGN_NO_KERNELS, cpu
 from cryoalign.particles import choose_device
 from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
 from cryoalign.refine import refine
@@ -22,6 +25,7 @@ from cryoalign.search import Search, match_spectra
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
 CPU_CHUNKS, CUDA_CHUNKS = (8, 2), (2048, 512)
+IN_PYTORCH = ", in PyTorch"
 BASELINE = {
     "features": "plain features",
     "operator": "plain search",
@@ -43,28 +47,35 @@ def run(
 ) -> Result:
     """Particles per second of features, operator, whole match, refinement and averaging.
 
+    Where a CPU has its compiled search, the stages that it serves come again, "in PyTorch".
     The baseline, in the same run, is the plain formulation (grid_sample, rfft, einsum, irfft, max;
     see bench/plain.py). Particles are simulated views of one phantom with noise; images and
     references are on the device beforehand, and poses stay there.
     """
     where = choose_device(device)
-    n = n or (64 if where.type == "cpu" else 8192)
+    on_cpu = where.type == "cpu"
+    n = n or (64 if on_cpu else 8192)
     search = Search(max_shift=max_shift, last_ring=last_ring)
     rows: list[Row] = []
     for classes in k:
         images, views = particles(n, classes, size, snr, where)
         times = measure(_stages(images, views, search), where, repeats)
-        for name, (wall, cpu) in times.items():
-            base = times[BASELINE[name]] if name in BASELINE else None
+        paper = on_cpu and (size, last_ring) == (90, 36)
+        for name, (wall, seconds) in times.items():
+            stage = name.removesuffix(IN_PYTORCH)
+            base = times[BASELINE[stage]] if stage in BASELINE else None
+            ours = paper and stage == "match + refine"
+            sparx = SPARX.get((classes, max_shift)) if ours else None
             rows.append(
                 {
                     "k": classes,
                     "stage": name,
                     "particles/s": n / wall,
                     "wall ms/particle": 1e3 * wall / n,
-                    "CPU ms/particle": 1e3 * cpu / n,
+                    "CPU ms/particle": 1e3 * seconds / n,
                     "x plain": None if base is None else base.wall / wall,
-                    "x plain, CPU": None if base is None or where.type != "cpu" else base.cpu / cpu,
+                    "x plain, CPU": None if base is None or not on_cpu else base.cpu / seconds,
+                    "x SPARX": None if sparx is None else sparx / (1e3 * seconds / n),
                 }
             )
     rings, shifts = search.rings(size), search.shifts()
@@ -77,6 +88,8 @@ def run(
             "x plain compares features, operator, match, match + refine with plain features, plain "
             "search, plain both, plain both; the plain formulation does not normalise and does "
             "not refine",
+            "x SPARX: its CPU ms (bench adaptive) over those of match + refine; K = 1 is its "
+            "reference-free alignment",
         ],
     )
 
@@ -93,6 +106,8 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
                 yield normalised_spectra(polar, rings)
 
     spectra = list(features())
+    if images.device.type == "cpu":  # enough at a time for the compiled search's lanes
+        spectra = list(torch.cat(spectra).split(cpu.LANES))
     label, _, pose = match_spectra(images, references, search, rings).best()
 
     def matched() -> None:
@@ -113,12 +128,30 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
         label, _, pose = match_spectra(images, references, search, rings).best()
         refine(images, views, label, pose, rings)
 
-    return {
-        "features": lambda: deque(features(), maxlen=0),
+    searches: dict[str, Callable[[], object]] = {
         "operator": lambda: [correlation_peaks(part, references) for part in spectra],
         "match": matched,
-        "refine": refined,
         "match + refine": both,
+    }
+    compiled = images.device.type == "cpu" and cpu.usable()
+    return {
+        "features": lambda: deque(features(), maxlen=0),
+        **searches,
+        **({name + IN_PYTORCH: _in_pytorch(stage) for name, stage in searches.items() if compiled}),
+        "refine": refined,
         "average": averaged,
         **plain.stages(images, views, search),
     }
+
+
+def _in_pytorch(stage: Callable[[], object]) -> Callable[[], object]:
+    """The stage without compiled kernels."""
+
+    def run() -> None:
+        os.environ[CRYOALIGN_NO_KERNELS] = "1"
+        try:
+            stage()
+        finally:
+            del os.environ[CRYOALIGN_NO_KERNELS]
+
+    return run

@@ -15,6 +15,7 @@ import torch
 
 # Tensor cores with fp16 inputs, fp32 accumulation and 16-deep products: Ampere and later.
 NEEDED_CAPABILITY = (8, 0)
+CRYOALIGN_NO_KERNELS = "CRYOALIGN_NO_KERNELS"
 
 
 class Status(NamedTuple):
@@ -83,9 +84,14 @@ def status() -> Status:
 
 def usable(device: torch.device) -> bool:
     """Whether the kernels serve this device; says so once when the card is too old."""
-    if device.type != "cuda" or os.environ.get("CRYOALIGN_NO_KERNELS") == "1":
+    if device.type != "cuda" or unwanted():
         return False
     return load().loaded and _new_enough(device.index or 0)
+
+
+def unwanted() -> bool:
+    """``CRYOALIGN_NO_KERNELS=1``: everything in PyTorch, on a GPU and on a CPU."""
+    return os.environ.get(CRYOALIGN_NO_KERNELS) == "1"
 
 
 def portable_only() -> bool:

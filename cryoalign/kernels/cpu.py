@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cryoalign.kernels import Status
+from cryoalign.kernels import Status, unwanted
 from cryoalign.polar import Rings, ring_points
 from cryoalign.workers import map_in_order
 
@@ -47,6 +46,11 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 def status() -> Status:
     """What is loaded, or why not; for people to read."""
     return _load()[1]
+
+
+def usable() -> bool:
+    """Whether the library is there and wanted."""
+    return not unwanted() and _load()[1].loaded
 
 
 def image_peaks(
@@ -107,7 +111,7 @@ def _library_for(particles: Tensor, references: Tensor) -> ctypes.CDLL | None:
         particles.device.type != "cpu"
         or references.dtype != torch.complex64
         or particles.dtype not in (torch.float32, torch.complex64)
-        or os.environ.get("CRYOALIGN_NO_KERNELS") == "1"
+        or not usable()
     ):
         return None
     library = _load()[0]
