@@ -22,6 +22,7 @@ from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.products import best_hand, ring_factors
 from cryoalign.refine import refine_on, templates_of
 from cryoalign.settings import FORBID
+from cryoalign.workers import keep_freed_memory
 
 # Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
 CPU_CHUNK = 2**22
@@ -209,6 +210,7 @@ def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
     """
     if not len(images):
         raise ValueError("no images to match")
+    keep_freed_memory()
     images, size = images.detach(), target.templates.shape[-1]
     if images.shape[-1] != size:
         raise ValueError(f"images of {images.shape[-1]} px, references of {size} px: resize one")
@@ -323,6 +325,7 @@ def _peaks_in_torch(
     found = cpu_kernels.image_peaks(images, references, rings, shifts, mirror)
     if found is not None:
         return best_hand(*found)
+    keep_freed_memory()
     bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
     cpu = images.device.type == "cpu"
     budget = CPU_CHUNK if cpu else CUDA_CHUNK
