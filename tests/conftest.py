@@ -9,6 +9,8 @@ import mrcfile
 import numpy as np
 import pytest
 
+from cryoalign.kernels import CRYOALIGN_NO_KERNELS
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -18,6 +20,12 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared data in {SHARED}, which are not part of the repository")
     return SHARED
+
+
+@pytest.fixture
+def in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiled kernels, whether or not they are built."""
+    monkeypatch.setenv(CRYOALIGN_NO_KERNELS, "1")
 
 
 @pytest.fixture

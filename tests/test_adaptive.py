@@ -104,6 +104,7 @@ def test_noise_free_particles_come_back_to_their_pose(size: int, settings: dict,
     assert score.min() > 0.98
 
 
+@pytest.mark.usefixtures("in_pytorch")  # whose batches these are
 def test_batch_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = simulate(45, 6, size=48, snr=0.05, seed=4)
     label, pose, score = found(data.images, data.views, "adaptive")

@@ -14,6 +14,8 @@ from cryoalign.correlate import (
 from cryoalign.polar import Rings, ring_spectra
 from cryoalign.pose import Pose
 
+pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
+
 
 def _spectra(n, k, s, r, m, dtype=torch.complex64, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -135,6 +135,26 @@ def test_images_without_signal_and_broken_ones() -> None:
     assert torch.equal(score[[0, 3]].amax(-1), whole.score[[0, 3]])
 
 
+def test_the_operator_with_kernels_is_an_operator() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
+    y = torch.randn(2, 5, 9, dtype=torch.complex64, generator=generator)
+    torch.library.opcheck(correlation_peaks, (x, y, True))
+    lazily = correlation_peaks(x.transpose(0, 1).conj(), y.flip(0).conj())
+    plainly = correlation_peaks(
+        x.transpose(0, 1).conj_physical().contiguous(), y.flip(0).conj_physical().contiguous()
+    )
+    for lazy, plain in zip(lazily, plainly, strict=True):
+        assert torch.equal(lazy, plain)
+
+
+def test_references_of_zeros_score_zero() -> None:
+    x = torch.randn(3, 2, 5, 9, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    score, place = correlation_peaks(x, torch.zeros(2, 5, 9, dtype=torch.complex64))
+    assert torch.equal(score, torch.zeros(3, 2))
+    assert torch.equal(place, torch.zeros(3, 2, dtype=torch.int64))
+
+
 def test_equals_go_to_the_first_place() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 1, 3, 9, dtype=torch.complex64, generator=generator).expand(2, 4, 3, 9)

@@ -8,6 +8,8 @@ from cryoalign.pose import wrap_degrees
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
 
+pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
+
 
 def test_match_is_the_best_of_the_table() -> None:
     data = simulate(n=6, n_classes=3, size=41, snr=1.0, max_shift=2.0, seed=2)

@@ -79,7 +79,8 @@ class Transform {
     Complex *operator()(Complex *x, Complex *room) const {
         int stride = 1;
         for (const Stage &stage : stages_) {
-            for (int q = 0; q < stage.length / stage.radix; ++q) butterflies(stage, q, stride, x, room);
+            for (int q = 0; q < stage.length / stage.radix; ++q)
+                butterflies(stage, q, stride, x, room);
             std::swap(x, room);
             stride *= stage.radix;
         }
@@ -131,7 +132,8 @@ class Transform {
         for (int j = 0; j < radix; ++j) {
             Complex sum = x[0];
             for (int i = 1; i < radix; ++i) {
-                const auto root = std::complex<float>(std::polar(1.0, 2 * M_PI * (i * j % radix) / radix));
+                const double phase = 2 * M_PI * (i * j % radix) / radix;
+                const std::complex<float> root(std::polar(1.0, phase));
                 const Complex term = turned(x[i * in].re, x[i * in].im, root);
                 sum = {sum.re + term.re, sum.im + term.im};
             }
@@ -150,6 +152,9 @@ struct References {
     std::vector<size_t> at;       // (m,) where a frequency's rings begin
     size_t size = 0;              // rings of all frequencies
     std::vector<float> values;    // (blocks of k, size, TOGETHER, 2)
+
+    bool has(int r, int f) const { return r >= low[f] && r < high[f]; }
+    size_t place(int r, int f) const { return at[f] + r - low[f]; }
 
     References(const float *spectra, int k, int rings, int m) : k(k), rings(rings), m(m) {
         low.assign(m, rings);
@@ -173,7 +178,7 @@ struct References {
             for (int f = 0; f < m; ++f)
                 for (int r = low[f]; r < high[f]; ++r) {
                     const float *y = spectra + 2 * ((size_t(i) * rings + r) * m + f);
-                    const size_t row = (i / TOGETHER) * size + at[f] + r - low[f];
+                    const size_t row = (i / TOGETHER) * size + place(r, f);
                     std::copy(y, y + 2, &values[(row * TOGETHER + i % TOGETHER) * 2]);
                 }
     }
@@ -233,12 +238,13 @@ class Search {
     // P + i Q of a block of references, with P the plain hand's and Q the mirrored one's product:
     // one complex transform of it makes the tables of both.
     void products(int block) {
-        const float *values = &references_.values[block * references_.size * TOGETHER * 2];
+        const float *values =
+            references_.values.data() + block * references_.size * TOGETHER * 2;
         for (int f = 0; f < references_.m; ++f) {
             Vec rr[TOGETHER], ii[TOGETHER], ri[TOGETHER], ir[TOGETHER];
             for (int j = 0; j < TOGETHER; ++j) rr[j] = ii[j] = ri[j] = ir[j] = Vec{};
             const int count = std::max(0, references_.high[f] - references_.low[f]);
-            const Complex *x = &spectra[references_.at[f]];
+            const Complex *x = spectra.data() + references_.at[f];
             const float *y = values + references_.at[f] * TOGETHER * 2;
             for (int r = 0; r < count; ++r, ++x, y += 2 * TOGETHER)
                 for (int j = 0; j < TOGETHER; ++j) {
@@ -333,8 +339,9 @@ class Features {
             variance += weights_[r] * gap * gap;
         }
         const References &refs = search.references();
-        for (int r = refs.low[0]; r < refs.high[0]; ++r)
-            search.spectra[refs.at[0] + r - refs.low[0]].re -= a_ * std::sqrt(weights_[r] / a_) * mean;
+        for (int r = 0; r < rings_; ++r)
+            if (refs.has(r, 0))
+                search.spectra[refs.place(r, 0)].re -= a_ * std::sqrt(weights_[r] / a_) * mean;
         const float limit = 16 * std::numeric_limits<float>::epsilon();
         Vec scale;
         for (int lane = 0; lane < LANES; ++lane) {  // below the limit there is but rounding
@@ -386,10 +393,9 @@ class Features {
                 power_one += twice * (x.re * x.re + x.im * x.im);
                 power_other += twice * (y.re * y.re + y.im * y.im);
             }
-            Complex *out = &search.spectra[refs.at[f]] - refs.low[f];
-            if (r >= refs.low[f] && r < refs.high[f]) out[r] = {one * x.re, one * x.im};
-            if (two && r + 1 >= refs.low[f] && r + 1 < refs.high[f])
-                out[r + 1] = {other * y.re, other * y.im};
+            if (refs.has(r, f)) search.spectra[refs.place(r, f)] = {one * x.re, one * x.im};
+            if (two && refs.has(r + 1, f))
+                search.spectra[refs.place(r + 1, f)] = {other * y.re, other * y.im};
         }
         const float area = 1.0f / (float(a_) * a_);
         Vec share = weights_[r] * area * power_one;
@@ -460,7 +466,7 @@ int cryoalign_spectra_peaks(
                         x.re[lane] = from[0];
                         x.im[lane] = from[1];
                     }
-                    search.spectra[refs.at[f] + r - refs.low[f]] = x;
+                    search.spectra[refs.place(r, f)] = x;
                 }
             search.shift(i, scale);
         }
