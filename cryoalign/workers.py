@@ -76,10 +76,10 @@ def map_in_order(
 def keep_freed_memory() -> None:
     """Let glibc keep memory that is freed, some 60 MB of it, for what this process does next.
 
-    By itself it gives that of large tensors back to the system, to get it again page by page: a
-    quarter of the time of a search in PyTorch. Its limits rise to the largest block that was ever
-    freed, 32 MB at most (mallopt(3), M_MMAP_THRESHOLD): hence one is taken, not written to, and
-    freed. With another C library, or where the user has set the limits, nothing changes.
+    By itself it gives that of large tensors back to the system, to get it again page by page at
+    the next block of a search. Its limits rise to the largest block that was ever freed, 32 MB at
+    most (mallopt(3), M_MMAP_THRESHOLD): hence one is taken, not written to, and freed. With another
+    C library, or where the user has set the limits, nothing changes.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
