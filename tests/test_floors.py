@@ -15,7 +15,7 @@ FLOORS = {
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
     "search": ("refine", "adaptive", "search", "expectation", "band"),
-    "align": ("alignment", "checkpoint", "mra"),
+    "align": ("assign", "alignment", "checkpoint", "mra"),
     "classify": ("merge", "climb", "classification"),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
