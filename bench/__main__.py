@@ -18,6 +18,7 @@ from rich.console import Console
 from bench import (
     accuracy,
     adaptive,
+    assignment,
     blind,
     classes,
     gpu_search,
@@ -25,6 +26,7 @@ from bench import (
     iteration,
     memory,
     relion,
+    rfa,
     scaling,
     search,
 )
@@ -42,6 +44,8 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "blind": blind.run,
     "classes": classes.run,
     "relion": relion.run,
+    "rfa": rfa.run,
+    "assignment": assignment.run,
     "interpolation": interpolation.run,
 }
 

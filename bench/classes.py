@@ -8,13 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bench.agreement import agreement
 from bench.data import truth_of
-from bench.result import Result, Row
+from bench.result import Result, Row, with_means
 from cryoalign.classification import classify, optics_of
 from cryoalign.climb import Likelihood
 from cryoalign.io import read_particles
@@ -48,11 +47,12 @@ def run(
     }  # fmt: skip
     runs = [(prefix, k, seed, likelihood, device) for prefix in data or (None,) for seed in seeds]
     if jobs == 1:
-        return _with_means([_one(*each) for each in runs])
+        return Result(with_means([_one(*each) for each in runs], ("set",)))
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        return _with_means([future.result() for future in [pool.submit(_one, *r) for r in runs]])
+        rows = [future.result() for future in [pool.submit(_one, *r) for r in runs]]
+    return Result(with_means(rows, ("set",)))
 
 
 def _one(
@@ -96,19 +96,3 @@ def scores(label: Tensor, pose: Pose, view: Tensor, truth: Pose, classes: int) -
         "shift px": score.shift,
         "largest": float(sizes.max()) / len(label),
     }
-
-
-def _with_means(rows: list[Row]) -> Result:
-    """A row of means per set that was run more than once."""
-    means = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        of = [row for row in rows if row["set"] == name]
-        if len(of) > 1:
-            mean = {
-                key: float(np.mean([row[key] for row in of]))
-                if key not in ("set", "CTF", "start")
-                else value
-                for key, value in of[0].items()
-            }
-            means.append({**mean, "K": of[0]["K"], "views": of[0]["views"], "seed": "mean"})
-    return Result(rows + means)

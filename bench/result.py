@@ -30,6 +30,29 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+def with_means(rows: list[Row], by: tuple[str, ...], over: str = "seed") -> list[Row]:
+    """Rows, and after them one of means for every group of several.
+
+    Args:
+        rows: with the same columns; only those that are alike in a group need not be numbers.
+        by: columns whose values make a group.
+        over: the column that counts through a group.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    means = []
+    for group in groups.values():
+        if len(group) > 1:
+            columns = {key: [row[key] for row in group] for key in group[0] if key != over}
+            mean = {
+                key: values[0] if len(set(values)) == 1 else float(sum(values)) / len(values)
+                for key, values in columns.items()
+            }
+            means.append({key: "mean" if key == over else mean[key] for key in group[0]})
+    return rows + means
+
+
 @dataclass(frozen=True)
 class Record:
     """A result together with how it came about."""

@@ -10,6 +10,7 @@ Every stage is a function of tensors; the modules, in reading order, are listed 
 """
 
 from cryoalign.alignment import Alignment
+from cryoalign.assign import Assignment
 from cryoalign.average import Averaging
 from cryoalign.classification import classify
 from cryoalign.climb import Likelihood
@@ -20,18 +21,23 @@ from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose, compose, pixel_error
+from cryoalign.rfa import align_reference_free
+from cryoalign.schedule import Schedule
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
 
 __all__ = [
     "Alignment",
+    "Assignment",
     "Averaging",
     "Images",
     "Likelihood",
     "Pose",
     "Rings",
+    "Schedule",
     "Search",
     "align_multi_reference",
+    "align_reference_free",
     "classify",
     "compose",
     "correlation_at",

@@ -165,6 +165,37 @@ def _batch_poses(
     return last.label, last.pose, last.score
 
 
+def screen_all(images: Tensor, screen: Screen) -> tuple[Tensor, Pose]:
+    """The screen's score (n, k) and pose (n, k) of every pair, in pixels of the images."""
+    score, place = _peaks(reduce(images, screen.size), screen)
+    score, hand = score.max(2)
+    place = place.gather(2, hand.unsqueeze(2)).squeeze(2)
+    pose = _pose_at(place, screen)
+    return score, Pose(pose.angle, pose.shift * screen.factor, pose.mirror)
+
+
+def refine_screened(
+    images: Tensor, templates: Tensor, screen: Screen, rings: Rings, label: Tensor, pose: Pose
+) -> tuple[Pose, Tensor]:
+    """Poses (n,) that `screen_all` saw on chosen references (n,), refined at both resolutions;
+    poses and scores as `refine.refine` gives them."""
+    shift = pose.shift / screen.factor
+    low, _ = refine_on(
+        reduce(images, screen.size), screen.templates, label,
+        Pose(pose.angle, shift, pose.mirror), screen.rings, LOW_STEPS,
+    )  # fmt: skip
+    pose = Pose(low.angle, low.shift * screen.factor, low.mirror)
+    return refine_on(images, templates, label, pose, rings, FINE_STEPS)
+
+
+def _pose_at(place: Tensor, screen: Screen) -> Pose:
+    """Poses of the screen's places, shifts in its own pixels."""
+    angles = screen.rings.n_angles
+    found = unravel_place(place, angles, screen.mirror)
+    angle = wrap_degrees(found.angle * (360.0 / angles)).to(screen.shifts.dtype)
+    return Pose(angle, screen.shifts[found.shift], found.mirror.bool())
+
+
 def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     """The best few (reference, hand) of every particle."""
     score, place = _peaks(small, screen)
@@ -174,10 +205,7 @@ def _screened(small: Tensor, screen: Screen, margin: float) -> _Hypotheses:
     near[:, 0] = True  # whatever the numbers
     particle, rank = near.nonzero().unbind(1)
     which = which[particle, rank]
-    angles = screen.rings.n_angles
-    found = unravel_place(place.flatten(1)[particle, which], angles, screen.mirror)
-    angle = wrap_degrees(found.angle * (360.0 / angles)).to(small.dtype)
-    pose = Pose(angle, screen.shifts[found.shift], found.mirror.bool())
+    pose = _pose_at(place.flatten(1)[particle, which], screen)
     return _Hypotheses(particle, which // hands, pose, best[particle, rank])
 
 

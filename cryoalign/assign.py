@@ -1,16 +1,147 @@
-"""Which class a particle joins, from the scores of all particles with all classes."""
+"""Which class a particle joins, from the scores of all particles with all classes.
+
+Pure functions of an (n, k) matrix of scores, on its device, and the settings that choose among
+them; `matching` brings them together with particles.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+
+from cryoalign.settings import FORBID
 
 # Temperatures of the smoothed problem, in deviations of the scores, and sweeps at each.
 HOT, COLD, COOLING, SWEEPS = 1.0, 1e-4, 0.5, 8
+
+
+@dataclass(frozen=True, config=FORBID)
+class Assignment:
+    """How particles are assigned to classes.
+
+    Attributes:
+        strategy: `best`, every particle to its best class; `equal`, classes of equal size
+            (`assign_equal`); `stochastic`, to some better class (`assign_stochastic`); `robust`,
+            by how scores rank among members and others (`assign_robust`); `soft`, weighted over
+            classes (`soft_weights`), and to the best in the last iteration.
+        slack: of `equal`, how far class sizes may be from their mean, as a share of it.
+        similarity: what `robust` ranks: `correlation`, or `correntropy` at the same poses.
+        start_classes: classes to begin with; they are doubled, the largest split first, every
+            ``level_iterations``. None begins with all.
+        level_iterations: see above.
+        anneal: of `soft`, temperature of the first iteration in units of the noise's.
+        anneal_iterations: in which temperature and resolution reach their ends.
+        start_resolution: of `soft`, highest frequency of the references of the first iteration,
+            cycles per pixel.
+    """
+
+    strategy: Literal["best", "equal", "stochastic", "robust", "soft"] = Field(
+        default="best", description="which class a particle joins"
+    )
+    slack: float = Field(
+        default=0.0, ge=0, description="equal: class sizes from their mean, as a share of it"
+    )
+    similarity: Literal["correlation", "correntropy"] = Field(
+        default="correlation", description="robust: what is ranked"
+    )
+    start_classes: int | None = Field(
+        default=None, ge=1, description="begin with so many and split them; null: all at once"
+    )
+    level_iterations: int = Field(
+        default=4, ge=1, description="iterations until the classes are doubled"
+    )
+    anneal: float = Field(
+        default=4.0, ge=1, description="soft: first temperature, in units of the noise's"
+    )
+    anneal_iterations: int = Field(
+        default=8, ge=1, description="soft: until temperature and resolution are reached"
+    )
+    start_resolution: float = Field(
+        default=0.1, gt=0, le=0.5, description="soft: first low-pass of references, 1/px"
+    )
+
+    def cooling(self, iteration: int) -> float:
+        """What the noise's temperature is multiplied by in an iteration, from 0."""
+        return float(self.anneal ** max(0.0, 1 - iteration / self.anneal_iterations))
+
+    def resolution(self, iteration: int) -> float:
+        """Highest frequency of references in an iteration, from 0; 0.5 is all."""
+        share = min(1.0, iteration / self.anneal_iterations)
+        return self.start_resolution + share * (0.5 - self.start_resolution)
+
+
+def assign_stochastic(scores: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+    """Every particle to the first class, in an order of its own, that beats the one it is in.
+
+    Stochastic hill climbing (Elmlund, Elmlund & Bengio 2013): no step goes down, and few go
+    straight to the next summit. Where nothing is better, a particle stays.
+
+    Args:
+        scores: (n, k) with the present references.
+        label: (n,) the class each particle is in; -1, in none, takes the best.
+        generator: of the orders, on the CPU.
+    """
+    n, k = scores.shape
+    order = torch.rand(n, k, generator=generator).argsort(1).to(scores.device)
+    best, label = scores.argmax(1), label.to(scores.device)
+    own = scores.gather(1, label.clamp(min=0).unsqueeze(1))
+    better = (scores > own).gather(1, order)  # (n, k) in each particle's order
+    first = order.gather(1, better.to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
+    return torch.where(label < 0, best, torch.where(better.any(1), first, label))
+
+
+def assign_robust(scores: Tensor, label: Tensor) -> Tensor:
+    """Every particle to the class where its score ranks highest among members and others.
+
+    A class whose scores are high for everyone attracts particles that are not its own. Here a score
+    counts by its rank: the share of the class's members that score no better, times that of all
+    other particles (CL2D, Sorzano et al. 2010, with the distributions themselves for their
+    histograms).
+
+    Args:
+        scores: (n, k).
+        label: (n,) the class each particle is in; -1, in none, counts as in its best.
+    """
+    n, k = scores.shape
+    label = label.to(scores.device)
+    label = torch.where(label < 0, scores.argmax(1), label)
+    order = scores.argsort(dim=0, stable=True)  # (n, k)
+    inside = (label[order] == torch.arange(k, device=scores.device)).double()
+    rank = torch.arange(1, n + 1, device=scores.device, dtype=torch.float64)[:, None]
+    members = inside.cumsum(0)
+    others = rank - members
+    merit = (members / members[-1:].clamp(min=1)) * (others / others[-1:].clamp(min=1))
+    # Above all members, or in a class of none, the score itself decides.
+    merit = torch.empty_like(merit).scatter_(0, order, merit)
+    return (merit + 1e-9 * scores).argmax(1)
+
+
+def noise_temperature(score: float, pixels: float) -> float:
+    """The temperature T at which exp(c / T) is the likelihood of a correlation coefficient c.
+
+    For a particle of signal, known but for its pose, plus white noise over ``pixels`` pixels,
+    log p is pixels c sqrt(SNR (1 + SNR)) but for constants, and the score of the right pose is
+    sqrt(SNR / (1 + SNR)): T = (1 - c^2) / (pixels c).
+
+    Args:
+        score: typical for right poses, between 0 and 1.
+        pixels: compared.
+    """
+    c = min(max(score, 1e-3), 0.999)
+    return (1 - c * c) / (pixels * c)
+
+
+def soft_weights(evidence: Tensor, temperature: float) -> Tensor:
+    """(n, k) posterior of the classes, exp(evidence / T) over its sum, from (n, k) soft maxima
+    T log sum exp(c / T) over poses (`search.log_evidence`)."""
+    return torch.softmax(evidence.double() / temperature, 1).float()
 
 
 def capacities(n: int, k: int, slack: float) -> tuple[int, int]:

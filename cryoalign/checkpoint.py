@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoalign.average import ClassSums
 from cryoalign.band import Found
 from cryoalign.files import replacing
 from cryoalign.pose import Pose
@@ -28,6 +29,8 @@ class MraState:
         history: a row per iteration.
         settled: whether the assignment has come to rest.
         fingerprint: of the particles' pixels (`PreparedParticles.fingerprint`).
+        sums: of the classes, as the iteration left them, and frc: (k, shells) of their halves,
+            where the method tells; not kept in the file.
     """
 
     iteration: int
@@ -38,6 +41,8 @@ class MraState:
     history: list[dict[str, Any]] = field(default_factory=list)
     settled: bool = False
     fingerprint: str = ""
+    sums: ClassSums | None = None
+    frc: Tensor | None = None
 
     @property
     def done(self) -> bool:

@@ -154,10 +154,11 @@ def _check(parsed: argparse.Namespace) -> int:
     config = load_config(None, [f"particles={parsed.stack}", "n_classes=1", *parsed.settings])
     if not config.particles.exists():
         raise FileNotFoundError(f"{config.particles}: no such file; check the path")
+    search = config.widest_search()
     report = check_stack(
         config.particles,
-        last_ring=config.search.last_ring,
-        max_shift=config.search.max_shift,
+        last_ring=search.last_ring,
+        max_shift=search.max_shift,
         size=config.images.box,
         root=config.root,
         allow_outside=config.allow_outside,

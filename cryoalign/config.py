@@ -11,10 +11,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cryoalign import yaml12
+from cryoalign.assign import Assignment
 from cryoalign.average import Averaging
 from cryoalign.climb import Likelihood
 from cryoalign.files import replacing
 from cryoalign.particles import Images
+from cryoalign.schedule import Schedule
 from cryoalign.schema import known_keys, load_settings
 from cryoalign.search import Search
 from cryoalign.seeding import SEEDINGS
@@ -25,24 +27,29 @@ HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this fil
 
 @dataclass(frozen=True, config=FORBID)
 class RunConfig:
-    """All that ``cryoalign run`` can be told; `align_multi_reference` and `classify` have most
-    arguments alike.
+    """All that ``cryoalign run`` can be told; `align_multi_reference`, `align_reference_free` and
+    `classify` have most arguments alike.
 
     Raises ValueError (pydantic's) for wrong types, ranges and combinations.
     """
 
     particles: Path = Field(description="STAR file, .mrcs, .mrc or .npy of the particles")
-    method: Literal["mra", "classify"] = Field(
+    method: Literal["mra", "rfa", "classify"] = Field(
         default="mra",
-        description="mra: multi-reference alignment; classify: classes from nothing, by likelihood",
+        description="mra: multi-reference alignment; rfa: reference-free alignment, of one view; "
+        "classify: classes from nothing, by likelihood",
     )
     references: str = Field(
-        default="random", description=f"a stack of references, or chosen: {', '.join(SEEDINGS)}"
+        default="random",
+        description=f"a stack of references, or chosen: {', '.join(SEEDINGS)}; rfa: a template, or "
+        "else the average of the particles",
     )
     n_classes: int | None = Field(
         default=None, ge=1, description="how many; null: as many as the references' stack holds"
     )
-    iterations: int = Field(default=20, ge=1, description="at most so many; fewer if it settles")
+    iterations: int = Field(
+        default=20, ge=1, description="at most so many (rfa: of each step); fewer if it settles"
+    )
     output: Path | None = Field(
         default=None,
         description="run folder; null: runs/<particles>-<method> in the current folder",
@@ -54,6 +61,8 @@ class RunConfig:
     search: Search = Field(default_factory=Search)
     images: Images = Field(default_factory=Images)
     averaging: Averaging = Field(default_factory=Averaging)
+    assign: Assignment = Field(default_factory=Assignment)
+    schedule: Schedule = Field(default_factory=Schedule)
     likelihood: Likelihood = Field(default_factory=Likelihood)
     min_class_share: float = Field(
         default=0.2, ge=0, le=1, description="re-seed classes below this share of the mean size"
@@ -87,9 +96,15 @@ class RunConfig:
         if problems:
             raise ValueError("\n  ".join(problems))
 
+    def widest_search(self) -> Search:
+        """The search with the largest shifts that the method tries."""
+        return self.schedule.widest(self.search) if self.method == "rfa" else self.search
+
     def _conflicts(self) -> Iterator[str]:
         """What does not go together, as far as that shows without a file."""
-        if self.references in SEEDINGS and self.n_classes is None:
+        if self.method == "rfa" and self.n_classes not in (None, 1):
+            yield "method=rfa makes one average: leave n_classes out, or use method=mra"
+        if self.method != "rfa" and self.references in SEEDINGS and self.n_classes is None:
             yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
         if self.method == "classify" and self.references not in SEEDINGS:
             yield "method=classify starts from nothing: leave references out, or use method=mra"
@@ -97,7 +112,11 @@ class RunConfig:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:
             yield "resume needs output, the folder of the run to go on with"
-        search, last = self.search, self.search.last_ring
+        if self.assign.start_classes and self.n_classes is None:
+            yield "assign.start_classes needs n_classes, how many to end with"
+        if self.assign != Assignment() and self.method != "mra":
+            yield f"assign is of method=mra: leave it out with method={self.method}"
+        search, last = self.widest_search(), self.search.last_ring
         if 0 < search.max_shift < search.shift_step:
             yield (
                 f"search.shift_step {search.shift_step:g} px is larger than search.max_shift "
@@ -173,4 +192,6 @@ def _plain(value: Any) -> Any:
     """With paths as texts, so that YAML and JSON hold it."""
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Path) else value

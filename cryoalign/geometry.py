@@ -92,3 +92,23 @@ def transform(images: Tensor, pose: Pose, interpolation: Interpolation = "bicubi
     linear = pose.linear().to(images.dtype)  # (n, 2, 2)
     source = target.flatten(0, 1) @ linear - pose.shift.to(images.dtype).unsqueeze(1)
     return sample(images, source.reshape(len(images), *target.shape), interpolation)
+
+
+def translate(images: Tensor, shift: Tensor) -> Tensor:
+    """Images moved by whole pixels, which changes no value: out(v) = image(v - shift).
+
+    Args:
+        images: (n, h, w).
+        shift: (n, 2) whole pixels, x and y.
+
+    Returns:
+        (n, h, w), zero from outside.
+    """
+    height, width = images.shape[-2:]
+    dx, dy = shift.round().long().to(images.device).unbind(-1)
+    x = torch.arange(width, device=images.device) - dx[:, None]  # (n, w)
+    y = torch.arange(height, device=images.device) - dy[:, None]
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
+    index = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None]
+    moved = images.flatten(1).gather(1, index.flatten(1)).view_as(images)
+    return moved * inside

@@ -10,39 +10,34 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign import frc
-from cryoalign.alignment import Alignment, over_all_rows
-from cryoalign.average import (
-    Averaging,
-    ClassSums,
-    centring,
-    class_sums,
-    filtered_averages,
-    masked,
-    move,
+from cryoalign.alignment import Alignment
+from cryoalign.alternation import (
+    Alternation,
+    Found,
+    Progress,
+    given_references,
+    prepare_particles,
+    refuse_other_particles,
 )
+from cryoalign.assign import Assignment
+from cryoalign.average import Averaging, ClassSums, masked
 from cryoalign.checkpoint import MraState
-from cryoalign.distributed import gather_over_ranks
-from cryoalign.filters import fourier_resize, radial_mean, soft_mask
-from cryoalign.geometry import transform
-from cryoalign.io import image_pixel_size, read_images
-from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
-from cryoalign.polar import Rings
-from cryoalign.pose import Pose, pixel_error
-from cryoalign.search import Search, best_poses, prepare
+from cryoalign.filters import filter_shells, low_pass_curve, radial_mean
+from cryoalign.matching import assign_particles, match_particles, refined, soft_sums, weigh
+from cryoalign.particles import Images, Stack
+from cryoalign.pose import Pose
+from cryoalign.search import Search, prepare
 from cryoalign.seeding import SEEDINGS, seed_references
-from cryoalign.workers import map_in_order, workers_for
 
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, particles done, particles in all) now and then."""
+Soft = Callable[[Tensor, int], ClassSums]
+"""Makes soft class sums of so many classes, given the hard labels (n,)."""
 
 
 def align_multi_reference(
@@ -51,6 +46,7 @@ def align_multi_reference(
     *,
     n_classes: int | None = None,
     iterations: int = 20,
+    assign: Assignment | None = None,
     search: Search | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
@@ -76,6 +72,7 @@ def align_multi_reference(
             (`seeding.SEEDINGS`).
         n_classes: how many, unless the references say.
         iterations: at most.
+        assign: which class a particle joins; None is the best.
         search: what poses are tried.
         images: how particles are prepared.
         averaging: how averages become references.
@@ -98,140 +95,109 @@ def align_multi_reference(
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, not {iterations}")
     search, averaging = search or Search(), averaging or Averaging()
-    stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
-    if stack.shape[0] == stack.shape[1]:  # what does not fit should say so before pixels are read
-        search.rings((images or Images()).box or stack.shape[0])
-    prepared = PreparedParticles(
-        stack, images or Images(), choose_device(device), max_rejected, batch_size, progress
-    )
-    job = _Job(prepared, search, averaging, min_class_share, settle, progress)
-    state = resume or _start(job, references, n_classes, seed)
-    _refuse_other_particles(state, prepared)
-    sums: ClassSums | None = None
+    assign = assign or Assignment()
+    if assign.start_classes and n_classes is None:
+        raise ValueError("assign.start_classes needs n_classes, how many to end with")
+    shape = particles.shape[-2:]
+    if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
+        search.rings((images or Images()).box or shape[0])
+    prepared = prepare_particles(particles, images, device, max_rejected, batch_size, progress)
+    turns = Alternation(prepared, averaging, search.rings(prepared.size), progress)
+    state = resume or _start(turns, references, n_classes, seed)
+    refuse_other_particles(state, prepared)
+    wanted = n_classes or len(state.references)
+    rules = _Rules(search, assign, wanted, min_class_share, settle, seed)
+    if resume is None:
+        state = rules.fewer_at_first(state, iterations)
     while state.iteration < iterations and not state.settled:
-        state, sums = _iterate(job, state, last=state.iteration + 1 == iterations)
+        state = _iterate(turns, rules, state, last=state.iteration + 1 == iterations)
         if on_iteration is not None:
             on_iteration(state)
-    if sums is None:  # resumed at its end: the averages follow from the poses
-        sums = job.sum_classes(state.label, state.pose, len(state.references))
-    return _finish(job, state, sums)
-
-
-def _refuse_other_particles(state: MraState, prepared: PreparedParticles) -> None:
-    if len(state.label) != len(prepared) or state.references.shape[-1] != prepared.size:
-        raise ValueError(
-            f"the checkpoint has {len(state.label)} particles of {state.references.shape[-1]} px, "
-            f"the input {len(prepared)} of {prepared.size} px: resume with the same input and "
-            "settings"
-        )
-    if state.fingerprint != prepared.fingerprint:
-        raise ValueError(
-            "the checkpoint is of other particles: the stack's pixels have changed since; resume "
-            "with the same input, or start another run"
-        )
+    return turns.result(state)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What stays the same from one iteration to the next."""
+class _Rules:
+    """What an iteration goes by."""
 
-    particles: PreparedParticles
     search: Search
-    averaging: Averaging
+    assign: Assignment
+    n_classes: int
     min_class_share: float
     settle: float
-    progress: Progress | None
+    seed: int
 
-    @property
-    def rings(self) -> Rings:
-        return self.search.rings(self.particles.size)
+    def fewer_at_first(self, state: MraState, iterations: int) -> MraState:
+        """The first state with the classes that are there before any is split."""
+        first = min(self.assign.start_classes or self.n_classes, self.n_classes)
+        levels = math.ceil(math.log2(self.n_classes / first))
+        if levels * self.assign.level_iterations >= iterations:
+            raise ValueError(
+                f"{first} classes become {self.n_classes} after {levels} times "
+                f"{self.assign.level_iterations} iterations, but there are {iterations}: use more "
+                "iterations, a smaller assign.level_iterations or more assign.start_classes"
+            )
+        return replace(state, references=state.references[:first])
 
-    @property
-    def mask_radius(self) -> float:
-        return self.averaging.mask_radius or self.rings.last_ring
+    def assigned(self, turns: Alternation, state: MraState) -> tuple[Found, Soft | None]:
+        """Where particles belong, and how their averages are made where that is soft."""
+        how, references = self.assign, state.references.to(turns.particles.device)
+        if how.strategy == "soft" and how.resolution(state.iteration) < 0.5:
+            curve = low_pass_curve(turns.particles.size, how.resolution(state.iteration))
+            references = filter_shells(references, curve.to(references.device))
+        target = prepare(references, self.search)
+        if how.strategy == "best":
+            return turns.search(target), None
+        if how.strategy != "soft":
+            seed = self.seed + 1_000_003 * state.iteration
+            return assign_particles(turns, target, how, state.label, seed), None
+        matched = match_particles(turns, target)
+        weights = weigh(turns, target, matched, how.cooling(state.iteration))
+        found = refined(turns, target, matched, weights.argmax(1))
+        return found, lambda label, k: soft_sums(turns, matched, weights, label, found.pose, k)
 
-    def mask(self) -> Tensor:
-        return soft_mask(
-            self.particles.size, self.mask_radius, self.averaging.mask_edge, self.particles.device
+    def annealed(self, state: MraState) -> bool:
+        """Whether nothing is to change any more but the classes themselves."""
+        soft = self.assign.strategy == "soft"
+        return len(state.references) == self.n_classes and not (
+            soft and state.iteration < self.assign.anneal_iterations
         )
-
-    def parts(self, doing: str) -> Iterator[Tensor]:
-        """Members of this process's batches, with progress told as they are taken."""
-        done = 0
-        for members in self.particles.parts():
-            yield members
-            done += len(members)
-            if self.progress is not None:
-                self.progress(doing, done, len(self.particles))
-
-    def sum_classes(self, label: Tensor, pose: Pose, k: int) -> ClassSums:
-        # Half-sets by the row of the input, so that they do not depend on what was set aside.
-        half = self.particles.rows % 2
-        return class_sums(
-            self.parts("average"), self.particles.take, pose, label, half, k, self.particles.size,
-            self.particles.device,
-        )  # fmt: skip
 
 
 def _start(
-    job: _Job, references: Tensor | str | Path, n_classes: int | None, seed: int
+    turns: Alternation, references: Tensor | str | Path, n_classes: int | None, seed: int
 ) -> MraState:
-    n = len(job.particles)
+    particles = turns.particles
+    n = len(particles)
     if isinstance(references, str) and references in SEEDINGS:
         if n_classes is None or not 1 <= n_classes <= n:
             raise ValueError(
                 f"n_classes must be from 1 to the {n} usable particles when references are chosen "
                 f"by {references!r}; got {n_classes}"
             )
-        images = seed_references(job.particles, references, n_classes, seed)
+        images = seed_references(particles, references, n_classes, seed)
     else:
-        images = _given_references(job, references, n_classes)
+        images = given_references(particles, references)
+        if n_classes is not None and n_classes != len(images):
+            raise ValueError(
+                f"n_classes is {n_classes} but there are {len(images)} references: leave "
+                "n_classes out, or make them agree"
+            )
+        _warn_of_contrast(turns, images)
     return MraState(
         iteration=0,
-        references=masked(images, job.mask()),
+        references=masked(images, turns.mask()),
         label=torch.full((n,), -1),
         pose=Pose.identity(n),
         score=torch.zeros(n),
-        fingerprint=job.particles.fingerprint,
+        fingerprint=particles.fingerprint,
     )
 
 
-def _given_references(job: _Job, references: Tensor | str | Path, n_classes: int | None) -> Tensor:
-    """(k, size, size) references from a tensor or a file, in the prepared particles' box."""
-    particles, stack = job.particles, job.particles.stack
-    if isinstance(references, Tensor):
-        images, pixel_size = references.detach(), None
-    else:
-        images, pixel_size = read_images(references), image_pixel_size(references)
-    boxes = {stack.shape[0]: stack.pixel_size, particles.size: particles.pixel_size}
-    if images.ndim != 3 or images.shape[-2] != images.shape[-1] or images.shape[-1] not in boxes:
-        raise ValueError(
-            f"references {tuple(images.shape)} do not fit particles of {stack.shape[0]} "
-            f"x {stack.shape[1]} px: they must be a stack (k, h, w) of the same box "
-            "and pixel size (or of images.box)"
-        )
-    expected = boxes[images.shape[-1]]
-    if pixel_size and expected and abs(pixel_size - expected) > 0.01 * expected:
-        raise ValueError(
-            f"references {references} have {pixel_size:.4g} Å per pixel, where the particles have "
-            f"{expected:.4g} Å: rescale them, or put the header's voxel size right"
-        )
-    if n_classes is not None and n_classes != len(images):
-        raise ValueError(
-            f"n_classes is {n_classes} but there are {len(images)} references: leave "
-            "n_classes out, or make them agree"
-        )
-    if not torch.isfinite(images).all():
-        raise ValueError("references contain NaN or infinite pixels")
-    images = fourier_resize(images.float().to(particles.device), particles.size)
-    _warn_of_contrast(job, images)
-    return images
-
-
-def _warn_of_contrast(job: _Job, references: Tensor) -> None:
+def _warn_of_contrast(turns: Alternation, references: Tensor) -> None:
     """Say so where particles and references look like each other's negatives."""
-    few = job.particles.read(torch.arange(min(len(job.particles), 512)))
-    last = job.rings.last_ring
+    few = turns.particles.read(torch.arange(min(len(turns.particles), 512)))
+    last = turns.rings.last_ring
     ours, theirs = (radial_mean(x.mean(0))[: last + 1] for x in (few, references))
     pair = torch.stack([ours, theirs])
     if len(ours) > 4 and float(torch.corrcoef(pair)[0, 1]) < -0.7:
@@ -242,67 +208,46 @@ def _warn_of_contrast(job: _Job, references: Tensor) -> None:
         )
 
 
-def _iterate(job: _Job, state: MraState, last: bool) -> tuple[MraState, ClassSums]:
+def _iterate(turns: Alternation, rules: _Rules, state: MraState, last: bool) -> MraState:
     started = time.perf_counter()
-    label, pose, score = _assign(job, state.references.to(job.particles.device))
-    reassigned = float((label != state.label).double().mean())
-    device = job.particles.device
-    there = pose.to(device)  # where arithmetic on all poses is quick
-    change = pixel_error(there, state.pose.to(device), job.rings.last_ring).sqrt().cpu()
-    same_hand = pose.mirror == state.pose.mirror
-    first = state.iteration == 0  # there is no pose yet to have changed
-    settled = reassigned <= job.settle
     k = len(state.references)
+    (label, pose, score), soft = rules.assigned(turns, state)
+    reassigned = float((label != state.label).double().mean())
+    change = turns.change(state.pose, pose)
+    if state.iteration == 0:  # there is no pose yet to have changed
+        change = dict.fromkeys(change, math.nan)
+    settled = reassigned <= rules.settle and rules.annealed(state)
     split = 0
     if not (last or settled):
-        label, split = split_largest(label, score, k, job.min_class_share * len(label) / k)
-    sums = job.sum_classes(label, pose, k)
-    references, mask = filtered_averages(sums, job.averaging, job.mask()), job.mask()
-    if not (last or settled):
-        shift = centring(sums.averages(), there, label, job.averaging.centre, mask)
-        references = transform(references, move(Pose.identity(k, device=device), shift))
-        pose = move(there, shift[label.to(device)]).to("cpu")
-    references = masked(references, mask)
+        if (state.iteration + 1) % rules.assign.level_iterations == 0:
+            k = min(2 * k, rules.n_classes)
+        least = max(rules.min_class_share * len(label) / k, float(k > len(state.references)))
+        label, split = split_largest(label, score, k, least)
+    sizes = torch.bincount(label, minlength=k)
+    sums = turns.sum_classes(label, pose, k) if last or settled or soft is None else soft(label, k)
+    references, pose = turns.renew(sums, label, pose, centre=not (last or settled))
     row = {
         "iteration": state.iteration + 1,
         "mean_score": float(score.mean()),
         "reassigned": reassigned,
-        "pose_change_px": math.nan if first else float(change[same_hand].median()),
-        "hand_changed": math.nan if first else float((~same_hand).double().mean()),
-        "smallest_class": int(sums.sizes.min()),
-        "largest_class": int(sums.sizes.max()),
-        "empty_classes": int((sums.sizes == 0).sum()),
+        **change,
+        "smallest_class": int(sizes.min()),
+        "largest_class": int(sizes.max()),
+        "empty_classes": int((sizes == 0).sum()),
         "split_classes": split,
         "seconds": round(time.perf_counter() - started, 6),
     }
-    history = [*state.history, row]
-    done = replace(
+    return replace(
         state,
         iteration=state.iteration + 1,
         references=references,
         label=label,
         pose=pose,
         score=score,
-        history=history,
+        history=[*state.history, row],
         settled=settled,
+        sums=sums,
     )
-    return done, sums
-
-
-def _assign(job: _Job, references: Tensor) -> tuple[Tensor, Pose, Tensor]:
-    """Best class, pose and score of every particle: (n,) each, on the CPU of every process."""
-    target = prepare(references, job.search)
-
-    def columns(members: Tensor) -> Tensor:
-        label, pose, score = best_poses(job.particles.take(members), target)
-        found = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
-        return torch.stack([c.double() for c in found], 1)  # (b, 6)
-
-    found = [torch.zeros(0, 6, dtype=torch.float64, device=job.particles.device)]
-    found += map_in_order(columns, job.parts("align"), workers_for(job.particles.device))
-    table = gather_over_ranks(torch.cat(found).cpu())  # once: batches do not wait for each other
-    pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
-    return table[:, 0].long(), pose, table[:, 5].float()
 
 
 def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[Tensor, int]:
@@ -333,25 +278,3 @@ def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[T
         sizes = torch.bincount(label, minlength=k)
         done += 1
     return label, done
-
-
-def _finish(job: _Job, state: MraState, sums: ClassSums) -> Alignment:
-    particles = job.particles
-    pose, class_number, score = over_all_rows(
-        len(particles.stack), particles.rows, state.label, state.pose, state.score, particles.scale
-    )
-    curves = sums.frc(job.mask())
-    resolution = frc.resolution(curves, particles.size, particles.pixel_size or particles.scale)
-    return Alignment(
-        pose=pose,
-        class_number=class_number,
-        score=score,
-        averages=sums.averages().cpu(),
-        frc=curves.cpu(),
-        resolution=resolution.cpu(),
-        class_sizes=sums.sizes.cpu(),
-        history=pd.DataFrame(state.history),
-        rejected=particles.rejected,
-        pixel_size=particles.pixel_size,
-        scale=particles.scale,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -96,6 +97,9 @@ class Watch:
                 soft_wrap=True,
             )
             return
+        if "step" in row:
+            self._aligned(row)
+            return
         notes = [f"{row['seconds']:.1f} s"]
         if row["empty_classes"]:
             notes.insert(0, f"{row['empty_classes']} empty")
@@ -105,6 +109,17 @@ class Watch:
             f"iteration {state.iteration:3d} of {self.iterations}: score {row['mean_score']:.4f}, "
             f"{row['reassigned']:6.1%} changed class, classes of {row['smallest_class']} to "
             f"{row['largest_class']}, {', '.join(notes)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _aligned(self, row: dict[str, Any]) -> None:
+        """The line of an iteration of reference-free alignment."""
+        self.console.print(
+            f"iteration {row['iteration']:3d}, step {row['step']} (±{row['max_shift']:g} px"
+            f"{', kicked' if row['kicked'] else ''}): score {row['mean_score']:.4f}, poses moved "
+            f"{row['pose_change_px']:.2f} px, {row['hand_changed']:.1%} changed hand, "
+            f"{row['seconds']:.1f} s",
             highlight=False,
             soft_wrap=True,
         )

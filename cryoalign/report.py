@@ -84,8 +84,11 @@ def write_report(
 
 def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
     """The method's ``max_shift`` in pixels of the input, which an alignment's shifts are in."""
-    search = config.get("likelihood" if config.get("method") == "classify" else "search")
-    limit = search.get("max_shift") if isinstance(search, Mapping) else None
+    section = {"classify": "likelihood", "rfa": "schedule"}.get(str(config.get("method")), "search")
+    settings = config.get(section)
+    limit = settings.get("max_shift") if isinstance(settings, Mapping) else None
+    if isinstance(limit, list | tuple):  # of the steps of a schedule
+        limit = max(limit)
     return None if limit is None else float(limit) * alignment.scale
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from cryoalign import plot
 from cryoalign.alignment import Alignment
+from cryoalign.checkpoint import MraState
 from cryoalign.config import RunConfig, as_mapping
 from cryoalign.export import embed, features, neighbour_purity
 from cryoalign.files import replacing
 from cryoalign.io import (
     ParticleStack,
+    read_images,
     write_class_averages_star,
     write_images,
     write_particles_star,
@@ -23,6 +26,8 @@ from cryoalign.report import MAPS, shift_limit, write_report
 
 CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
 AVERAGES = "class_averages.mrcs"
+# Of reference-free alignment only: the average and its FRC after every iteration.
+ITERATIONS, ITERATIONS_FRC = "average_iterations.mrcs", "frc_iterations.csv"
 RUN_FILES = (
     CONFIG,
     CHECKPOINT,
@@ -31,6 +36,8 @@ RUN_FILES = (
     "class_averages.star",
     "class_averages_unfiltered.mrcs",
     "class_averages.png",
+    ITERATIONS,
+    ITERATIONS_FRC,
     "particles.star",
     "particles.csv",
     "particles.parquet",
@@ -73,6 +80,28 @@ def write_results(
         plot.save(figure, folder / name)
     more = {} if maps is None else {MAPS: maps}
     write_report(alignment, folder, as_mapping(config), more)
+
+
+def write_iteration(folder: Path, state: MraState, pixel_size: float | None) -> None:
+    """Add an iteration's average and FRC to the stack and the table of all of them."""
+    if state.sums is None or state.frc is None:
+        return
+    averages, curves = state.sums.averages().cpu(), pd.DataFrame()
+    before = state.iteration - 1
+    if before:
+        averages = torch.cat([read_images(folder / ITERATIONS)[:before], averages])
+        curves = pd.read_csv(folder / ITERATIONS_FRC)
+        curves = curves[curves["iteration"] <= before]
+    shells = state.frc[0].cpu().numpy()
+    new = pd.DataFrame(
+        {
+            "iteration": state.iteration,
+            "frequency": np.arange(len(shells)) / averages.shape[-1],  # 1/px
+            "frc": shells,
+        }
+    )
+    write_images(folder / ITERATIONS, averages, pixel_size)
+    write_csv(folder / ITERATIONS_FRC, pd.concat([curves, new], ignore_index=True))
 
 
 def particle_table(alignment: Alignment) -> pd.DataFrame:
@@ -133,7 +162,7 @@ def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) ->
         used, min(EMBEDDED, len(used)), replace=False
     )
     rows = np.sort(chosen)
-    rings = config.search.rings(alignment.averages.shape[-1])
+    rings = config.widest_search().rings(alignment.averages.shape[-1])
     radius = rings.last_ring * alignment.scale
     labels = alignment.class_number.numpy()[rows]
     maps = [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +22,16 @@ from cryoalign.io.paths import plain
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import choose_device
 from cryoalign.progress import Watch
-from cryoalign.results import CHECKPOINT, CONFIG, HISTORY, RUN_FILES, write_csv, write_results
+from cryoalign.results import (
+    CHECKPOINT,
+    CONFIG,
+    HISTORY,
+    RUN_FILES,
+    write_csv,
+    write_iteration,
+    write_results,
+)
+from cryoalign.rfa import align_reference_free
 from cryoalign.seeding import SEEDINGS
 
 # What may differ between a run and its resumption: where and how fast, not what.
@@ -32,7 +42,7 @@ FREE = {
 
 
 State = MraState | ClimbState
-STATES: dict[str, type[State]] = {"mra": MraState, "classify": ClimbState}
+STATES: dict[str, type[State]] = {"mra": MraState, "rfa": MraState, "classify": ClimbState}
 REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
 
 
@@ -77,7 +87,8 @@ def run(
         if state is not None:
             going = f"going on after iteration {state.iteration}"
             console.print(going + (", settled" if state.done else ""), highlight=False)
-        with Watch(console, config.iterations, state.iteration if state else 0) as watch:
+        iterations = config.iterations * (len(config.schedule) if config.method == "rfa" else 1)
+        with Watch(console, iterations, state.iteration if state else 0) as watch:
             try:
                 _align_and_write(config, stack, state, watch, on_iteration)
             except KeyboardInterrupt as stop:
@@ -99,8 +110,13 @@ def _align_and_write(
 ) -> None:
     folder = config.output or Path()
 
+    box = config.images.box or stack.shape[0]
+    pixel_size = None if stack.pixel_size is None else stack.pixel_size * stack.shape[0] / box
+
     def keep(state: State) -> None:
         if rank() == 0:
+            if isinstance(state, MraState):
+                write_iteration(folder, state, pixel_size)
             state.save(folder / CHECKPOINT)
             _discard_replaced(folder)
             write_csv(folder / HISTORY, pd.DataFrame(state.history))
@@ -108,46 +124,47 @@ def _align_and_write(
         if on_iteration is not None:
             on_iteration(state)
 
+    shared: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("images", "averaging", "seed", "device", "batch_size", "max_rejected")
+    }
+    goes_on: dict[str, Any] = {
+        "iterations": config.iterations,
+        "search": config.search,
+        "resume": state,
+        "on_iteration": keep,
+        "progress": watch.progress,
+    }
     if config.method == "classify":
         alignment = classify(
             stack,
             _classes(config),
             likelihood=config.likelihood,
-            images=config.images,
-            averaging=config.averaging,
-            seed=config.seed,
-            device=config.device,
-            batch_size=config.batch_size,
-            max_rejected=config.max_rejected,
             resume=state if isinstance(state, ClimbState) else None,
             on_iteration=keep,
             progress=watch.steps,
+            **shared,
         )
-        if rank() == 0:
-            watch.finishing()
-            write_results(folder, config, stack, alignment)
-        return
-    alignment = align_multi_reference(
-        stack,
-        config.references,
-        n_classes=config.n_classes,
-        iterations=config.iterations,
-        search=config.search,
-        images=config.images,
-        averaging=config.averaging,
-        min_class_share=config.min_class_share,
-        settle=config.settle,
-        seed=config.seed,
-        device=config.device,
-        batch_size=config.batch_size,
-        max_rejected=config.max_rejected,
-        resume=state if isinstance(state, MraState) else None,
-        on_iteration=keep,
-        progress=watch.progress,
-    )
+    elif config.method == "rfa":
+        first = "average" if config.references in SEEDINGS else config.references
+        alignment = align_reference_free(
+            stack, first, schedule=config.schedule, **goes_on, **shared
+        )
+    else:
+        alignment = align_multi_reference(
+            stack,
+            config.references,
+            n_classes=config.n_classes,
+            assign=config.assign,
+            min_class_share=config.min_class_share,
+            settle=config.settle,
+            **goes_on,
+            **shared,
+        )
     if rank() == 0:
         watch.finishing()
         write_results(folder, config, stack, alignment)
+        _discard_replaced(folder)
 
 
 def _classes(config: RunConfig) -> int:
@@ -161,7 +178,7 @@ def _read(config: RunConfig) -> ParticleStack:
     """The particles; raises for all that headers and rows can tell."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     if stack.shape[0] == stack.shape[1]:  # align_multi_reference has words for other images
-        config.search.rings(config.images.box or stack.shape[0])
+        config.widest_search().rings(config.images.box or stack.shape[0])
     if config.references not in SEEDINGS and not Path(config.references).is_file():
         raise FileNotFoundError(
             f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}"

@@ -164,16 +164,21 @@ _WANTED = {
 
 
 def _key(detail: ErrorDetails) -> str:
-    return ".".join(map(str, detail["loc"]))
+    """The key; of a list's entry, the list's."""
+    return ".".join(part for part in detail["loc"] if isinstance(part, str))
 
 
 def _in_words(detail: ErrorDetails, values: dict[str, Value], places: dict[str, str]) -> str:
     key = _key(detail)
     if not key:
         return detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and key not in values:  # of a section: it names its keys
+        return detail["msg"].removeprefix("Value error, ")
     if values.get(key) is None:  # absent, or null where nothing is not enough
         return f"{key} is missing; add {key}=... or put it into the file"
-    wanted = _WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input ")
+    wanted = _WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input ").removeprefix(
+        "Value error, "
+    )
     return f"{places[key]}: {key}: {wanted}, got {_got(values[key])}"
 
 
@@ -195,6 +200,7 @@ def _kinds(field: FieldInfo) -> tuple[Any, ...]:
 
 def _type_words(field: FieldInfo) -> str:
     names = {int: "whole", float: "number", bool: "true/false", str: "text", Path: "path"}
+    names[tuple[float, ...]] = "numbers"
     words: list[str] = []
     for kind in _kinds(field):
         if get_origin(kind) is Literal:

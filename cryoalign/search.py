@@ -12,8 +12,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign import kernels
-from cryoalign.adaptive import Screen, adaptive_poses, prepare_screen
-from cryoalign.correlate import correlation_peaks, table_peaks, unravel_place
+from cryoalign.adaptive import (
+    Screen,
+    adaptive_poses,
+    prepare_screen,
+    reduce,
+    refine_screened,
+    screen_all,
+)
+from cryoalign.correlate import correlation_logsumexp, correlation_peaks, table_peaks, unravel_place
 from cryoalign.geometry import sample_at, sampling_places
 from cryoalign.kernels import cpu as cpu_kernels
 from cryoalign.kernels import images as kernel_images
@@ -221,6 +228,58 @@ def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
     if target.search.refine:
         pose, score = refine_on(images, target.templates, label, pose, target.rings)
     return label, pose, score
+
+
+def match_all(images: Tensor, target: Target) -> Match:
+    """Scores and poses of every particle with every reference, as far as the search looks before
+    it refines: the whole grid, or the screen of an adaptive search."""
+    if target.screen is not None:
+        return Match(*screen_all(images.detach(), target.screen))
+    assert target.spectra is not None
+    return match_spectra(images.detach(), target.spectra, target.search, target.rings)
+
+
+def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> tuple[Pose, Tensor]:
+    """Refine what `match_all` found on chosen references.
+
+    Args:
+        images: (n, size, size).
+        target: `prepare` of the references.
+        label: (n,) the chosen reference; pose: (n,) `match_all`'s on it.
+
+    Returns:
+        Poses (n,) and scores (n,), the correlation coefficient as `refine` gives it, even where
+        the search does not refine.
+    """
+    images = images.detach()
+    if target.screen is not None:
+        return refine_screened(images, target.templates, target.screen, target.rings, label, pose)
+    steps = 2 if target.search.refine else 0
+    return refine_on(images, target.templates, label, pose, target.rings, steps)
+
+
+def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
+    """(n, k) T log sum exp(score / T) over all poses that `match_all` looks at."""
+    rings, references = target.rings, target.templates[:, 0]
+    mirror, shifts = target.search.mirror, target.search.shifts(images.device)
+    if target.screen is not None:
+        rings, shifts = target.screen.rings, target.screen.shifts
+        images, references = (reduce(each, target.screen.size) for each in (images, references))
+    spectra = reference_spectra(references, rings)
+    places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
+    few = max(
+        1,
+        (CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK)
+        // (8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2),
+    )
+    return torch.cat(
+        [
+            correlation_logsumexp(
+                normalised_spectra(sample_at(part, places), rings), spectra, temperature, mirror
+            )
+            for part in images.split(few)
+        ]
+    )
 
 
 def _peaks(

@@ -4,9 +4,25 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryoalign.assign import assign_equal, capacities
+from cryoalign.assign import (
+    Assignment,
+    assign_equal,
+    assign_robust,
+    assign_stochastic,
+    capacities,
+    noise_temperature,
+    soft_weights,
+)
+from cryoalign.checkpoint import MraState
+from cryoalign.correlate import correlation_table
+from cryoalign.geometry import transform
+from cryoalign.mra import align_multi_reference
+from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
+from cryoalign.search import Search, log_evidence, prepare
+from cryoalign.synthetic import simulate
 
 
 def best_total(scores: Tensor, least: int, most: int) -> float:
@@ -48,3 +64,129 @@ def test_equal_with_ties_and_bad_input() -> None:
         assign_equal(ties, -0.1)
     with pytest.raises(ValueError, match="finite"):
         assign_equal(torch.full((3, 2), torch.nan))
+
+
+def crowded(n: int = 300, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Scores (n, k) in which class 0 attracts everyone, and the true classes (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(k, (n,), generator=generator)
+    scores = 0.2 + 0.01 * torch.randn(n, k, generator=generator)
+    scores[torch.arange(n), truth] += 0.05
+    scores[:, 0] += 0.1
+    return scores, truth
+
+
+def test_stochastic_climbs_and_does_not_leap() -> None:
+    scores, _ = crowded(k=6)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(
+        assign_stochastic(scores, torch.full((300,), -1), generator), scores.argmax(1)
+    )
+    label = torch.randint(6, (300,), generator=generator)
+    after = assign_stochastic(scores, label, generator)
+    own = scores.gather(1, label[:, None]).squeeze(1)
+    new = scores.gather(1, after[:, None]).squeeze(1)
+    assert (new >= own).all()
+    assert torch.equal(after == label, own == scores.max(1).values)  # stays only at the top
+    climbing = own < scores.max(1).values
+    leaped = (after == scores.argmax(1))[climbing].double().mean()
+    assert 0.3 < leaped < 0.9  # first of the better ones, in random order
+    for _ in range(12):
+        after = assign_stochastic(scores, after, generator)
+    assert torch.equal(after, scores.argmax(1))
+
+
+def test_robust_resists_an_attractor() -> None:
+    scores, truth = crowded()
+    assert (scores.argmax(1) == 0).all()
+    wrong = torch.rand(300, generator=torch.Generator().manual_seed(2)) < 0.3
+    label = torch.where(wrong, (truth + 1) % 3, truth)
+    for _ in range(5):
+        label = assign_robust(scores, label)
+    assert (label == truth).double().mean() > 0.98
+
+
+def test_robust_is_the_product_of_two_shares() -> None:
+    scores, truth = crowded(40)
+    found = assign_robust(scores, truth)
+    for i in range(40):
+        merit = []
+        for c in range(3):
+            inside, outside = scores[truth == c, c], scores[truth != c, c]
+            share = [(x <= scores[i, c]).double().mean() for x in (inside, outside)]
+            merit.append(float(share[0] * share[1] + 1e-9 * scores[i, c]))
+        assert int(found[i]) == int(np.argmax(merit))
+
+
+def test_soft_weights_are_the_formula_in_double_precision() -> None:
+    data = simulate(6, 3, size=24, snr=1.0, max_shift=1.0, seed=1)
+    search = Search(max_shift=1, mode="exhaustive")
+    temperature = 0.02
+    evidence = log_evidence(data.images, prepare(data.views, search), temperature)
+    found = soft_weights(evidence, temperature)
+    rings = search.rings(24)
+    polar = to_polar(data.images.double(), rings, search.shifts().double())
+    table = correlation_table(
+        normalised_spectra(polar, rings), reference_spectra(data.views.double(), rings)
+    )
+    weight = torch.exp((table - table.max()) / temperature).flatten(2).sum(2)
+    expected = weight / weight.sum(1, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-3)
+    assert (expected.max(1).values < 0.999).any()  # soft indeed
+
+
+def test_the_noises_temperature_makes_scores_likelihoods() -> None:
+    """Two candidate signals, known noise: softmax(c / T) is the posterior of the noise model."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, snr = 4000, 0.01
+    signals = torch.randn(2, pixels, generator=generator, dtype=torch.float64)
+    signals = signals / signals.square().mean(1, keepdim=True).sqrt() * snr**0.5
+    noise = torch.randn(200, pixels, generator=generator, dtype=torch.float64)
+    particles = signals[0] + noise
+    logs = -0.5 * (particles[:, None] - signals).square().sum(2)
+    unit = [x / x.norm(dim=1, keepdim=True) for x in (particles, signals)]
+    scores = unit[0] @ unit[1].T
+    temperature = noise_temperature(float(scores[:, 0].mean()), pixels)
+    ratio = (scores[:, 0] - scores[:, 1]) / temperature / (logs[:, 0] - logs[:, 1])
+    assert ratio.median() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        (Assignment("equal"), "adaptive"),
+        (Assignment("equal"), "exhaustive"),
+        (Assignment("stochastic"), "adaptive"),
+        (Assignment("robust", start_classes=1, level_iterations=2), "adaptive"),
+        (Assignment("robust", similarity="correntropy"), "exhaustive"),
+        (Assignment("soft", anneal_iterations=4), "adaptive"),
+        (Assignment("soft", anneal_iterations=4), "exhaustive"),
+    ],
+)
+def test_every_strategy_aligns(how: Assignment, mode: str) -> None:
+    data = simulate(80, 4, size=32, snr=0.5, max_shift=1.0, seed=11)
+    states: list[MraState] = []
+    found = align_multi_reference(
+        data.images, "random", n_classes=4, assign=how, iterations=10, seed=3,
+        search=Search(max_shift=1, mode=mode), on_iteration=states.append,
+    )  # fmt: skip
+    assert adjusted_rand_score(data.class_number, found.class_number) > 0.6
+    assert int(found.class_sizes.sum()) == 80
+    # The averages are what labels and poses say, hard at the end whatever the way.
+    for c in range(4):
+        members = (found.class_number == c + 1).nonzero().squeeze(1)
+        again = transform(data.images[members], found.pose[members]).mean(0)
+        assert np.corrcoef(again.flatten(), found.averages[c].flatten())[0, 1] > 0.999
+    if how.strategy == "equal":
+        assert found.class_sizes.tolist() == [20] * 4
+    if how.start_classes:
+        assert [len(state.references) for state in states][:5] == [1, 2, 2, 4, 4]
+
+
+def test_too_few_iterations_to_split_are_refused() -> None:
+    images = simulate(40, 2, size=24, snr=1.0, max_shift=1.0).images
+    with pytest.raises(ValueError, match="1 classes become 8 after 3 times 4 iterations"):
+        align_multi_reference(
+            images, n_classes=8, assign=Assignment(start_classes=1), iterations=12,
+            search=Search(max_shift=1),
+        )  # fmt: skip

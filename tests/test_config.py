@@ -11,6 +11,8 @@ import yaml
 from cryoalign.classification import classify
 from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config
 from cryoalign.mra import align_multi_reference
+from cryoalign.rfa import align_reference_free
+from cryoalign.schedule import Schedule
 from cryoalign.schema import describe, known_keys
 from cryoalign.synthetic import simulate
 
@@ -32,7 +34,7 @@ def test_every_shipped_config_loads(path):
 
 def test_the_configs_show_every_key_with_its_default():
     shown = set()
-    for name in ("mra.yaml", "classify.yaml"):
+    for name in ("mra.yaml", "rfa.yaml", "classify.yaml"):
         path = next(path for path in CONFIGS if path.name == name)
         written = yaml.safe_load(path.read_text())
         shown |= {
@@ -40,18 +42,32 @@ def test_the_configs_show_every_key_with_its_default():
             for name, value in written.items()
             for leaf in (value if isinstance(value, dict) else [""])
         }
-        method = f"method={path.stem}"
-        assert load_config(path, GIVEN) == load_config(None, [*GIVEN, method])
+        given = [*GIVEN, f"method={path.stem}"]
+        if path.stem == "rfa":
+            given.append("n_classes=1")
+        assert load_config(path, given) == load_config(None, given)
     assert shown == set(dict(known_keys(RunConfig)))
 
 
 def test_keys_are_the_arguments_of_the_functions_behind_them():
     arguments = signature(align_multi_reference).parameters
     by_name = {field.name: field for field in fields(RunConfig)}
-    special = {"particles", "resume", "on_iteration", "progress", "search", "images", "averaging"}
+    special = {
+        "assign",
+        "particles",
+        "resume",
+        "on_iteration",
+        "progress",
+        "search",
+        "images",
+        "averaging",
+    }
     defaults = load_config(None, GIVEN)
     for name in set(arguments) - special - {"n_classes"}:
         assert name in by_name
+        assert getattr(defaults, name) == arguments[name].default, name
+    arguments = signature(align_reference_free).parameters
+    for name in set(arguments) - special - {"schedule", "references"}:
         assert getattr(defaults, name) == arguments[name].default, name
     arguments = signature(classify).parameters
     for name in set(arguments) - special - {"n_classes", "optics", "likelihood"}:
@@ -87,7 +103,8 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("search.lastring=30", "unknown key search.lastring; did you mean search.last_ring?"),
         (
             "max_shift=3",
-            "unknown key max_shift; did you mean search.max_shift or likelihood.max_shift?",
+            "unknown key max_shift; did you mean search.max_shift or schedule.max_shift or "
+            "likelihood.max_shift?",
         ),
         ("nclasses=3", "unknown key nclasses; did you mean n_classes?"),
         ("qqq=1", "unknown key qqq; `cryoalign run --help` lists the keys"),
@@ -106,6 +123,13 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
         ("search.shift_step=100", "no shift would be tried"),
         ("method=classify references=views.mrcs", "leave references out"),
+        ("method=rfa", "makes one average: leave n_classes out"),
+        ("schedule.max_shift=[4,2]", "schedule.max_shift has 2 steps, schedule.shift_step 4"),
+        ("schedule.max_shift=[4,x]", "schedule.max_shift: should be a number"),
+        ("schedule.max_shift=4,two", 'should be numbers, like [4, 2, 1] or "4 2 1", got the text'),
+        ("schedule.shift_step=[8,1,1,1]", "schedule.shift_step 8 px is larger"),
+        ("method=classify assign.strategy=equal", "assign is of method=mra"),
+        ("references=v.mrcs n_classes=null assign.start_classes=2", "start_classes needs n_class"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
         ("settle", "'settle' should be key=value"),
@@ -183,3 +207,14 @@ def test_description_has_a_line_for_every_key():
     assert "≥ 0" in shift
     assert "px" in shift
     assert all(field.description for _, field in known_keys(RunConfig))
+
+
+def test_a_schedule_is_read_from_lists_and_from_words_of_sparx():
+    words = [*GIVEN[:1], "method=rfa"]
+    listed = load_config(None, [*words, "schedule.max_shift=[3, 1]", "schedule.shift_step=[1, 1]"])
+    told = load_config(None, [*words, "schedule.max_shift=3 1", "schedule.shift_step=1 1"])
+    assert listed == told
+    assert told.schedule == Schedule(max_shift=(3.0, 1.0), shift_step=(1.0, 1.0))
+    one = load_config(None, [*words, "schedule.max_shift=2", "schedule.shift_step=1"])
+    assert one.schedule.max_shift == (2.0,)
+    assert told.widest_search().max_shift == 3

@@ -38,11 +38,20 @@ def command(*words):
     )
 
 
-def test_two_processes_give_what_one_gives(star, tmp_path):
-    words = (f"particles={star}", "n_classes=3", "iterations=3", "search.max_shift=1")
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("n_classes=3",),
+        ("n_classes=3", "assign.strategy=soft"),
+        ("method=rfa", "schedule.max_shift=1", "schedule.shift_step=1", "schedule.starts=2"),
+    ],
+    ids=["mra", "soft", "rfa"],
+)
+def test_two_processes_give_what_one_gives(star, tmp_path, more):
+    words = (f"particles={star}", *more, "iterations=3", "search.max_shift=1")
     process = command(*words, f"output={tmp_path / '2'}")
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("iteration   2 of 3") == 1  # one process speaks
+    assert process.stdout.count("iteration   2") == 1  # one process speaks
     run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))
     one, two = (pd.read_csv(tmp_path / name / "particles.csv") for name in "12")
     pd.testing.assert_frame_equal(one, two, check_exact=True)

@@ -15,7 +15,9 @@ FLOORS = {
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
     "search": ("refine", "adaptive", "search", "expectation", "band"),
-    "align": ("assign", "alignment", "checkpoint", "mra"),
+    "align": (
+        "assign", "alignment", "checkpoint", "alternation", "matching", "mra", "schedule", "rfa",
+    ),
     "classify": ("merge", "climb", "classification"),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),

@@ -16,7 +16,7 @@ from cryoalign.alignment import Alignment
 from cryoalign.checkpoint import ClimbState
 from cryoalign.config import load_config
 from cryoalign.io import read_images
-from cryoalign.results import RUN_FILES
+from cryoalign.results import ITERATIONS, ITERATIONS_FRC, RUN_FILES
 from cryoalign.run import Interrupted, run
 from cryoalign.synthetic import simulate, write_simulation
 
@@ -52,7 +52,8 @@ def finished(star):
 
 
 def test_a_run_writes_all_its_files_and_no_others(finished):
-    assert sorted(path.name for path in finished.iterdir()) == sorted(RUN_FILES)
+    expected = set(RUN_FILES) - {ITERATIONS, ITERATIONS_FRC}  # of reference-free alignment
+    assert {path.name for path in finished.iterdir()} == expected
     for picture in finished.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG"), picture
         assert picture.stat().st_size > 5000, picture
@@ -281,3 +282,32 @@ def test_a_classification_refuses_the_checkpoint_of_others(star, tmp_path):
     (folder / "checkpoint.npz").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"checkpoint\.npz: not a checkpoint"):
         run(load_config(None, [*words, "resume=true"]))
+
+
+def test_reference_free_alignment_by_one_command_and_resumed(tmp_path):
+    made = simulate(60, 1, size=32, snr=0.5, max_shift=2.0, seed=4)
+    star = write_simulation(tmp_path / "stack", made)
+    words = [f"particles={star}", "method=rfa", "schedule.max_shift=2 1", "iterations=3"]
+    more = ["schedule.shift_step=1 0.5", "device=cpu", "embedding=false", "threads=1"]
+
+    def stop(state):
+        if state.iteration == 3:
+            raise KeyboardInterrupt
+
+    whole = run(load_config(None, [*words, *more, f"output={tmp_path / 'whole'}"]))
+    with pytest.raises(Interrupted, match="after iteration 3"):
+        run(load_config(None, [*words, *more, f"output={tmp_path / 'cut'}"]), on_iteration=stop)
+    cut = run(load_config(tmp_path / "cut" / "config.yaml", ["resume=true"]))
+    assert_same_results(cut, whole)
+    history = pd.read_csv(whole / "history.csv")
+    assert history["step"].unique().tolist() == [1, 2]
+    for folder in (whole, cut):
+        averages = read_images(folder / ITERATIONS)
+        assert averages.shape == (len(history), 32, 32)
+        assert torch.equal(averages[-1], Alignment.load(folder / "alignment.npz").averages[0])
+        curves = pd.read_csv(folder / ITERATIONS_FRC)
+        assert curves.groupby("iteration").size().tolist() == [17] * len(history)
+        assert curves["frequency"].max() == 0.5
+    with mrcfile.open(whole / ITERATIONS) as stack:
+        assert stack.voxel_size.x == pytest.approx(3.0)
+    assert (whole / "report.html").exists()
