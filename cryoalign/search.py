@@ -260,12 +260,13 @@ def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> t
 
 def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
     """(n, k) T log sum exp(score / T) over all poses that `match_all` looks at."""
-    rings, references = target.rings, target.templates[:, 0]
-    mirror, shifts = target.search.mirror, target.search.shifts(images.device)
-    if target.screen is not None:
-        rings, shifts = target.screen.rings, target.screen.shifts
-        images, references = (reduce(each, target.screen.size) for each in (images, references))
-    spectra = reference_spectra(references, rings)
+    mirror, screen = target.search.mirror, target.screen
+    if screen is not None:
+        rings, shifts, spectra = screen.rings, screen.shifts, screen.spectra
+        images = reduce(images, screen.size)
+    else:
+        assert target.spectra is not None
+        rings, shifts, spectra = target.rings, target.search.shifts(images.device), target.spectra
     places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
     few = max(
         1,
