@@ -171,7 +171,7 @@ def _refine_in_torch(
     rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
     pixels = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
     chunk = max(1, math.ceil(pixels / (math.pi * last_ring**2)))
-    templates = _with_turn(templates)
+    templates = with_turn(templates)
     found = [(angle[:0], shift[:0], angle[:0])]
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
@@ -262,7 +262,7 @@ def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
     return _Pixels(x, y, x * x + y * y, hand)
 
 
-def _with_turn(templates: Tensor) -> Tensor:
+def with_turn(templates: Tensor) -> Tensor:
     """(k, 4, h, w): references and their derivatives by place x and y (k, 3, h, w), and by a turn
     about the centre, which brings a place v' along (-y', x')."""
     _, along_x, along_y = templates.unbind(1)
@@ -294,7 +294,7 @@ def _evaluate(
     # A turn keeps distances: |v + shift| is that on the reference.
     square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
     square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
-    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
+    weight = annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
     if not whole_window:
         weight = weight * particles[:, :1]
     own = weight * particles
@@ -338,7 +338,7 @@ def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
     return turn.clamp(-MAX_TURN, MAX_TURN), move.clamp(-MAX_MOVE, MAX_MOVE)
 
 
-def _annulus(radius: Tensor, rings: Rings) -> Tensor:
+def annulus(radius: Tensor, rings: Rings) -> Tensor:
     """The rings' area as a weight of pixels, its rim one pixel soft so that scores are smooth."""
     weight = (rings.last_ring + 1.0 - radius).clamp(0, 1)
     if rings.first_ring > 1:

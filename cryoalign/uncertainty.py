@@ -1,0 +1,190 @@
+"""How well refined poses are known: their covariance, particle by particle."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cryoalign.filters import frequency_grid
+from cryoalign.geometry import pixel_grid, sample
+from cryoalign.polar import Rings
+from cryoalign.pose import Pose
+from cryoalign.refine import annulus, templates_of, with_turn
+
+# Particles of a chunk hold so many pixels: they stay in a core's cache, or spare a GPU's memory.
+CPU_CHUNK = 2**17
+CUDA_CHUNK = 2**24
+
+
+class Curvature(NamedTuple):
+    """What references tell of poses, in their own frame; parameters are turn (radians), x, y (px).
+
+    Attributes:
+        inverse: (k, 3, 3) of H = G'WG; infinite where a reference says nothing.
+        power: (k, shells, 9) of WG in Fourier space, summed by shells: what noise of power 1 in
+            one shell alone contributes to the covariance of G'W noise.
+    """
+
+    inverse: Tensor
+    power: Tensor
+
+
+def pose_covariance(
+    particles: Tensor, references: Tensor, label: Tensor, pose: Pose, rings: Rings
+) -> Tensor:
+    """Covariance of poses that `refine` has found, from each particle's own noise.
+
+    `refine` fits particle = a * moved reference + c by least squares under the weight W of the
+    disc. For noise of covariance C the estimate has the sandwich covariance of M-estimators
+    (Huber 1967; White 1982)
+
+        H^-1 (G' W C W G) H^-1 / a^2,    H = G' W G,
+
+    G being the derivatives of the moved reference by angle, shift x and shift y, less what a and c
+    explain. For white noise that is sigma^2 / a^2 (G'G)^-1, the inverse Fisher information. C is
+    isotropic noise, its power spectrum that of the particle's residual on the disc, by shells.
+
+    First order in the noise, for the peak that was found: it says nothing of wrong classes or
+    hands, nor, as any pose does, of where the reference itself stands. References may be noise-free
+    or class averages weighted by their FRC (`average.filtered_averages`): for those <R, truth> is
+    <R, R>, so that their own noise needs no term. Of plain averages of few particles H
+    overstates what is known: filter them.
+
+    Args:
+        particles: (n, size, size), background zero.
+        references: (k, size, size).
+        label: (n,) int64, which reference is each particle's.
+        pose: (n,) refined.
+        rings: the disc that `refine` compared.
+
+    Returns:
+        (n, 3, 3) of (angle in degrees, shift x, shift y in pixels); infinite on the diagonal, zero
+        elsewhere, where particle and reference do not correlate or the reference says nothing.
+
+    Raises:
+        ValueError: boxes, lengths or labels that do not fit.
+    """
+    _check(particles, references, label, pose)
+    curvature = curvature_of(references, rings)
+    return covariance_on(particles, references, curvature, label, pose, rings)
+
+
+def curvature_of(references: Tensor, rings: Rings) -> Curvature:
+    """What `pose_covariance` needs to know of references (k, size, size), for any particles."""
+    value, *derivatives = with_turn(templates_of(references)).flatten(2).unbind(1)  # (k, p) each
+    size = references.shape[-1]
+    weight = annulus(pixel_grid((size, size), references).norm(dim=-1), rings).flatten()  # (p,)
+    by_pose = torch.stack([derivatives[2], *derivatives[:2]], 1)  # (k, 3, p) turn, x, y
+    nuisance = torch.stack([torch.ones_like(value), value], 1)  # (k, 2, p)
+    # Least squares on a and c: the pseudo-inverse takes a reference without contrast, too.
+    normal = torch.linalg.pinv((nuisance * weight @ nuisance.mT).double(), hermitian=True)
+    across = (by_pose * weight @ nuisance.mT).double()  # (k, 3, 2)
+    rest = by_pose - (across @ normal).to(value.dtype) @ nuisance
+    weighted = rest * weight
+    spectrum = torch.fft.rfft2(weighted.unflatten(2, (size, size)), norm="ortho").flatten(2)
+    shell, twice = _shells(size, references.device)
+    products = (spectrum.unsqueeze(2) * spectrum.unsqueeze(1).conj()).real * twice  # (k, 3, 3, f)
+    power = _by_shell(products.flatten(1, 2), shell).mT.contiguous()  # (k, shells, 9)
+    return Curvature(_inverse((weighted @ rest.mT).double()).to(value.dtype), power)
+
+
+def covariance_on(
+    particles: Tensor,
+    references: Tensor,
+    curvature: Curvature,
+    label: Tensor,
+    pose: Pose,
+    rings: Rings,
+) -> Tensor:
+    """`pose_covariance` with `curvature_of` the references at hand."""
+    pixels = CPU_CHUNK if particles.device.type == "cpu" else CUDA_CHUNK
+    chunk = max(1, pixels // particles[0].numel()) if len(particles) else 1
+    found = [particles.new_empty(0, 3, 3)]
+    for start in range(0, len(particles), chunk):
+        part = slice(start, start + chunk)
+        some, names, at = particles[part], label[part], pose[part].to(particles.dtype)
+        amplitude, noise = _fitted(some, references[names], at, rings)  # (b,), (b, shells)
+        middle = (noise.unsqueeze(1) @ curvature.power[names]).reshape(-1, 3, 3)
+        inverse = curvature.inverse[names]
+        known = (amplitude > 0) & inverse.isfinite().all(2).all(1)
+        scale = torch.where(known, amplitude, 1.0)[:, None, None]
+        inverse = torch.where(known[:, None, None], inverse / scale, 0.0)
+        turn = _to_particle(at)
+        covariance = turn @ inverse @ middle @ inverse @ turn.mT
+        unknown = torch.where(known, 0.0, torch.inf).to(covariance)
+        found.append(covariance + torch.diag_embed(unknown.unsqueeze(1).expand(-1, 3)))
+    return torch.cat(found)
+
+
+def _fitted(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Amplitude (n,) of references (n, h, w) in images, and the residual's power (n, shells)."""
+    height, width = images.shape[-2:]
+    linear = pose.linear()
+    places = pixel_grid((height, width), images).flatten(0, 1) + pose.shift.unsqueeze(1)
+    weight = annulus(places.norm(dim=-1), rings)  # (n, p): a turn keeps distances
+    y = sample(references, places @ linear.mT)  # (n, p)
+    x = images.flatten(1)
+    total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x, y = (each - (weight * each).sum(1, keepdim=True) / total for each in (x, y))
+    yy = (weight * y * y).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+    amplitude = (weight * x * y).sum(1) / yy
+    residual = weight * (x - amplitude.unsqueeze(1) * y)
+    spectrum = torch.fft.rfft2(residual.unflatten(1, (height, width)), norm="ortho")
+    shell, twice = _shells(width, images.device)
+    power = (spectrum.real.square() + spectrum.imag.square()).flatten(1) * twice
+    count = _by_shell(twice.unsqueeze(0), shell)
+    # White noise of variance 1 has power mean(weight^2) in the weighted residual.
+    share = weight.square().mean(1, keepdim=True)
+    return amplitude, _by_shell(power, shell) / (count * share)
+
+
+def _to_particle(pose: Pose) -> Tensor:
+    """(n, 3, 3) from (turn in radians, x, y) on the reference to (degrees, x, y) of the pose."""
+    # Mirrored, a turn goes backwards; a pose shifts before it turns.
+    sign = torch.where(pose.mirror, -1.0, 1.0).to(pose.angle)
+    matrix = pose.angle.new_zeros(len(pose), 3, 3)
+    matrix[:, 0, 0] = sign * (180 / math.pi)
+    matrix[:, 1:, 1:] = pose.linear().mT
+    return matrix
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """(k, 3, 3) inverses of symmetric ones; infinite where there is none."""
+    inverse, failed = torch.linalg.inv_ex(matrices)
+    return torch.where((failed != 0)[:, None, None], torch.inf, inverse)
+
+
+def _shells(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(f,) shell of each component of rfft2, and how often it counts: twice but for the edges."""
+    kx, ky = frequency_grid(size, device)
+    shell = (torch.hypot(kx, ky) * size).round().long()
+    twice = torch.full_like(kx, 2.0)
+    twice[:, 0] = 1
+    if size % 2 == 0:
+        twice[:, -1] = 1
+    return shell.flatten(), twice.expand(size, -1).flatten()
+
+
+def _by_shell(values: Tensor, shell: Tensor) -> Tensor:
+    """(..., shells) sums of values (..., f)."""
+    shells = int(shell.amax()) + 1
+    return values.new_zeros(*values.shape[:-1], shells).index_add_(-1, shell, values)
+
+
+def _check(particles: Tensor, references: Tensor, label: Tensor, pose: Pose) -> None:
+    if particles.ndim != 3 or references.ndim != 3 or particles.shape[1:] != references.shape[1:]:
+        raise ValueError(
+            "pose_covariance takes particles (n, size, size) and references (k, size, size) of "
+            f"one box; got {tuple(particles.shape)} and {tuple(references.shape)}"
+        )
+    if not len(particles) == len(label) == len(pose):
+        raise ValueError(
+            f"{len(particles)} particles, {len(label)} labels, {len(pose)} poses: give one each"
+        )
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(references):
+        raise ValueError(
+            f"labels from {int(label.min())} to {int(label.max())} for {len(references)} references"
+        )
