@@ -22,6 +22,7 @@ from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose, compose, pixel_error
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
+from cryoalign.uncertainty import pose_covariance
 
 __all__ = [
     "Alignment",
@@ -39,6 +40,7 @@ __all__ = [
     "correlation_table",
     "match",
     "pixel_error",
+    "pose_covariance",
     "read_images",
     "read_particles",
     "ring_spectra",

@@ -17,19 +17,27 @@ from cryoalign.refine import annulus, templates_of, with_turn
 # Particles of a chunk hold so many pixels: they stay in a core's cache, or spare a GPU's memory.
 CPU_CHUNK = 2**17
 CUDA_CHUNK = 2**24
+# Of a shell's noise, what the fit leaves in the residual at least: the constant takes the first.
+LEAST_LEFT = 0.2
 
 
 class Curvature(NamedTuple):
-    """What references tell of poses, in their own frame; parameters are turn (radians), x, y (px).
+    """What references tell of poses: a QR factorisation of W^1/2 [1, reference, G], G being its
+    derivatives by turn (radians), x and y (px) in its own frame.
 
     Attributes:
-        inverse: (k, 3, 3) of H = G'WG; infinite where a reference says nothing.
-        power: (k, shells, 9) of WG in Fourier space, summed by shells: what noise of power 1 in
-            one shell alone contributes to the covariance of G'W noise.
+        norm: (k,) of the reference under W, its mean removed.
+        root: (k, 3, 3) R^-1 of G, less what constant and reference explain; infinite where it has
+            none.
+        power: (k, shells, 9) of W^1/2 Q of G in Fourier space: noise of power 1 in one shell alone
+            gives Q' W^1/2 noise this covariance.
+        leverage: (k, shells) power of W^1/2 Q of all five: what the fit takes from the residual.
     """
 
-    inverse: Tensor
+    norm: Tensor
+    root: Tensor
     power: Tensor
+    leverage: Tensor
 
 
 def pose_covariance(
@@ -45,7 +53,8 @@ def pose_covariance(
 
     G being the derivatives of the moved reference by angle, shift x and shift y, less what a and c
     explain. For white noise that is sigma^2 / a^2 (G'G)^-1, the inverse Fisher information. C is
-    isotropic noise, its power spectrum that of the particle's residual on the disc, by shells.
+    isotropic noise, its power spectrum that of the particle's residual on the disc, by shells,
+    made up for what the fit has taken of it (MacKinnon & White 1985, HC2).
 
     First order in the noise, for the peak that was found: it says nothing of wrong classes or
     hands, nor, as any pose does, of where the reference itself stands. References may be noise-free
@@ -74,21 +83,21 @@ def pose_covariance(
 
 def curvature_of(references: Tensor, rings: Rings) -> Curvature:
     """What `pose_covariance` needs to know of references (k, size, size), for any particles."""
-    value, *derivatives = with_turn(templates_of(references)).flatten(2).unbind(1)  # (k, p) each
     size = references.shape[-1]
-    weight = annulus(pixel_grid((size, size), references).norm(dim=-1), rings).flatten()  # (p,)
-    by_pose = torch.stack([derivatives[2], *derivatives[:2]], 1)  # (k, 3, p) turn, x, y
-    nuisance = torch.stack([torch.ones_like(value), value], 1)  # (k, 2, p)
-    # Least squares on a and c: the pseudo-inverse takes a reference without contrast, too.
-    normal = torch.linalg.pinv((nuisance * weight @ nuisance.mT).double(), hermitian=True)
-    across = (by_pose * weight @ nuisance.mT).double()  # (k, 3, 2)
-    rest = by_pose - (across @ normal).to(value.dtype) @ nuisance
-    weighted = rest * weight
-    spectrum = torch.fft.rfft2(weighted.unflatten(2, (size, size)), norm="ortho").flatten(2)
+    value, by_x, by_y, by_turn = with_turn(templates_of(references)).flatten(2).unbind(1)  # (k, p)
+    columns = torch.stack([torch.ones_like(value), value, by_turn, by_x, by_y], 2)  # (k, p, 5)
+    weight = annulus(pixel_grid((size, size), references).norm(dim=-1), rings).flatten().sqrt()
+    basis, factor = torch.linalg.qr(columns * weight[:, None])
+    images = (basis * weight[:, None]).mT.unflatten(2, (size, size))
+    spectrum = torch.fft.rfft2(images, norm="ortho").flatten(2)  # (k, 5, f)
     shell, twice = _shells(size, references.device)
-    products = (spectrum.unsqueeze(2) * spectrum.unsqueeze(1).conj()).real * twice  # (k, 3, 3, f)
-    power = _by_shell(products.flatten(1, 2), shell).mT.contiguous()  # (k, shells, 9)
-    return Curvature(_inverse((weighted @ rest.mT).double()).to(value.dtype), power)
+    leverage = _by_shell((spectrum.abs().square() * twice).sum(1), shell)
+    own = spectrum[:, 2:]
+    products = (own.unsqueeze(2) * own.unsqueeze(1).conj()).real * twice  # (k, 3, 3, f)
+    power = _by_shell(products.flatten(1, 2), shell).mT.contiguous()
+    inverse, failed = torch.linalg.inv_ex(factor[:, 2:, 2:])
+    root = torch.where((failed != 0)[:, None, None], torch.inf, inverse)
+    return Curvature(factor[:, 1, 1].abs(), root, power, leverage)
 
 
 def covariance_on(
@@ -101,26 +110,31 @@ def covariance_on(
 ) -> Tensor:
     """`pose_covariance` with `curvature_of` the references at hand."""
     pixels = CPU_CHUNK if particles.device.type == "cpu" else CUDA_CHUNK
-    chunk = max(1, pixels // particles[0].numel()) if len(particles) else 1
+    chunk = max(1, pixels // particles.shape[-1] ** 2)
     found = [particles.new_empty(0, 3, 3)]
     for start in range(0, len(particles), chunk):
         part = slice(start, start + chunk)
-        some, names, at = particles[part], label[part], pose[part].to(particles.dtype)
-        amplitude, noise = _fitted(some, references[names], at, rings)  # (b,), (b, shells)
-        middle = (noise.unsqueeze(1) @ curvature.power[names]).reshape(-1, 3, 3)
-        inverse = curvature.inverse[names]
-        known = (amplitude > 0) & inverse.isfinite().all(2).all(1)
+        norm, root, power, leverage = (each[label[part]] for each in curvature)
+        at = pose[part].to(particles.dtype)
+        fitted, noise = _fitted(particles[part], references[label[part]], leverage, at, rings)
+        amplitude = fitted / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        middle = (noise.unsqueeze(1) @ power).reshape(-1, 3, 3)
+        known = (amplitude > 0) & root.isfinite().all(2).all(1)
         scale = torch.where(known, amplitude, 1.0)[:, None, None]
-        inverse = torch.where(known[:, None, None], inverse / scale, 0.0)
-        turn = _to_particle(at)
-        covariance = turn @ inverse @ middle @ inverse @ turn.mT
-        unknown = torch.where(known, 0.0, torch.inf).to(covariance)
-        found.append(covariance + torch.diag_embed(unknown.unsqueeze(1).expand(-1, 3)))
+        turn = _to_particle(at) @ torch.where(known[:, None, None], root / scale, 0.0)
+        unknown = torch.where(known, 0.0, torch.inf).to(norm).unsqueeze(1).expand(-1, 3)
+        found.append(turn @ middle @ turn.mT + torch.diag_embed(unknown))
     return torch.cat(found)
 
 
-def _fitted(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> tuple[Tensor, Tensor]:
-    """Amplitude (n,) of references (n, h, w) in images, and the residual's power (n, shells)."""
+def _fitted(
+    images: Tensor, references: Tensor, leverage: Tensor, pose: Pose, rings: Rings
+) -> tuple[Tensor, Tensor]:
+    """Amplitude (n,) of references (n, h, w), as unit vectors under the weight, in images; and
+    the residual's power (n, shells).
+
+    Interpolation damps a moved reference: taken of unit vectors, its amplitude does not show it.
+    """
     height, width = images.shape[-2:]
     linear = pose.linear()
     places = pixel_grid((height, width), images).flatten(0, 1) + pose.shift.unsqueeze(1)
@@ -129,16 +143,15 @@ def _fitted(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> tup
     x = images.flatten(1)
     total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     x, y = (each - (weight * each).sum(1, keepdim=True) / total for each in (x, y))
-    yy = (weight * y * y).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
-    amplitude = (weight * x * y).sum(1) / yy
+    y = y / (weight * y * y).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    amplitude = (weight * x * y).sum(1)
     residual = weight * (x - amplitude.unsqueeze(1) * y)
     spectrum = torch.fft.rfft2(residual.unflatten(1, (height, width)), norm="ortho")
     shell, twice = _shells(width, images.device)
-    power = (spectrum.real.square() + spectrum.imag.square()).flatten(1) * twice
-    count = _by_shell(twice.unsqueeze(0), shell)
-    # White noise of variance 1 has power mean(weight^2) in the weighted residual.
-    share = weight.square().mean(1, keepdim=True)
-    return amplitude, _by_shell(power, shell) / (count * share)
+    power = _by_shell((spectrum.real.square() + spectrum.imag.square()).flatten(1) * twice, shell)
+    # What noise of variance 1 leaves in the weighted residual, less what the fit takes.
+    whole = _by_shell(twice, shell) * weight.square().mean(1, keepdim=True)
+    return amplitude, power / torch.maximum(whole - leverage, LEAST_LEFT * whole)
 
 
 def _to_particle(pose: Pose) -> Tensor:
@@ -149,12 +162,6 @@ def _to_particle(pose: Pose) -> Tensor:
     matrix[:, 0, 0] = sign * (180 / math.pi)
     matrix[:, 1:, 1:] = pose.linear().mT
     return matrix
-
-
-def _inverse(matrices: Tensor) -> Tensor:
-    """(k, 3, 3) inverses of symmetric ones; infinite where there is none."""
-    inverse, failed = torch.linalg.inv_ex(matrices)
-    return torch.where((failed != 0)[:, None, None], torch.inf, inverse)
 
 
 def _shells(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

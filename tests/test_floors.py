@@ -14,7 +14,7 @@ FLOORS = {
         "particles", "seeding", "synthetic",
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
-    "search": ("refine", "adaptive", "search", "expectation", "band"),
+    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band"),
     "align": ("alignment", "checkpoint", "mra"),
     "classify": ("merge", "climb", "classification"),
     "look": ("export", "plot", "report"),
