@@ -136,10 +136,15 @@ def _fitted(
     Interpolation damps a moved reference: taken of unit vectors, its amplitude does not show it.
     """
     height, width = images.shape[-2:]
+    grid = pixel_grid((height, width), images)
+    x, y = grid[0, :, 0] + pose.shift[:, :1], grid[:, 0, 1] + pose.shift[:, 1:]  # (n, w), (n, h)
     linear = pose.linear()
-    places = pixel_grid((height, width), images).flatten(0, 1) + pose.shift.unsqueeze(1)
-    weight = annulus(places.norm(dim=-1), rings)  # (n, p): a turn keeps distances
-    y = sample(references, places @ linear.mT)  # (n, p)
+    # L (v + shift), column by column and row by row.
+    along, down = linear[:, :, :1] * x.unsqueeze(1), linear[:, :, 1:] * y.unsqueeze(1)  # (n, 2, .)
+    places = torch.stack([along[:, i, None] + down[:, i, :, None] for i in (0, 1)], -1)
+    radius = (x.square().unsqueeze(1) + y.square().unsqueeze(2)).sqrt()  # a turn keeps distances
+    weight = annulus(radius, rings).flatten(1)  # (n, p)
+    y = sample(references, places).flatten(1)
     x = images.flatten(1)
     total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     x, y = (each - (weight * each).sum(1, keepdim=True) / total for each in (x, y))
