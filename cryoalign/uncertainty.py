@@ -57,10 +57,11 @@ def pose_covariance(
     made up for what the fit has taken of it (MacKinnon & White 1985, HC2).
 
     First order in the noise, for the peak that was found: it says nothing of wrong classes or
-    hands, nor, as any pose does, of where the reference itself stands. References may be noise-free
-    or class averages weighted by their FRC (`average.filtered_averages`): for those <R, truth> is
-    <R, R>, so that their own noise needs no term. Of plain averages of few particles H
-    overstates what is known: filter them.
+    hands, nor of where the reference itself stands. References may be noise-free, or class averages
+    weighted by their FRC (`average.filtered_averages`): such a weight makes <R, truth> = <R, R>, so
+    that their own noise needs no term. Of plain averages H counts noise as knowledge: filter them.
+    How often 95 % intervals hold the truth: ``python -m bench coverage`` (94 to 95 %; 91 % for the
+    angle at SNR 0.02 on averages of 100, whose FRC is optimistic).
 
     Args:
         particles: (n, size, size), background zero.
