@@ -3,9 +3,10 @@
 An exhaustive search costs a ring product for every trial shift, full resolution and all angles.
 Most of that only tells hypotheses apart that are far from the best. So here every particle is first
 *screened* at half the resolution, where shifts 2 px apart and half the angles lose little (finer,
-where references have too much beyond: `screen_factor`); the best few (reference, hand) of the screen are *refined* there from where the screen saw them; and
-the one or two left are refined on the images themselves, whose scores decide. What refinement
-reaches does not depend on the grid that it starts from, as long as the start lies on the peak.
+where references have too much beyond: `screen_factor`); the best few (reference, hand) of the
+screen are *refined* there from where the screen saw them; and the one or two left are refined on
+the images themselves, whose scores decide. What refinement reaches does not depend on the grid that
+it starts from, as long as the start lies on the peak.
 
 The hypotheses that are kept at each stage are those within `MARGIN` deviations of the best: between
 two hypotheses for one particle most of the noise is common, and what the coarse grid takes from a
@@ -33,7 +34,7 @@ from cryoalign.refine import refine_on, templates_of
 LEAST_RINGS = 16
 # Pixels to one of a screen's, coarsest first, and what it must see, as a share of the exhaustive
 # search's: at SNR 0.005, references of 0.65 lose half as many poses again as that, of 0.75 hardly
-# any; molecules have 0.86 to 0.95, averages of few particles 0.8.
+# any; molecules have 0.86 to 0.95.
 FACTORS, SEEN = (2.0, 1.5, 1.25), 0.85
 # Hypotheses that are refined at low resolution, and of those at full resolution: how many at most,
 # and how far below the best, in deviations of a score without signal, 1 / sqrt(pixels).
@@ -101,17 +102,20 @@ def screen_factor(references: Tensor, rings: Rings) -> float:
     ring = radius_grid(references.shape[-1], references.device).round().long()
     spectrum = torch.fft.fft2(references - common[ring.clamp(max=len(common) - 1)])
     power = spectrum.abs().square().mean(0)  # (size, size)
+    # Noise of averages is at all frequencies: by how much tell the last, where structure is rare.
+    kx = torch.fft.fftfreq(len(power), device=power.device)
+    power = power - power[(torch.hypot(kx, kx[:, None]) - 0.45).abs() < 0.05].mean()
     enough = SEEN * _seen(power, 1.0)
     factors = (min(factor, coarsest) for factor in FACTORS)
     return next((each for each in factors if _seen(power, each) >= enough), 1.0)
 
 
 def _seen(power: Tensor, factor: float) -> float:
-    """The share of power (size, size) by frequency that is left in scores of a grid of ``factor``
-    pixels: shifts are off by up to half of one, sinc(k), and sampling is linear, sinc(k)^2."""
+    """What power (size, size) by frequency comes to in scores of a grid of ``factor`` pixels:
+    shifts are off by up to half of one, sinc(k), and sampling is linear, sinc(k)^2."""
     k = factor * torch.fft.fftfreq(len(power), device=power.device)
     kept = torch.sinc(k) ** 3 * (k.abs() < 0.5)
-    return float((power * kept * kept[:, None]).sum() / power.sum().clamp(min=1e-30))
+    return float((power * kept * kept[:, None]).sum())
 
 
 def coarse_shifts(reach: float) -> Tensor:
