@@ -68,8 +68,20 @@ def refine(
     Returns:
         The poses (n,) and their scores (n,): the correlation coefficient of particle and moved
         reference over the pixels of the disc.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; labels of no reference.
     """
+    check_labels(label, len(references))
     return refine_on(images, templates_of(references), label, pose, rings, steps)
+
+
+def check_labels(label: Tensor, k: int) -> None:
+    """Refuse labels (n,) that are not int64 from 0 to k - 1."""
+    if label.dtype != torch.int64:
+        raise ValueError(f"labels are {label.dtype}: use .long()")
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < k:
+        raise ValueError(f"labels from {int(label.min())} to {int(label.max())}, {k} references")
 
 
 def templates_of(references: Tensor) -> Tensor:
@@ -119,7 +131,11 @@ def refine_poses(
 
     Returns:
         Angle (n,), shift (n, 2) and score (n,).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
+    _check(images, templates, label, angle, shift, mirror)
     return _refine_in_torch(
         images, templates, label, angle, shift, mirror, first_ring, last_ring, steps
     )
@@ -137,6 +153,7 @@ def _(
     last_ring: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(images, templates, label, angle, shift, mirror)
     serves = kernels.usable(images.device) and images.dtype == torch.float32
     voice = kernel_images.refine_poses if serves else _refine_in_torch
     return voice(images, templates, label, angle, shift, mirror, first_ring, last_ring, steps)
@@ -154,7 +171,28 @@ def _(
     last_ring: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
+    return angle.new_empty(angle.shape), shift.new_empty(shift.shape), angle.new_empty(angle.shape)
+
+
+def _check(
+    images: Tensor, templates: Tensor, label: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor
+) -> None:
+    n, box = len(images), images.shape[1:]
+    if images.ndim != 3 or templates.ndim != 4 or templates.shape[2:] != box:
+        raise ValueError(
+            f"images {tuple(images.shape)} and references {(len(templates), *templates.shape[2:])} "
+            "must be (n, h, w) and (k, h, w) of one box: resize one"
+        )
+    shapes = [tuple(each.shape) for each in (label, angle, shift, mirror)]
+    if shapes != [(n,), (n,), (n, 2), (n,)]:
+        raise ValueError(f"labels and poses must be {n}, one for each image; got {shapes}")
+    if {images.dtype} != {templates.dtype, angle.dtype, shift.dtype}:
+        raise ValueError(f"images are {images.dtype}, references {templates.dtype}: use .to()")
+    if len({each.device for each in (images, templates, label, angle, shift, mirror)}) > 1:
+        raise ValueError(
+            f"images are on {images.device}, references on {templates.device}, labels on "
+            f"{label.device}, poses on {angle.device}: move them to one"
+        )
 
 
 def _refine_in_torch(

@@ -12,7 +12,7 @@ from cryoalign.filters import frequency_grid
 from cryoalign.geometry import pixel_grid, sample
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose
-from cryoalign.refine import annulus, templates_of, with_turn
+from cryoalign.refine import annulus, check_labels, templates_of, with_turn
 
 # Particles of a chunk hold so many pixels: they stay in a core's cache, or spare a GPU's memory.
 CPU_CHUNK = 2**17
@@ -197,7 +197,4 @@ def _check(particles: Tensor, references: Tensor, label: Tensor, pose: Pose) -> 
         raise ValueError(
             f"{len(particles)} particles, {len(label)} labels, {len(pose)} poses: give one each"
         )
-    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(references):
-        raise ValueError(
-            f"labels from {int(label.min())} to {int(label.max())} for {len(references)} references"
-        )
+    check_labels(label, len(references))

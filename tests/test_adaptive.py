@@ -244,7 +244,7 @@ def test_images_that_say_nothing_and_no_images() -> None:
 def test_small_boxes_are_screened_as_they_are() -> None:
     screen = prepare_screen(torch.randn(2, 32, 32), Search(max_shift=2).rings(32), 2, True)
     assert screen.factor == 1
-    screen = prepare_screen(torch.randn(2, 90, 90), Search(last_ring=36).rings(90), 3, True)
+    screen = prepare_screen(broadband(2, 90, 0.1, 36), Search(last_ring=36).rings(90), 3, True)
     assert (screen.factor, screen.size, len(screen.shifts)) == (2, 45, 9)
 
 

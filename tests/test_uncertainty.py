@@ -152,5 +152,5 @@ def test_input_that_does_not_fit_is_refused() -> None:
         pose_covariance(images, torch.randn(3, 21, 21), label, pose, rings)
     with pytest.raises(ValueError, match="one each"):
         pose_covariance(images, views, label, Pose.identity(3), rings)
-    with pytest.raises(ValueError, match="labels from 0 to 3 for 3 references"):
+    with pytest.raises(ValueError, match="labels from 0 to 3, 3 references"):
         pose_covariance(images, views, torch.tensor([0, 3]), pose, rings)
