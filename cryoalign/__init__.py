@@ -25,6 +25,7 @@ from cryoalign.rfa import align_reference_free
 from cryoalign.schedule import Schedule
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
+from cryoalign.uncertainty import pose_covariance
 
 __all__ = [
     "Alignment",
@@ -45,6 +46,7 @@ __all__ = [
     "correlation_table",
     "match",
     "pixel_error",
+    "pose_covariance",
     "read_images",
     "read_particles",
     "ring_spectra",

@@ -68,8 +68,20 @@ def refine(
     Returns:
         The poses (n,) and their scores (n,): the correlation coefficient of particle and moved
         reference over the pixels of the disc.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; labels of no reference.
     """
+    check_labels(label, len(references))
     return refine_on(images, templates_of(references), label, pose, rings, steps)
+
+
+def check_labels(label: Tensor, k: int) -> None:
+    """Refuse labels (n,) that are not int64 from 0 to k - 1."""
+    if label.dtype != torch.int64:
+        raise ValueError(f"labels are {label.dtype}: use .long()")
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < k:
+        raise ValueError(f"labels from {int(label.min())} to {int(label.max())}, {k} references")
 
 
 def templates_of(references: Tensor) -> Tensor:
@@ -119,7 +131,11 @@ def refine_poses(
 
     Returns:
         Angle (n,), shift (n, 2) and score (n,).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
+    _check(images, templates, label, angle, shift, mirror)
     return _refine_in_torch(
         images, templates, label, angle, shift, mirror, first_ring, last_ring, steps
     )
@@ -137,6 +153,7 @@ def _(
     last_ring: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(images, templates, label, angle, shift, mirror)
     serves = kernels.usable(images.device) and images.dtype == torch.float32
     voice = kernel_images.refine_poses if serves else _refine_in_torch
     return voice(images, templates, label, angle, shift, mirror, first_ring, last_ring, steps)
@@ -154,7 +171,28 @@ def _(
     last_ring: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
+    return angle.new_empty(angle.shape), shift.new_empty(shift.shape), angle.new_empty(angle.shape)
+
+
+def _check(
+    images: Tensor, templates: Tensor, label: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor
+) -> None:
+    n, box = len(images), images.shape[1:]
+    if images.ndim != 3 or templates.ndim != 4 or templates.shape[2:] != box:
+        raise ValueError(
+            f"images {tuple(images.shape)} and references {(len(templates), *templates.shape[2:])} "
+            "must be (n, h, w) and (k, h, w) of one box: resize one"
+        )
+    shapes = [tuple(each.shape) for each in (label, angle, shift, mirror)]
+    if shapes != [(n,), (n,), (n, 2), (n,)]:
+        raise ValueError(f"labels and poses must be {n}, one for each image; got {shapes}")
+    if {images.dtype} != {templates.dtype, angle.dtype, shift.dtype}:
+        raise ValueError(f"images are {images.dtype}, references {templates.dtype}: use .to()")
+    if len({each.device for each in (images, templates, label, angle, shift, mirror)}) > 1:
+        raise ValueError(
+            f"images are on {images.device}, references on {templates.device}, labels on "
+            f"{label.device}, poses on {angle.device}: move them to one"
+        )
 
 
 def _refine_in_torch(
@@ -171,7 +209,7 @@ def _refine_in_torch(
     rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
     pixels = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
     chunk = max(1, math.ceil(pixels / (math.pi * last_ring**2)))
-    templates = _with_turn(templates)
+    templates = with_turn(templates)
     found = [(angle[:0], shift[:0], angle[:0])]
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
@@ -262,7 +300,7 @@ def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
     return _Pixels(x, y, x * x + y * y, hand)
 
 
-def _with_turn(templates: Tensor) -> Tensor:
+def with_turn(templates: Tensor) -> Tensor:
     """(k, 4, h, w): references and their derivatives by place x and y (k, 3, h, w), and by a turn
     about the centre, which brings a place v' along (-y', x')."""
     _, along_x, along_y = templates.unbind(1)
@@ -294,7 +332,7 @@ def _evaluate(
     # A turn keeps distances: |v + shift| is that on the reference.
     square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
     square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
-    weight = _annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
+    weight = annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
     if not whole_window:
         weight = weight * particles[:, :1]
     own = weight * particles
@@ -338,7 +376,7 @@ def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
     return turn.clamp(-MAX_TURN, MAX_TURN), move.clamp(-MAX_MOVE, MAX_MOVE)
 
 
-def _annulus(radius: Tensor, rings: Rings) -> Tensor:
+def annulus(radius: Tensor, rings: Rings) -> Tensor:
     """The rings' area as a weight of pixels, its rim one pixel soft so that scores are smooth."""
     weight = (rings.last_ring + 1.0 - radius).clamp(0, 1)
     if rings.first_ring > 1:

@@ -146,7 +146,13 @@ def match(images: Tensor, references: Tensor, search: Search) -> Match:
 
     Returns:
         A `Match` of (n, k).
+
+    Raises:
+        ValueError: no images or references; boxes, dtypes or devices that do not fit; rings and
+            shifts that leave the box.
     """
+    _check_references(references)
+    _check_images(images, references)
     rings = search.rings(images.shape[-1])
     spectra = reference_spectra(references, rings)  # (k, r, m)
     return match_spectra(images, spectra, search, rings)
@@ -194,7 +200,12 @@ class Target:
 
 
 def prepare(references: Tensor, search: Search) -> Target:
-    """Make references (k, size, size) ready for `best_poses`."""
+    """Make references (k, size, size) ready for `best_poses`.
+
+    Raises:
+        ValueError: no references, or not square; rings and shifts that leave the box.
+    """
+    _check_references(references)
     references = references.detach()  # what is chosen has no gradient
     rings = search.rings(references.shape[-1])
     templates = templates_of(references)
@@ -214,13 +225,13 @@ def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
     Returns:
         Class index (n,), pose (n,) and score (n,) of every particle's best reference. The score
         is `refine`'s, or without refinement that of the grid.
+
+    Raises:
+        ValueError: no images; a box, dtype or device that is not the references'.
     """
-    if not len(images):
-        raise ValueError("no images to match")
+    _check_images(images, target.templates[:, 0])
     keep_freed_memory()
-    images, size = images.detach(), target.templates.shape[-1]
-    if images.shape[-1] != size:
-        raise ValueError(f"images of {images.shape[-1]} px, references of {size} px: resize one")
+    images = images.detach()
     if target.screen is not None:
         return adaptive_poses(images, target.templates, target.screen, target.rings)
     assert target.spectra is not None
@@ -283,6 +294,31 @@ def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
     )
 
 
+def _check_references(references: Tensor) -> None:
+    if references.ndim != 3 or references.shape[1] != references.shape[2]:
+        raise ValueError(f"references must be (k, size, size), got {tuple(references.shape)}")
+    if not len(references):
+        raise ValueError("no references to match with")
+    if not references.is_floating_point():
+        raise ValueError(f"references are {references.dtype}: use .float()")
+
+
+def _check_images(images: Tensor, references: Tensor) -> None:
+    if not len(images):
+        raise ValueError("no images to match")
+    size = references.shape[-1]
+    if images.ndim != 3 or images.shape[1:] != references.shape[1:]:
+        raise ValueError(
+            f"images {tuple(images.shape)} do not have the references' box of {size} px: give "
+            f"(n, {size}, {size}), or resize one"
+        )
+    if (images.dtype, images.device) != (references.dtype, references.device):
+        raise ValueError(
+            f"images are {images.dtype} on {images.device}, references {references.dtype} on "
+            f"{references.device}: use .to() on one"
+        )
+
+
 def _peaks(
     images: Tensor, references: Tensor, search: Search, rings: Rings, candidates: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -327,7 +363,12 @@ def image_peaks(
 
     Returns:
         Score (n, k) and place (n, k) as `correlation_peaks`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; no shifts; fewer than 1 candidate.
     """
+    rings = Rings(first_ring, last_ring, ring_step, angles)
+    _check_peaks(images, references, shifts, rings, candidates)
     return _peaks_in_torch(
         images, references, shifts, first_ring, ring_step, last_ring, angles, mirror, candidates
     )
@@ -346,6 +387,7 @@ def _(
     candidates: int | None,
 ) -> tuple[Tensor, Tensor]:
     rings = Rings(first_ring, last_ring, ring_step, angles)
+    _check_peaks(images, references, shifts, rings, candidates)
     found = None
     if kernels.usable(images.device) and images.dtype == torch.float32:
         found = kernel_images.image_peaks(images, references, shifts, rings, mirror, candidates)
@@ -368,6 +410,26 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     shape = (images.shape[0], references.shape[0])
     return images.new_empty(shape), images.new_empty(shape, dtype=torch.int64)
+
+
+def _check_peaks(
+    images: Tensor, references: Tensor, shifts: Tensor, rings: Rings, candidates: int | None
+) -> None:
+    spectra = (len(rings.radii()), rings.n_angles // 2 + 1)
+    if images.ndim != 3 or references.shape[1:] != spectra:
+        raise ValueError(
+            f"image_peaks takes images (n, h, w) and, of these rings, reference spectra (k, "
+            f"{spectra[0]}, {spectra[1]}); got {tuple(images.shape)} and {tuple(references.shape)}"
+        )
+    if references.dtype != images.dtype.to_complex() or references.device != images.device:
+        raise ValueError(
+            f"images are {images.dtype} on {images.device}, reference spectra {references.dtype} "
+            f"on {references.device}: make the spectra from images of the same kind"
+        )
+    if shifts.ndim != 2 or shifts.shape[1:] != (2,) or not len(shifts):
+        raise ValueError(f"shifts must be (s, 2) and at least one, got {tuple(shifts.shape)}")
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates must be at least 1, got {candidates}")
 
 
 def _peaks_in_torch(

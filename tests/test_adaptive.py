@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cryoalign import adaptive
-from cryoalign.adaptive import coarse_shifts, prepare_screen, reduce
+from cryoalign.adaptive import coarse_shifts, prepare_screen, reduce, screen_factor
 from cryoalign.filters import fourier_resize, soft_mask
 from cryoalign.geometry import transform
+from cryoalign.polar import Rings
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.refine import refine
 from cryoalign.search import Search, best_poses, match, prepare
@@ -33,6 +34,93 @@ def errors(data: Simulation, n: int, label: torch.Tensor, pose: Pose) -> tuple[f
     turn = wrap_degrees(pose.angle - truth.angle).abs()[right].median()
     off = (pose.shift - truth.shift).norm(dim=1)[right].median()
     return float((~right).double().mean()), float(turn), float(off)
+
+
+def broadband(k: int, size: int, cutoff: float, radius: float) -> torch.Tensor:
+    """(k, size, size) white noise up to ``cutoff`` cycles/px, within a mask."""
+    white = torch.randn(k, size, size, generator=torch.Generator().manual_seed(3))
+    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size))
+    views = torch.fft.irfft2(torch.fft.rfft2(white) * (frequency < cutoff), s=(size, size))
+    return views * soft_mask(size, radius)
+
+
+def particles_of(views: torch.Tensor, n: int, snr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (n, size, size), at random poses, and label (n,), hand (n,) in one (n, 2)."""
+    k, size = len(views), views.shape[-1]
+    generator = torch.Generator().manual_seed(4)
+    label = torch.randint(k, (n,), generator=generator)
+    pose = Pose(
+        torch.rand(n, generator=generator) * 360 - 180,
+        torch.rand(n, 2, generator=generator) * 6 - 3,
+        torch.rand(n, generator=generator) < 0.5,
+    )
+    back = pose.inverse()
+    # Moved on a grid three times as fine: bicubic interpolation loses little there.
+    large = fourier_resize(views[label], 3 * size)
+    clean = fourier_resize(transform(large, Pose(back.angle, 3 * back.shift, back.mirror)), size)
+    clean = clean * (math.sqrt(snr) / views.std())
+    images = clean + torch.randn(n, size, size, generator=generator)
+    return images, torch.stack([label, pose.mirror.long()], 1)
+
+
+def choices(images: torch.Tensor, references: torch.Tensor, mode: str, **search: float):
+    """(n, 2) class and hand."""
+    label, pose, _ = found(images, references, mode, **search)
+    return torch.stack([label, pose.mirror.long()], 1)
+
+
+def test_broadband_references_are_screened_finer() -> None:
+    """What tells them apart lies where half the resolution has nothing."""
+    views = broadband(20, 72, 0.3, 29)
+    images, truth = particles_of(views, 100, 0.012)
+    assert screen_factor(views, Rings(1, 32)) < 1.5
+    exhaustive, adaptive = (
+        int((choices(images, views, mode, last_ring=32) != truth).any(1).sum())
+        for mode in ("exhaustive", "adaptive")
+    )
+    assert exhaustive <= 2  # it can be done
+    assert adaptive <= exhaustive
+
+
+def test_molecules_and_noisy_averages_are_screened_at_half_the_resolution() -> None:
+    data = simulate(1500, 30, size=90, snr=0.02, seed=0)
+    mask = soft_mask(90, 36)
+    rings = Rings(1, 36)
+    assert screen_factor(data.views * mask, rings) == 2
+    averages = torch.zeros_like(data.views).index_add_(
+        0, data.class_number - 1, transform(data.images, data.pose)
+    )
+    assert screen_factor(averages * mask, rings) == 2
+    assert screen_factor(torch.zeros(2, 90, 90), rings) == 2
+    assert screen_factor(broadband(5, 90, 0.4, 33), rings) == 1
+
+
+def test_margins_keep_what_wider_ones_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a third of all particles is lost in noise, twice the hypotheses change one choice in
+    25: half as many would change three times that (SCREENED 6, FINAL 1, SCREEN_MARGIN 0.75)."""
+    views = broadband(30, 64, 0.2, 23)
+    images, _ = particles_of(views, 300, 0.004)
+    kept = choices(images, views, "adaptive", last_ring=26)
+    wider = (("SCREENED", 16), ("SCREEN_MARGIN", 3.0), ("FINAL", 4), ("FINAL_MARGIN", 2.0))
+    for name, value in wider:
+        monkeypatch.setattr(adaptive, name, value)
+    wide = choices(images, views, "adaptive", last_ring=26)
+    assert int((kept != wide).any(1).sum()) <= 14
+
+
+def test_a_particle_of_nan_harms_no_other() -> None:
+    data = simulate(20, 4, size=48, snr=0.2, max_shift=2, seed=0)
+    images = data.images.clone()
+    images[3, 10, 10], images[7] = math.nan, math.nan
+    label, pose, score = found(images, data.views, "adaptive", max_shift=2)
+    other, other_pose, other_score = found(data.images, data.views, "adaptive", max_shift=2)
+    good = torch.ones(20, dtype=torch.bool)
+    good[[3, 7]] = False
+    assert torch.equal(label[good], other[good])
+    assert torch.equal(pose.angle[good], other_pose.angle[good])
+    assert torch.equal(score[good], other_score[good])
+    assert not score[~good].isfinite().any()  # told by the score, and no crash
+    assert ((label >= 0) & (label < 4)).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -156,7 +244,7 @@ def test_images_that_say_nothing_and_no_images() -> None:
 def test_small_boxes_are_screened_as_they_are() -> None:
     screen = prepare_screen(torch.randn(2, 32, 32), Search(max_shift=2).rings(32), 2, True)
     assert screen.factor == 1
-    screen = prepare_screen(torch.randn(2, 90, 90), Search(last_ring=36).rings(90), 3, True)
+    screen = prepare_screen(broadband(2, 90, 0.1, 36), Search(last_ring=36).rings(90), 3, True)
     assert (screen.factor, screen.size, len(screen.shifts)) == (2, 45, 9)
 
 

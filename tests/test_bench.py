@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import accuracy, classes, plain
+from bench import accuracy, classes, coverage, plain
 from bench.__main__ import ENTRIES, main, parser
 from bench.agreement import agreement
 from bench.bound import expected_medians, pose_covariance
@@ -170,3 +170,34 @@ def test_classes_scores_a_set_with_junk(tmp_path: Path):
     assert [row["seed"] for row in rows] == [0, 1, "mean"]
     assert rows[-1]["ARI"] > 0.9
     assert rows[-1]["views"] == rows[-1]["K"] == 3
+
+
+def test_coverage_forgives_what_a_class_has_in_common():
+    """A turn and a shift of every reference, and nothing else: no error is left."""
+    generator = torch.Generator().manual_seed(0)
+    n = 60
+    truth = Pose(
+        torch.rand(n, generator=generator).double() * 360 - 180,
+        torch.rand(n, 2, generator=generator).double() * 4 - 2,
+        torch.arange(n) % 3 == 0,
+    )
+    label = torch.arange(n) % 2
+    turn, shift = torch.tensor([0.02, -0.01]), torch.tensor([[0.5, 0.2], [-0.3, 0.4]])
+    gauge = Pose(turn.double()[label], shift.double()[label], torch.zeros(n, dtype=torch.bool))
+    pose = compose(truth, gauge)
+    root = torch.randn(n, 3, 3, generator=generator)
+    covariance = root @ root.mT + torch.eye(3)
+    error = coverage._errors(pose, truth)
+    left = coverage._without_gauge(error, covariance, pose, label)
+    assert error[:, 1:].norm(dim=1).min() > 0.3
+    assert left.abs().max() < 1e-3  # a small turn is a turn to first order
+
+
+def test_coverage_covers():
+    rows = coverage.run(n=300, views=3, size=48, snr=(0.3,), last_ring=18).rows
+    assert [row["set"] for row in rows] == [
+        f"simulated SNR 0.3, {kind}" for kind in ("true views", "averages")
+    ]
+    for row in rows:
+        for name in ("angle", "x", "y"):
+            assert 90 < row[f"{name} covered"] < 99  # 95, three binomial deviations of 300, 1 more

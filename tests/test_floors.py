@@ -14,7 +14,7 @@ FLOORS = {
         "particles", "seeding", "synthetic",
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
-    "search": ("refine", "adaptive", "search", "expectation", "band"),
+    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band"),
     "align": (
         "assign", "alignment", "checkpoint", "alternation", "matching", "mra", "schedule", "rfa",
     ),

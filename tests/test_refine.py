@@ -6,7 +6,7 @@ import torch
 from bench.bound import pose_covariance
 from cryoalign.geometry import pixel_grid
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.refine import refine
+from cryoalign.refine import refine, refine_poses, templates_of
 from cryoalign.search import Search
 from cryoalign.synthetic import simulate
 
@@ -76,3 +76,29 @@ def test_references_that_say_nothing_leave_the_pose() -> None:
     torch.testing.assert_close(pose.shift[0], torch.tensor([0.4, -0.3]), atol=2e-3, rtol=0)
     assert math.isfinite(float(pose.angle))
     assert score > 0.999
+
+
+def test_input_that_does_not_fit_is_refused() -> None:
+    images, views, pose = torch.randn(2, 32, 32), torch.randn(3, 32, 32), Pose.identity(2)
+    label, rings = torch.tensor([0, 2]), Search(max_shift=1).rings(32)
+    for wrong, words in (
+        ((images, views, torch.tensor([0, 3]), pose), "labels from 0 to 3, 3 references"),
+        ((images, views, torch.tensor([-1, 0]), pose), "labels from -1 to 0"),
+        ((images, views, label.int(), pose), "int32"),
+        ((images, views[:, 1:, 1:], label, pose), "of one box"),
+        ((images, views, label[:1], pose), "one for each image"),
+        ((images, views, label, Pose.identity(3)), "one for each image"),
+        ((images, views.double(), label, pose), "float64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refine(*wrong, rings)
+
+
+def test_the_operator_keeps_its_promises_for_strided_poses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 24, 24, generator=generator)
+    templates = templates_of(torch.randn(2, 24, 24, generator=generator))
+    shift = torch.rand(2, 3, generator=generator).mT  # (3, 2), columns side by side
+    label, angle = torch.tensor([0, 1, 0]), torch.rand(6, generator=generator)[::2]
+    arguments = (images, templates, label, angle, shift, angle > 0.5, 1, 9, 1)
+    torch.library.opcheck(refine_poses, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -5,7 +5,7 @@ from cryoalign import search as search_module
 from cryoalign.correlate import correlation_table
 from cryoalign.polar import reference_spectra, ring_spectra
 from cryoalign.pose import wrap_degrees
-from cryoalign.search import Search, match
+from cryoalign.search import Search, best_poses, image_peaks, match, prepare
 from cryoalign.synthetic import simulate
 
 pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
@@ -77,3 +77,61 @@ def test_rings_stay_in_the_box(size: int) -> None:
 def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises((ValueError, TypeError)):
         Search(**wrong)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "exhaustive"])
+def test_input_that_does_not_fit_is_refused(mode: str) -> None:
+    search, views = Search(max_shift=2, mode=mode), torch.randn(3, 32, 32)
+    target = prepare(views, search)
+    for wrong, words in (
+        (torch.randn(0, 32, 32), "no images"),
+        (torch.randn(2, 30, 30), "box of 32 px"),
+        (torch.randn(2, 30, 32), "box of 32 px"),
+        (torch.randn(32, 32), "box of 32 px"),
+        (torch.randn(2, 32, 32, dtype=torch.float64), "float64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            best_poses(wrong, target)
+        with pytest.raises(ValueError, match=words):
+            match(wrong, views, search)
+    for wrong, words in (
+        (torch.randn(0, 32, 32), "no references"),
+        (torch.randn(2, 30, 32), "size, size"),
+        (torch.ones(2, 32, 32, dtype=torch.int32), "float"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prepare(wrong, search)
+        with pytest.raises(ValueError, match=words):
+            match(torch.randn(2, 32, 32), wrong, search)
+
+
+def test_image_peaks_refuses_what_would_be_wrong_in_silence() -> None:
+    search = Search(max_shift=2)
+    rings = search.rings(32)
+    spectra = reference_spectra(torch.randn(3, 32, 32), rings)
+
+    def peaks(images=None, references=spectra, shifts=None, candidates=None, last=rings.last_ring):
+        return image_peaks(
+            torch.randn(2, 32, 32) if images is None else images,
+            references,
+            search.shifts() if shifts is None else shifts,
+            rings.first_ring,
+            rings.ring_step,
+            last,
+            rings.n_angles,
+            True,
+            candidates,
+        )
+
+    assert peaks()[0].shape == (2, 3)
+    for wrong, words in (
+        ({"last": rings.last_ring - 1}, "reference spectra"),
+        ({"references": spectra[:, 1:]}, "reference spectra"),
+        ({"references": spectra.to(torch.complex128)}, "complex128"),
+        ({"images": torch.randn(32, 32)}, "images"),
+        ({"shifts": torch.zeros(0, 2)}, "at least one"),
+        ({"shifts": torch.zeros(4)}, "at least one"),
+        ({"candidates": 0}, "candidates"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            peaks(**wrong)
