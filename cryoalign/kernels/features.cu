@@ -4,8 +4,11 @@
 //
 // A block makes one particle's spectra. It samples at the angles (j + 1/2) 2 pi / a, where
 // cosines and sines of even and odd frequencies fold four samples (theta, -theta, pi - theta,
-// pi + theta) into one entry of four products with a 64 x 64 matrix. A phase does eight rings at two rows
-// of shifts, whose samples share a half2 all the way from the image to the product.
+// pi + theta) into one entry of four products with a 64 x 64 matrix. Shifts are whole pixels, so a
+// point has the same weights at all of them: eight rings at a time walk along a row of shifts, a
+// column of up to eight of them at once. A column's pixels, interpolated downwards, serve the
+// shifts on both sides of it. Two samples, one pixel below the other, share a half2 all the way
+// from the image to the product. Samples go to two buffers in turn: one barrier a column.
 #include <algorithm>
 
 #include "copy.cuh"
@@ -18,8 +21,7 @@ constexpr int WARPS = THREADS / 32;
 constexpr int ANGLES = 256;
 constexpr int QUARTER = ANGLES / 4;
 constexpr int MOST_HALF_STEPS = 6;  // eight rings each
-constexpr int PASS = 32;            // columns of one wgmma: 2 shifts
-constexpr int PASS_BYTES = PASS * QUARTER * 2;
+constexpr int PASS_BYTES = 32 * QUARTER * 2;  // of one wgmma: 32 columns, two pairs of shifts
 // Samples are scaled to this deviation: the square of a sum of them must fit fp16.
 constexpr float DEVIATION = 0.25f;
 
@@ -36,10 +38,20 @@ struct Task {
   Layout layout;
 };
 
+// Of S shifts below each other: pairs, in one group or, past four of them, two.
 template <int S>
-constexpr int PASSES = (S + 1) / 2;
+constexpr int PAIRS = (S + 1) / 2;
+template <int S>
+constexpr int GROUPS = PAIRS<S> > 4 ? 2 : 1;
+template <int S>
+constexpr int GROUP = (PAIRS<S> + GROUPS<S> - 1) / GROUPS<S>;
+template <int S>
+constexpr int PASSES = (GROUP<S> + 1) / 2;
 template <int S>
 constexpr int TYPE_BYTES = PASSES<S> * PASS_BYTES;
+template <int S>
+constexpr int BUFFER_BYTES = 4 * TYPE_BYTES<S>;
+constexpr int PAIR_BYTES = 16 * QUARTER * 2;
 
 // What of the window of the image a sample may touch: rows and columns.
 __host__ __device__ constexpr int window_side(int last_ring, int shifts) {
@@ -48,27 +60,23 @@ __host__ __device__ constexpr int window_side(int last_ring, int shifts) {
 
 __device__ __forceinline__ __half2 both(float x) { return __float2half2_rn(x); }
 
-template <int HALF>
-__device__ __forceinline__ void halve(float (&v)[32], int lane) {
-  const bool upper = lane & HALF;
+// Sums over the warp of COUNT values, a power of two; lane l returns that of v[l % COUNT].
+template <int COUNT, int N>
+__device__ __forceinline__ float sums_over_warp(float (&v)[N], int lane) {
+  if constexpr (COUNT > 1) {
+    constexpr int HALF = COUNT / 2;
+    const bool upper = lane & HALF;
 #pragma unroll
-  for (int i = 0; i < HALF; ++i) {
-    const float keep = upper ? v[i + HALF] : v[i];
-    const float send = upper ? v[i] : v[i + HALF];
-    v[i] = keep + __shfl_xor_sync(~0u, send, HALF);
+    for (int i = 0; i < HALF; ++i) {
+      const float keep = upper ? v[i + HALF] : v[i];
+      const float send = upper ? v[i] : v[i + HALF];
+      v[i] = keep + __shfl_xor_sync(~0u, send, HALF);
+    }
+    return sums_over_warp<HALF>(v, lane);
+  } else {
+    for (int offset = 16; offset >= N; offset /= 2) v[0] += __shfl_xor_sync(~0u, v[0], offset);
+    return v[0];
   }
-}
-
-// Sums over the warp of the first COUNT of v; lane l returns that of v[l].
-template <int COUNT>
-__device__ __forceinline__ float sums_over_warp(float (&v)[32], int lane) {
-  if constexpr (COUNT > 16) halve<16>(v, lane);
-  halve<8>(v, lane);
-  halve<4>(v, lane);
-  halve<2>(v, lane);
-  halve<1>(v, lane);
-  if constexpr (COUNT <= 16) v[0] += __shfl_xor_sync(~0u, v[0], 16);
-  return v[0];
 }
 
 __device__ float block_sum(float v, float* shared) {
@@ -113,101 +121,128 @@ __device__ __forceinline__ void wgmma_finish() {
 #endif
 }
 
-// One point and its three mirror images, at a row of S + 1 columns and two rows of shifts.
-template <int S>
+__device__ __forceinline__ __half2 second_and_first(__half2 a, __half2 b) {
+  return __halves2half2(__high2half(a), __low2half(b));
+}
+
+// Two points of a ring, an eighth of a turn apart, each with its three mirror images, at P pairs
+// of shifts below each other; from one column of shifts to the next.
+template <int P>
 struct Sampler {
   const __half2* window;  // (row, column): the pixel, and the one below it
   int pitch;
+  bool more;  // rows follow below the last pair's
+  int at[2][4];
+  __half2 right[2], below[2], above[2], last[2][4][P];
 
-  // Two rows of S samples to the right of (x, y), in pixels from the window's corner.
-  __device__ __forceinline__ void row(int x, int y, float fx, float fy, __half2 gain,
-                                      __half2 (&out)[S]) const {
-    const __half2* from = window + y * pitch + x;
-    const __half2 right = both(fx);
-    // The two weights add up to the gain exactly: a flat image stays flat.
-    const __half2 below = __hmul2(both(fy), gain), above = __hsub2(gain, below);
-    __half2 last = __hfma2(from[pitch], below, __hmul2(from[0], above));
+  __device__ __forceinline__ Sampler(const __half2* window, int pitch, bool more)
+      : window(window), pitch(pitch), more(more) {}
+
+  // The points at `radius` in two directions about the middle, which is a pixel.
+  __device__ __forceinline__ void place(const float2 (&direction)[2], float radius, int middle_x,
+                                        int middle_y, float gain) {
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      const __half2 next = __hfma2(from[pitch + k + 1], below, __hmul2(from[k + 1], above));
-      out[k] = __hfma2(right, __hsub2(next, last), last);
-      last = next;
+    for (int u = 0; u < 2; ++u) {
+      const float px = radius * direction[u].x, py = radius * direction[u].y;  // both positive
+      const int x = static_cast<int>(px), y = static_cast<int>(py);
+      right[u] = both(px - x);
+      // The two weights add up to the gain exactly: a flat image stays flat.
+      below[u] = __hmul2(both(py - y), both(gain));
+      above[u] = __hsub2(both(gain), below[u]);
+#pragma unroll
+      for (int mirror = 0; mirror < 4; ++mirror) {
+        at[u][mirror] = (middle_y + (mirror & 1 ? -y - 1 : y)) * pitch + middle_x +
+                        (mirror & 2 ? -x - 1 : x);
+      }
     }
   }
 
-  // folded[k]: cosines of even and of odd frequencies, sines of even and of odd ones.
-  __device__ __forceinline__ void fold(float px, float py, int middle_x, int middle_y,
-                                       __half2 gain, __half2 (&folded)[S][4]) const {
-    const int x = static_cast<int>(px), y = static_cast<int>(py);  // both positive
-    const float fx = px - x, fy = py - y;
-    __half2 a[S], b[S];
-    row(middle_x + x, middle_y + y, fx, fy, gain, a);
-    row(middle_x + x, middle_y - y - 1, fx, 1.f - fy, gain, b);
+  // What lies in column `k` below a point, interpolated downwards.
+  __device__ __forceinline__ void column(int u, int mirror, int k, __half2 (&out)[P]) const {
+    const __half2* from = window + at[u][mirror] + k;
+    __half2 here = from[0];
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      folded[k][0] = __hadd2(a[k], b[k]);
-      folded[k][2] = __hsub2(a[k], b[k]);
+    for (int j = 0; j < P; ++j) {
+      // Past the last pair's first row nothing is wanted, and nothing may lie there.
+      const __half2 next = j + 1 < P || more ? from[2 * (j + 1) * pitch] : here;
+      const __half2 under = second_and_first(here, next);
+      out[j] = mirror & 1 ? __hfma2(under, above[u], __hmul2(here, below[u]))
+                          : __hfma2(under, below[u], __hmul2(here, above[u]));
+      here = next;
     }
-    row(middle_x - x - 1, middle_y + y, 1.f - fx, fy, gain, a);
-    row(middle_x - x - 1, middle_y - y - 1, 1.f - fx, 1.f - fy, gain, b);
+  }
+
+  __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      const __half2 sum = __hadd2(a[k], b[k]), difference = __hsub2(b[k], a[k]);
-      folded[k][1] = __hsub2(folded[k][0], sum);
-      folded[k][0] = __hadd2(folded[k][0], sum);
-      folded[k][3] = __hsub2(folded[k][2], difference);
-      folded[k][2] = __hadd2(folded[k][2], difference);
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int mirror = 0; mirror < 4; ++mirror) column(u, mirror, 0, last[u][mirror]);
+  }
+
+  // Samples of shift column k, folded: cosines of even and of odd frequencies, sines of even and
+  // of odd ones. They go to shared memory, `to` for the two rows of a pair; squares are added.
+  __device__ __forceinline__ void step(int k, uint32_t type_bytes, const uint32_t (&to)[2],
+                                       float (&squares)[2 * P]) {
+    __half2 folded[2][4][P];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      __half2 sample[4][P];
+#pragma unroll
+      for (int mirror = 0; mirror < 4; ++mirror) {
+        __half2 next[P];
+        column(u, mirror, k + 1, next);
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+          const __half2 before = last[u][mirror][j];
+          sample[mirror][j] = mirror & 2 ? __hfma2(right[u], __hsub2(before, next[j]), next[j])
+                                         : __hfma2(right[u], __hsub2(next[j], before), before);
+          last[u][mirror][j] = next[j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < P; ++j) {
+        const __half2 sum = __hadd2(sample[0][j], sample[1][j]);
+        const __half2 difference = __hsub2(sample[0][j], sample[1][j]);
+        const __half2 other_sum = __hadd2(sample[2][j], sample[3][j]);
+        const __half2 other = __hsub2(sample[3][j], sample[2][j]);
+        folded[u][0][j] = __hadd2(sum, other_sum);
+        folded[u][1][j] = __hsub2(sum, other_sum);
+        folded[u][2][j] = __hadd2(difference, other);
+        folded[u][3][j] = __hsub2(difference, other);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+      __half2 square = __hmul2(folded[0][0][j], folded[0][0][j]);
+#pragma unroll
+      for (int type = 0; type < 4; ++type) {
+        const __half2 first = folded[0][type][j], second = folded[1][type][j];
+        if (type > 0) square = __hfma2(first, first, square);
+        square = __hfma2(second, second, square);
+        const __half2 pair[2] = {__lows2half2(first, second), __highs2half2(first, second)};
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+          asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + type * type_bytes +
+                                                         j * PAIR_BYTES),
+                       "r"(*reinterpret_cast<const uint32_t*>(&pair[row]))
+                       : "memory");
+      }
+      const float2 rows = __half22float2(square);
+      squares[2 * j] = rows.x;
+      squares[2 * j + 1] = rows.y;
     }
   }
 };
-
-// The samples of this lane's ring into shared memory; returns sums of squares (lane 2 k + row).
-template <int S>
-__device__ __forceinline__ float sample_ring(const Sampler<S>& sampler, const float2 (&direction)[2],
-                                             float radius, int middle_x, int middle_y, float gain,
-                                             const uint32_t (&to)[2]) {
-  const __half2 weight = both(gain);
-  __half2 first[S][4], second[S][4], square[S];
-  sampler.fold(radius * direction[0].x, radius * direction[0].y, middle_x, middle_y, weight, first);
-#pragma unroll
-  for (int k = 0; k < S; ++k) {
-    square[k] = __hmul2(first[k][0], first[k][0]);
-#pragma unroll
-    for (int type = 1; type < 4; ++type)
-      square[k] = __hfma2(first[k][type], first[k][type], square[k]);
-  }
-  sampler.fold(radius * direction[1].x, radius * direction[1].y, middle_x, middle_y, weight,
-               second);
-  float sums[32] = {};
-#pragma unroll
-  for (int k = 0; k < S; ++k) {
-#pragma unroll
-    for (int type = 0; type < 4; ++type) {
-      square[k] = __hfma2(second[k][type], second[k][type], square[k]);
-      const __half2 pair[2] = {__lows2half2(first[k][type], second[k][type]),
-                               __highs2half2(first[k][type], second[k][type])};
-#pragma unroll
-      for (int row = 0; row < 2; ++row)
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + type * TYPE_BYTES<S> + k * 2048),
-                     "r"(*reinterpret_cast<const uint32_t*>(&pair[row]))
-                     : "memory");
-    }
-    const float2 both_rows = __half22float2(square[k]);
-    sums[2 * k] = both_rows.x;
-    sums[2 * k + 1] = both_rows.y;
-  }
-  return sums_over_warp<2 * S>(sums, threadIdx.x & 31);
-}
 
 template <int S>
 __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_constant__ Task task) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other cards are never sent here
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ float power[2][WARPS][32];
-  __shared__ float constant[2][MOST_HALF_STEPS][S * 16];  // what frequency 0 has
-  __shared__ float level[2][2 * S];                       // the mean, as frequency 0 has it
+  constexpr int P = GROUP<S>;
+  __shared__ float power[WARPS][S][2 * P];
+  __shared__ float constant[MOST_HALF_STEPS][S][P * 16];  // what frequency 0 has
+  __shared__ float level[S][2 * P];                       // the mean, as frequency 0 has it
   __shared__ float scratch[WARPS];
-  constexpr int PAIRS = (S + 1) / 2;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, c = lane & 3;
   const int64_t particle = blockIdx.x;
@@ -253,7 +288,6 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
   // these are 4 h + lane / 8, from 0 or from 8 on.
   const int eight = warp >> 2, angle8 = warp & 3;
   const int ring4 = lane >> 3, angle = lane & 7;
-  const Sampler<S> sampler{window, task.pitch};
   float2 direction[2];
 #pragma unroll
   for (int u = 0; u < 2; ++u)
@@ -268,138 +302,147 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
     to[row] = product + column * 128 + ((chunk ^ (column & 7)) << 4) + (angle & 3) * 4;
   }
   const int parity = warp >> 2, quarter = warp & 3;  // a warpgroup a parity; 16 of 64 rows a warp
+  const uint4* const matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
+  // Frequency 0 is written last, without the mean.
+  const bool zero = parity == 0 && quarter == 0 && g == 0;
+  uint32_t turn = 0;  // which buffer
 
-  for (int pair = 0; pair < PAIRS; ++pair) {
-    const int buffer = pair & 1;
+  for (int group = 0; group < GROUPS<S>; ++group) {
+    const int first_row = 2 * P * group;
+    Sampler<P> sampler(window, task.pitch, group + 1 < GROUPS<S>);
     for (int half_step = 0; half_step < 2 * steps; ++half_step) {
       const int t = half_step >> 1, h = half_step & 1;
       const bool empty = 16 * t + 4 * h >= task.rings;
-      float sum = 0.f;
-      if (!empty) {
-        const int i = 16 * t + 4 * h + 8 * eight + ring4;
-        if (i - ring4 < task.rings) {
-          // Past the last ring the samples are zero.
-          const float gain = i < task.rings ? __ldg(task.gain + i) : 0.f;
-          const int ring = max(task.rings - 1 - i, 0);
-          sum = sample_ring<S>(sampler, direction, task.first_ring + task.ring_step * ring,
-                               task.last_ring, task.last_ring + 2 * pair, gain, to);
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4 * S; ++k)
-#pragma unroll
-            for (int row = 0; row < 2; ++row)
-              asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + k / S * TYPE_BYTES<S> +
-                                                             k % S * 2048),
-                           "r"(0)
-                           : "memory");
-        }
-        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+      // Past the last ring the samples are zero.
+      const int i = 16 * t + 4 * h + 8 * eight + ring4;
+      const bool sampled = i - ring4 < task.rings;
+      if (sampled) {
+        const int ring = max(task.rings - 1 - i, 0);
+        sampler.place(direction, task.first_ring + task.ring_step * ring, task.last_ring,
+                      task.last_ring + first_row, i < task.rings ? __ldg(task.gain + i) : 0.f);
+        sampler.begin();
       }
-      if (half_step == 0)
-        power[buffer][warp][lane] = sum;
-      else
-        power[buffer][warp][lane] += sum;
-      const uint4* matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
-      uint4 a[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) a[k] = __ldg(matrix + k * 32);
-      // Where this lane's results for the first column of shifts go, for both groups of rows.
-      const int row = 2 * pair + (c >> 1);
+      // Where this lane's results for the first pair of shifts go, for both groups of rows.
       bool kept[2];
       int place[2];
 #pragma unroll
       for (int high = 0; high < 2; ++high) {
         const int q = 2 * quarter + high;
-        kept[high] = row < S && q < task.layout.groups && t < task.layout.steps[q];
-        place[high] = ((S * S - 1 - row) * fragments + parity * task.layout.parity +
-                        task.layout.base[q] + 8 * t + g) * FRAGMENT +
-                       member * 4 + 2 * h + (c & 1);
+        kept[high] = q < task.layout.groups && t < task.layout.steps[q];
+        place[high] = ((S * S - 1 - first_row - (c >> 1)) * fragments +
+                       parity * task.layout.parity + task.layout.base[q] + 8 * t + g) *
+                          FRAGMENT +
+                      member * 4 + 2 * h + (c & 1);
       }
-      // The mean is taken from frequency 0 later.
-      const bool zero = parity == 0 && quarter == 0 && g == 0;
-      float* const keep = constant[buffer][half_step] + 2 * c;
-      __syncthreads();  // all samples are there
-#pragma unroll
-      for (int pass = 0; pass < PASSES<S>; ++pass) {
-        float re[16], im[16];
+#pragma unroll 1
+      for (int k = 0; k < S; ++k, turn ^= BUFFER_BYTES<S>) {
+        uint4 a[8];
         if (!empty) {
-          const uint32_t from = product + parity * TYPE_BYTES<S> + pass * PASS_BYTES;
-          wgmma_begin();
+          float squares[2 * P] = {};
+          const uint32_t there[2] = {to[0] + turn, to[1] + turn};
+          if (sampled) {
+            sampler.step(k, TYPE_BYTES<S>, there, squares);
+          } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) wgmma(re, a[k], from + 32 * k, k > 0);
+            for (int e = 0; e < 4 * P; ++e)
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            wgmma(im, a[4 + k], from + 2 * TYPE_BYTES<S> + 32 * k, k > 0);
-          wgmma_finish();
-        } else {
+              for (int row = 0; row < 2; ++row)
+                asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(there[row] +
+                                                               e / P * TYPE_BYTES<S> +
+                                                               e % P * PAIR_BYTES),
+                             "r"(0)
+                             : "memory");
+          }
+          asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+          constexpr int COUNT = P == 1 ? 2 : P == 2 ? 4 : 8;
+          float padded[COUNT];
 #pragma unroll
-          for (int j = 0; j < 16; ++j) re[j] = im[j] = 0.f;
+          for (int e = 0; e < COUNT; ++e) padded[e] = e < 2 * P ? squares[e] : 0.f;
+          const float sum = sums_over_warp<COUNT>(padded, lane);
+          if (lane < 2 * P) {
+            float* const own = &power[warp][k][lane];
+            *own = half_step == 0 ? sum : *own + sum;
+          }
+#pragma unroll
+          for (int e = 0; e < 8; ++e) a[e] = __ldg(matrix + e * 32);
         }
-        if (pass == PASSES<S> - 1) __syncthreads();  // the product's memory is free again
+        float* const keep = constant[half_step][k] + 2 * c;
+        __syncthreads();  // all samples are there, and the other buffer is free again
 #pragma unroll
-        for (int high = 0; high < 2; ++high) {
-          if (!kept[high]) continue;
+        for (int pass = 0; pass < PASSES<S>; ++pass) {
+          float re[16], im[16];
+          if (!empty) {
+            const uint32_t from =
+                product + turn + parity * TYPE_BYTES<S> + pass * PASS_BYTES;
+            wgmma_begin();
 #pragma unroll
-          for (int local = 0; local < 2; ++local) {
-            const int k = 2 * pass + local, n0 = 8 * local + 2 * high, n1 = n0 + 4;
-            if (k >= S) continue;
-            if (high == 0 && zero) {
-              keep[16 * k] = re[n0];
-              keep[16 * k + 1] = re[n0 + 1];
-              keep[16 * k + 8] = re[n1];
-              keep[16 * k + 9] = re[n1 + 1];
-            } else {
-              tile[place[high] - k * stride] =
-                  make_uint4(pack2(re[n0], re[n0 + 1]), pack2(im[n0], im[n0 + 1]),
-                             pack2(re[n1], re[n1 + 1]), pack2(im[n1], im[n1 + 1]));
+            for (int e = 0; e < 4; ++e) wgmma(re, a[e], from + 32 * e, e > 0);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              wgmma(im, a[4 + e], from + 2 * TYPE_BYTES<S> + 32 * e, e > 0);
+            wgmma_finish();
+          } else {
+#pragma unroll
+            for (int e = 0; e < 16; ++e) re[e] = im[e] = 0.f;
+          }
+#pragma unroll
+          for (int high = 0; high < 2; ++high) {
+#pragma unroll
+            for (int local = 0; local < 2; ++local) {
+              const int j = 2 * pass + local, n0 = 8 * local + 2 * high, n1 = n0 + 4;
+              if (j >= P || !kept[high] || first_row + 2 * j + (c >> 1) >= S) continue;
+              if (high == 0 && zero) {
+                keep[16 * j] = re[n0];
+                keep[16 * j + 1] = re[n0 + 1];
+                keep[16 * j + 8] = re[n1];
+                keep[16 * j + 9] = re[n1 + 1];
+              } else {
+                tile[place[high] - k * stride - 2 * j * fragments * FRAGMENT] =
+                    make_uint4(pack2(re[n0], re[n0 + 1]), pack2(im[n0], im[n0 + 1]),
+                               pack2(re[n1], re[n1 + 1]), pack2(im[n1], im[n1 + 1]));
+              }
             }
           }
         }
       }
     }
-    // Mean and deviation of the two rows of shifts, then what frequency 0 has without the mean.
+    // Mean and deviation of the shifts, then what frequency 0 has without the mean.
     __syncthreads();
-    if (threadIdx.x < 2 * S) {
-      const int k = threadIdx.x >> 1, row = threadIdx.x & 1;
+    for (int item = threadIdx.x; item < S * 2 * P; item += THREADS) {
+      const int k = item / (2 * P), row = item % (2 * P);
+      if (first_row + row >= S) continue;
       float mean = 0.f, sum = 0.f;
-      for (int half_step = 0; half_step < 2 * steps; ++half_step)
-        for (int j = 0; j < 8; ++j) {
-          const int within = (j & 3) + 8 * (j >> 2);
-          const int i = 16 * (half_step >> 1) + 4 * (half_step & 1) + within;
-          if (i < task.rings)
-            mean = fmaf(task.gain[i],
-                        constant[buffer][half_step][16 * k + 4 * row + (j & 3) + 8 * (j >> 2)],
-                        mean);
-        }
-      for (int w = 0; w < WARPS; ++w) sum += power[buffer][w][threadIdx.x];
+      for (int i = 0; i < task.rings; ++i)
+        mean = fmaf(task.gain[i], constant[i >> 4 << 1 | (i >> 2 & 1)][k]
+                                          [16 * (row >> 1) + (i & 8) + 4 * (row & 1) + (i & 3)],
+                    mean);
+      for (int w = 0; w < WARPS; ++w) sum += power[w][k][row];
       // In units of the packed spectra: weights w = largest_weight gain^2.
       mean *= sqrtf(task.largest_weight / ANGLES);
       const float whole = sum * task.largest_weight / (4.f * DEVIATION * DEVIATION * ANGLES);
       const float variance = whole - mean * mean;
-      level[buffer][threadIdx.x] = mean * sqrtf(ANGLES * task.largest_weight);
-      if (2 * pair + row < S) {
-        const int shift = (S - 1 - k) * S + (S - 1 - 2 * pair - row);
-        // Below this the deviation is rounding.
-        task.scale[particle * S * S + shift] = variance > 1e-5f * whole ? rsqrtf(variance) : 0.f;
-      }
+      level[k][row] = mean * sqrtf(ANGLES * task.largest_weight);
+      const int shift = (S - 1 - k) * S + (S - 1 - first_row - row);
+      // Below this the deviation is rounding.
+      task.scale[particle * S * S + shift] = variance > 1e-5f * whole ? rsqrtf(variance) : 0.f;
     }
     __syncthreads();
-    for (int item = threadIdx.x; item < 2 * S * 4 * steps; item += THREADS) {
-      const int quad = item % (4 * steps), k = item / (4 * steps) >> 1;
-      const int row = item / (4 * steps) & 1;
-      if (2 * pair + row >= S) continue;
+    for (int item = threadIdx.x; item < S * 2 * P * 4 * steps; item += THREADS) {
+      const int quad = item % (4 * steps), k = item / (4 * steps) / (2 * P);
+      const int row = item / (4 * steps) % (2 * P);
+      if (first_row + row >= S) continue;
       const int t = quad >> 2, h = quad >> 1 & 1, low = quad & 1;
       float v[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int within = 2 * low + (e & 1) + 8 * (e >> 1), i = 16 * t + 4 * h + within;
+        const int within = 2 * low + (e & 1), i = 16 * t + 4 * h + within + 8 * (e >> 1);
         v[e] = i < task.rings
-                   ? constant[buffer][2 * t + h][16 * k + 8 * (e >> 1) + 4 * row + 2 * low +
-                                                 (e & 1)] -
-                         task.gain[i] * level[buffer][2 * k + row]
+                   ? constant[2 * t + h][k][16 * (row >> 1) + 8 * (e >> 1) + 4 * (row & 1) +
+                                            within] -
+                         task.gain[i] * level[k][row]
                    : 0.f;
       }
-      const int shift = (S - 1 - k) * S + (S - 1 - 2 * pair - row);
+      const int shift = (S - 1 - k) * S + (S - 1 - first_row - row);
       tile[(static_cast<int64_t>(shift) * fragments + 8 * t) * FRAGMENT + member * 4 +
            (quad & 3)] = make_uint4(pack2(v[0], v[1]), 0, pack2(v[2], v[3]), 0);
     }
@@ -419,8 +462,10 @@ void launch(Task task, int64_t blocks, cudaStream_t stream) {
   const int side = window_side(task.last_ring, S);
   const int raw = (side + 1) * (side + 1) * static_cast<int>(sizeof(float));
   task.pitch = window_pitch(side);
-  task.product_bytes = (std::max(4 * TYPE_BYTES<S>, raw) + 15) / 16 * 16;
-  const size_t bytes = task.product_bytes + sizeof(__half2) * side * task.pitch;
+  task.product_bytes = (std::max(2 * BUFFER_BYTES<S>, raw) + 15) / 16 * 16;
+  // The last pairs may reach below what is wanted of the window; what lies there is not used.
+  const int rows = 2 * (task.last_ring + GROUPS<S> * GROUP<S>);
+  const size_t bytes = task.product_bytes + sizeof(__half2) * rows * task.pitch;
   STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));
@@ -430,7 +475,8 @@ void launch(Task task, int64_t blocks, cudaStream_t stream) {
 
 // shifts: per side of their square grid of whole pixels, in the order of Search.shifts.
 void pack_images(Tensor images, Tensor transform, Tensor gain, std::vector<int64_t> steps,
-                 int64_t first_ring, int64_t ring_step, int64_t shifts, double largest_weight, Tensor packed, Tensor scale) {
+                 int64_t first_ring, int64_t ring_step, int64_t shifts, double largest_weight,
+                 Tensor packed, Tensor scale) {
   require(images.dim() == 3 && scale.dim() == 2, "pack_images: images (n, h, w), scale (8 b, s)");
   Task task;
   task.images = floats(images, "images");
