@@ -32,7 +32,7 @@ struct Task {
   uint4* packed;           // (blocks, s, F, 32)
   float* scale;            // (8 blocks, s)
   int64_t n;
-  int height, width, rings, first_ring, ring_step, last_ring, pitch;
+  int height, width, rings, first_ring, ring_step, last_ring;
   int product_bytes;  // of shared memory: the products' right sides, before them the raw image
   float largest_weight;
   Layout layout;
@@ -60,25 +60,6 @@ __host__ __device__ constexpr int window_side(int last_ring, int shifts) {
 
 __device__ __forceinline__ __half2 both(float x) { return __float2half2_rn(x); }
 
-// Sums over the warp of COUNT values, a power of two; lane l returns that of v[l % COUNT].
-template <int COUNT, int N>
-__device__ __forceinline__ float sums_over_warp(float (&v)[N], int lane) {
-  if constexpr (COUNT > 1) {
-    constexpr int HALF = COUNT / 2;
-    const bool upper = lane & HALF;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-      const float keep = upper ? v[i + HALF] : v[i];
-      const float send = upper ? v[i] : v[i + HALF];
-      v[i] = keep + __shfl_xor_sync(~0u, send, HALF);
-    }
-    return sums_over_warp<HALF>(v, lane);
-  } else {
-    for (int offset = 16; offset >= N; offset /= 2) v[0] += __shfl_xor_sync(~0u, v[0], offset);
-    return v[0];
-  }
-}
-
 __device__ float block_sum(float v, float* shared) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
   if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = v;
@@ -88,13 +69,16 @@ __device__ float block_sum(float v, float* shared) {
   return v;
 }
 
-// D (64 x 32 fp32) (+)= A (64 x 16, registers) B (16 x 32, shared memory, one column a row of 128
-// bytes, swizzled).
-__device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint32_t address,
-                                      bool accumulate) {
+// Of the right side of a wgmma: one column a row of 128 bytes, swizzled.
+__device__ __forceinline__ uint32_t descriptor_of(uint32_t address) {
+  return (address & 0x3FFFF) >> 4 | 1 << 16;
+}
+
+// D (64 x 32 fp32) (+)= A (64 x 16, registers) B (16 x 32, shared memory).
+template <bool FIRST>
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint32_t descriptor) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const uint64_t descriptor = static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (1ull << 16) |
-                              (64ull << 32) | (1ull << 62);
+  const uint64_t whole = 64ull << 32 | 1ull << 62 | descriptor;
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
@@ -103,8 +87,7 @@ __device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint32_t a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor),
-        "r"(static_cast<int>(accumulate)));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(whole), "n"(FIRST ? 0 : 1));
 #endif
 }
 
@@ -121,26 +104,35 @@ __device__ __forceinline__ void wgmma_finish() {
 #endif
 }
 
-__device__ __forceinline__ __half2 second_and_first(__half2 a, __half2 b) {
+// The lower row of `a` and the upper one of `b`.
+__device__ __forceinline__ __half2 between(__half2 a, __half2 b) {
   return __halves2half2(__high2half(a), __low2half(b));
 }
 
+__device__ __forceinline__ uint32_t bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
+
+__device__ __forceinline__ __half2 load_half2(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(v) : "r"(address));
+  return *reinterpret_cast<__half2*>(&v);
+}
+
+__device__ __forceinline__ void store_bits(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
+}
+
 // Two points of a ring, an eighth of a turn apart, each with its three mirror images, at P pairs
-// of shifts below each other; from one column of shifts to the next.
-template <int P>
+// of shifts below each other; from one column of shifts to the next. A row of the window has PITCH
+// half2: the pixel, and the one below it.
+template <int P, int PITCH>
 struct Sampler {
-  const __half2* window;  // (row, column): the pixel, and the one below it
-  int pitch;
   bool more;  // rows follow below the last pair's
-  int at[2][4];
+  uint32_t at[2][4];
   __half2 right[2], below[2], above[2], last[2][4][P];
 
-  __device__ __forceinline__ Sampler(const __half2* window, int pitch, bool more)
-      : window(window), pitch(pitch), more(more) {}
-
-  // The points at `radius` in two directions about the middle, which is a pixel.
-  __device__ __forceinline__ void place(const float2 (&direction)[2], float radius, int middle_x,
-                                        int middle_y, float gain) {
+  // The points at `radius` in two directions about the middle, a pixel; then the first column.
+  __device__ __forceinline__ void place(uint32_t middle, const float2 (&direction)[2],
+                                        float radius, float gain) {
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const float px = radius * direction[u].x, py = radius * direction[u].y;  // both positive
@@ -151,38 +143,33 @@ struct Sampler {
       above[u] = __hsub2(both(gain), below[u]);
 #pragma unroll
       for (int mirror = 0; mirror < 4; ++mirror) {
-        at[u][mirror] = (middle_y + (mirror & 1 ? -y - 1 : y)) * pitch + middle_x +
-                        (mirror & 2 ? -x - 1 : x);
+        at[u][mirror] =
+            middle + 4 * ((mirror & 1 ? -y - 1 : y) * PITCH + (mirror & 2 ? -x - 1 : x));
+        column(u, mirror, last[u][mirror]);
       }
     }
   }
 
-  // What lies in column `k` below a point, interpolated downwards.
-  __device__ __forceinline__ void column(int u, int mirror, int k, __half2 (&out)[P]) const {
-    const __half2* from = window + at[u][mirror] + k;
-    __half2 here = from[0];
+  // What lies in the next column below a point, interpolated downwards.
+  __device__ __forceinline__ void column(int u, int mirror, __half2 (&out)[P]) {
+    __half2 here = load_half2(at[u][mirror]);
 #pragma unroll
     for (int j = 0; j < P; ++j) {
       // Past the last pair's first row nothing is wanted, and nothing may lie there.
-      const __half2 next = j + 1 < P || more ? from[2 * (j + 1) * pitch] : here;
-      const __half2 under = second_and_first(here, next);
+      const __half2 next =
+          j + 1 < P || more ? load_half2(at[u][mirror] + 8 * (j + 1) * PITCH) : here;
+      const __half2 under = between(here, next);
       out[j] = mirror & 1 ? __hfma2(under, above[u], __hmul2(here, below[u]))
                           : __hfma2(under, below[u], __hmul2(here, above[u]));
       here = next;
     }
+    at[u][mirror] += 4;
   }
 
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-#pragma unroll
-      for (int mirror = 0; mirror < 4; ++mirror) column(u, mirror, 0, last[u][mirror]);
-  }
-
-  // Samples of shift column k, folded: cosines of even and of odd frequencies, sines of even and
-  // of odd ones. They go to shared memory, `to` for the two rows of a pair; squares are added.
-  __device__ __forceinline__ void step(int k, uint32_t type_bytes, const uint32_t (&to)[2],
-                                       float (&squares)[2 * P]) {
+  // Samples of the next column of shifts, folded: cosines of even and of odd frequencies, sines of
+  // even and of odd ones. They go to shared memory, `to` for the two rows of a pair.
+  __device__ __forceinline__ void step(uint32_t type_bytes, const uint32_t (&to)[2],
+                                       __half2 (&square)[P]) {
     __half2 folded[2][4][P];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -190,7 +177,7 @@ struct Sampler {
 #pragma unroll
       for (int mirror = 0; mirror < 4; ++mirror) {
         __half2 next[P];
-        column(u, mirror, k + 1, next);
+        column(u, mirror, next);
 #pragma unroll
         for (int j = 0; j < P; ++j) {
           const __half2 before = last[u][mirror][j];
@@ -213,28 +200,39 @@ struct Sampler {
     }
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      __half2 square = __hmul2(folded[0][0][j], folded[0][0][j]);
+      square[j] = __hmul2(folded[0][0][j], folded[0][0][j]);
 #pragma unroll
       for (int type = 0; type < 4; ++type) {
         const __half2 first = folded[0][type][j], second = folded[1][type][j];
-        if (type > 0) square = __hfma2(first, first, square);
-        square = __hfma2(second, second, square);
-        const __half2 pair[2] = {__lows2half2(first, second), __highs2half2(first, second)};
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-          asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to[row] + type * type_bytes +
-                                                         j * PAIR_BYTES),
-                       "r"(*reinterpret_cast<const uint32_t*>(&pair[row]))
-                       : "memory");
+        if (type > 0) square[j] = __hfma2(first, first, square[j]);
+        square[j] = __hfma2(second, second, square[j]);
+        store_bits(to[0] + type * type_bytes + j * PAIR_BYTES,
+                   bits(__lows2half2(first, second)));
+        store_bits(to[1] + type * type_bytes + j * PAIR_BYTES,
+                   bits(__highs2half2(first, second)));
       }
-      const float2 rows = __half22float2(square);
-      squares[2 * j] = rows.x;
-      squares[2 * j + 1] = rows.y;
     }
   }
 };
 
-template <int S>
+// Sums over the warp of each row of P <= 4 pairs, in fp32 on the tensor cores: row g to the lanes
+// 4 g to 4 g + 3.
+template <int P>
+__device__ __forceinline__ float sums_of_rows(const __half2 (&v)[P], int lane) {
+  const int g = lane >> 2;
+  // Ones in row g of the left side, where it meets its row of a pair.
+  const uint32_t one = g & 1 ? 0x3C000000 : 0x3C00;
+  float d[4] = {};
+#pragma unroll
+  for (int j = 0; j < P; j += 2)
+    mma(d, make_uint4(g >> 1 == j ? one : 0, 0, g >> 1 == j + 1 ? one : 0, 0), bits(v[j]),
+        j + 1 < P ? bits(v[j + 1]) : 0);
+  float sum = d[0] + d[1];
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
+}
+
+template <int S, int PITCH>
 __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_constant__ Task task) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other cards are never sent here
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -243,7 +241,8 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
   __shared__ float constant[MOST_HALF_STEPS][S][P * 16];  // what frequency 0 has
   __shared__ float level[S][2 * P];                       // the mean, as frequency 0 has it
   __shared__ float scratch[WARPS];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // the compiler sees that it is uniform
   const int g = lane >> 2, c = lane & 3;
   const int64_t particle = blockIdx.x;
   const int member = particle % MEMBERS;
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
   for (int y = warp; y < side; y += WARPS)
     for (int x = lane; x < side; x += 32) {
       const float* from = raw + y * staged + x;
-      window[y * task.pitch + x] = __floats2half2_rn(from[0] * (unit * DEVIATION),
+      window[y * PITCH + x] = __floats2half2_rn(from[0] * (unit * DEVIATION),
                                                      from[staged] * (unit * DEVIATION));
     }
   __syncthreads();
@@ -303,107 +302,116 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
   }
   const int parity = warp >> 2, quarter = warp & 3;  // a warpgroup a parity; 16 of 64 rows a warp
   const uint4* const matrix = task.transform + (parity * 4 + quarter) * 8 * 32 + lane;
+  const uint32_t descriptor = descriptor_of(product + parity * TYPE_BYTES<S>);
   // Frequency 0 is written last, without the mean.
   const bool zero = parity == 0 && quarter == 0 && g == 0;
-  uint32_t turn = 0;  // which buffer
+  const int two_rows = 2 * fragments * FRAGMENT;
+  uint32_t turn = 0;  // where the buffer begins
 
   for (int group = 0; group < GROUPS<S>; ++group) {
     const int first_row = 2 * P * group;
-    Sampler<P> sampler(window, task.pitch, group + 1 < GROUPS<S>);
+    const uint32_t middle = shared_address(window) +
+                            4 * ((task.last_ring + first_row) * PITCH + task.last_ring);
+    Sampler<P, PITCH> sampler;
+    sampler.more = group + 1 < GROUPS<S>;
     for (int half_step = 0; half_step < 2 * steps; ++half_step) {
       const int t = half_step >> 1, h = half_step & 1;
-      const bool empty = 16 * t + 4 * h >= task.rings;
-      // Past the last ring the samples are zero.
-      const int i = 16 * t + 4 * h + 8 * eight + ring4;
-      const bool sampled = i - ring4 < task.rings;
-      if (sampled) {
-        const int ring = max(task.rings - 1 - i, 0);
-        sampler.place(direction, task.first_ring + task.ring_step * ring, task.last_ring,
-                      task.last_ring + first_row, i < task.rings ? __ldg(task.gain + i) : 0.f);
-        sampler.begin();
-      }
-      // Where this lane's results for the first pair of shifts go, for both groups of rows.
+      // Where this lane's results for the first pair of shifts go, and how much further on those of
+      // the second eight rows.
       bool kept[2];
-      int place[2];
 #pragma unroll
       for (int high = 0; high < 2; ++high) {
         const int q = 2 * quarter + high;
         kept[high] = q < task.layout.groups && t < task.layout.steps[q];
-        place[high] = ((S * S - 1 - first_row - (c >> 1)) * fragments +
-                       parity * task.layout.parity + task.layout.base[q] + 8 * t + g) *
-                          FRAGMENT +
-                      member * 4 + 2 * h + (c & 1);
+      }
+      uint4* out = tile + ((S * S - 1 - first_row - (c >> 1)) * fragments +
+                           parity * task.layout.parity + task.layout.base[2 * quarter] + 8 * t +
+                           g) * FRAGMENT +
+                   member * 4 + 2 * h + (c & 1);
+      const int further =
+          (task.layout.base[2 * quarter + 1] - task.layout.base[2 * quarter]) * FRAGMENT;
+      float* keep = constant[half_step][0] + 2 * c;
+      const auto wanted = [&](int j) { return first_row + 2 * j + (c >> 1) < S; };
+
+      if (16 * t + 4 * h >= task.rings) {  // past the last ring
+        for (int k = 0; k < S; ++k, out -= stride, keep += P * 16)
+          for (int j = 0; j < P; ++j) {
+            for (int high = 0; high < 2; ++high)
+              if (kept[high] && wanted(j))
+                out[high * further - j * two_rows] = make_uint4(0, 0, 0, 0);
+            if (zero) keep[16 * j] = keep[16 * j + 1] = keep[16 * j + 8] = keep[16 * j + 9] = 0.f;
+          }
+        continue;
+      }
+      const int i = 16 * t + 4 * h + 8 * eight + ring4;
+      const bool sampled = i - ring4 < task.rings;
+      if (sampled) {
+        // Of these a lane may still be past the last ring: its samples are zero.
+        const int ring = max(task.rings - 1 - i, 0);
+        sampler.place(middle, direction, task.first_ring + task.ring_step * ring,
+                      i < task.rings ? __ldg(task.gain + i) : 0.f);
       }
 #pragma unroll 1
-      for (int k = 0; k < S; ++k, turn ^= BUFFER_BYTES<S>) {
-        uint4 a[8];
-        if (!empty) {
-          float squares[2 * P] = {};
-          const uint32_t there[2] = {to[0] + turn, to[1] + turn};
-          if (sampled) {
-            sampler.step(k, TYPE_BYTES<S>, there, squares);
-          } else {
+      for (int k = 0; k < S; ++k) {
+        const uint32_t there[2] = {to[0] + turn, to[1] + turn};
+        __half2 square[P];
+        if (sampled) {
+          sampler.step(TYPE_BYTES<S>, there, square);
+        } else {
 #pragma unroll
-            for (int e = 0; e < 4 * P; ++e)
+          for (int j = 0; j < P; ++j) {
+            square[j] = both(0.f);
 #pragma unroll
-              for (int row = 0; row < 2; ++row)
-                asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(there[row] +
-                                                               e / P * TYPE_BYTES<S> +
-                                                               e % P * PAIR_BYTES),
-                             "r"(0)
-                             : "memory");
+            for (int e = 0; e < 8; ++e)
+              store_bits(there[e & 1] + (e >> 1) * TYPE_BYTES<S> + j * PAIR_BYTES, 0);
           }
-          asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-          constexpr int COUNT = P == 1 ? 2 : P == 2 ? 4 : 8;
-          float padded[COUNT];
-#pragma unroll
-          for (int e = 0; e < COUNT; ++e) padded[e] = e < 2 * P ? squares[e] : 0.f;
-          const float sum = sums_over_warp<COUNT>(padded, lane);
-          if (lane < 2 * P) {
-            float* const own = &power[warp][k][lane];
-            *own = half_step == 0 ? sum : *own + sum;
-          }
-#pragma unroll
-          for (int e = 0; e < 8; ++e) a[e] = __ldg(matrix + e * 32);
         }
-        float* const keep = constant[half_step][k] + 2 * c;
+        asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+        const float sum = sums_of_rows<P>(square, lane);
+        if (c == 0 && g < 2 * P) {
+          float* const own = &power[warp][k][g];
+          *own = half_step == 0 ? sum : *own + sum;
+        }
+        uint4 a[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) a[e] = __ldg(matrix + e * 32);
         __syncthreads();  // all samples are there, and the other buffer is free again
 #pragma unroll
         for (int pass = 0; pass < PASSES<S>; ++pass) {
           float re[16], im[16];
-          if (!empty) {
-            const uint32_t from =
-                product + turn + parity * TYPE_BYTES<S> + pass * PASS_BYTES;
-            wgmma_begin();
+          const uint32_t from = descriptor + (turn + pass * PASS_BYTES) / 16;
+          wgmma_begin();
+          wgmma<true>(re, a[0], from);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) wgmma(re, a[e], from + 32 * e, e > 0);
+          for (int e = 1; e < 4; ++e) wgmma<false>(re, a[e], from + 2 * e);
+          wgmma<true>(im, a[4], from + TYPE_BYTES<S> / 8);
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-              wgmma(im, a[4 + e], from + 2 * TYPE_BYTES<S> + 32 * e, e > 0);
-            wgmma_finish();
-          } else {
+          for (int e = 1; e < 4; ++e)
+            wgmma<false>(im, a[4 + e], from + TYPE_BYTES<S> / 8 + 2 * e);
+          wgmma_finish();
 #pragma unroll
-            for (int e = 0; e < 16; ++e) re[e] = im[e] = 0.f;
-          }
+          for (int local = 0; local < 2; ++local) {
+            const int j = 2 * pass + local, n = 8 * local;
+            if (j >= P) continue;
+            if (zero) {
+              keep[16 * j] = re[n];
+              keep[16 * j + 1] = re[n + 1];
+              keep[16 * j + 8] = re[n + 4];
+              keep[16 * j + 9] = re[n + 5];
+            }
 #pragma unroll
-          for (int high = 0; high < 2; ++high) {
-#pragma unroll
-            for (int local = 0; local < 2; ++local) {
-              const int j = 2 * pass + local, n0 = 8 * local + 2 * high, n1 = n0 + 4;
-              if (j >= P || !kept[high] || first_row + 2 * j + (c >> 1) >= S) continue;
-              if (high == 0 && zero) {
-                keep[16 * j] = re[n0];
-                keep[16 * j + 1] = re[n0 + 1];
-                keep[16 * j + 8] = re[n1];
-                keep[16 * j + 9] = re[n1 + 1];
-              } else {
-                tile[place[high] - k * stride - 2 * j * fragments * FRAGMENT] =
-                    make_uint4(pack2(re[n0], re[n0 + 1]), pack2(im[n0], im[n0 + 1]),
-                               pack2(re[n1], re[n1 + 1]), pack2(im[n1], im[n1 + 1]));
-              }
+            for (int high = 0; high < 2; ++high) {
+              const int m = n + 2 * high;
+              if (kept[high] && wanted(j))
+                out[high * further - j * two_rows] =
+                    make_uint4(pack2(re[m], re[m + 1]), pack2(im[m], im[m + 1]),
+                               pack2(re[m + 4], re[m + 5]), pack2(im[m + 4], im[m + 5]));
             }
           }
         }
+        out -= stride;
+        keep += P * 16;
+        turn ^= BUFFER_BYTES<S>;
       }
     }
     // Mean and deviation of the shifts, then what frequency 0 has without the mean.
@@ -450,27 +458,30 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
 #endif
 }
 
-// Odd enough that points along a ring meet different banks, see images.py.
-int window_pitch(int side) {
-  int pitch = side;
-  while (pitch % 16 != 7 && pitch % 16 != 9) ++pitch;
-  return pitch;
-}
-
-template <int S>
+template <int S, int PITCH>
 void launch(Task task, int64_t blocks, cudaStream_t stream) {
   const int side = window_side(task.last_ring, S);
   const int raw = (side + 1) * (side + 1) * static_cast<int>(sizeof(float));
-  task.pitch = window_pitch(side);
   task.product_bytes = (std::max(2 * BUFFER_BYTES<S>, raw) + 15) / 16 * 16;
   // The last pairs may reach below what is wanted of the window; what lies there is not used.
   const int rows = 2 * (task.last_ring + GROUPS<S> * GROUP<S>);
-  const size_t bytes = task.product_bytes + sizeof(__half2) * rows * task.pitch;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S>,
+  const size_t bytes = task.product_bytes + sizeof(__half2) * rows * PITCH;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S, PITCH>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));
-  features_kernel<S><<<grid_size(blocks), THREADS, bytes, stream>>>(task);
+  features_kernel<S, PITCH><<<grid_size(blocks), THREADS, bytes, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Pitches with which points along a ring meet different banks.
+template <int S>
+void launch(const Task& task, int64_t blocks, cudaStream_t stream) {
+  const int side = window_side(task.last_ring, S);
+  require(side <= 151, "pack_images: larger rings than it is made for");
+  if (side <= 87)
+    launch<S, 87>(task, blocks, stream);
+  else
+    launch<S, 151>(task, blocks, stream);
 }
 
 // shifts: per side of their square grid of whole pixels, in the order of Search.shifts.
