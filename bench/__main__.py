@@ -23,6 +23,7 @@ from bench import (
     classes,
     coverage,
     gpu_search,
+    gpu_stages,
     interpolation,
     iteration,
     memory,
@@ -36,6 +37,7 @@ from bench.result import RESULTS, Result, compare, record
 ENTRIES: dict[str, Callable[..., Result]] = {
     "search": search.run,
     "gpu_search": gpu_search.run,
+    "gpu_stages": gpu_stages.run,
     "iteration": iteration.run,
     "scaling": scaling.run,
     "memory": memory.run,

@@ -47,7 +47,7 @@ def run(
     data = simulate(FEW, max(k), size=size, snr=0.1, max_shift=max_shift)
     images, views = data.images.cuda(), data.views.cuda()
     particles = _packed_particles(images, n, layout, rings, shifts)
-    matrix_rate, copy_rate = _matrix_rate(repeats), _copy_rate(repeats)
+    ceilings = matrix_rate(repeats), copy_rate(repeats)
     some = ring_spectra(images, rings, shifts)
     rows: list[Row] = []
     for classes in k:
@@ -56,7 +56,7 @@ def run(
         narrow = _packed_particles(images, n, own, rings, shifts)
         rows += _rows(
             (particles, narrow), some, references, (layout, own), n, candidates, repeats,
-            (matrix_rate, copy_rate),
+            ceilings,
         )  # fmt: skip
         del narrow
     return Result(
@@ -65,8 +65,8 @@ def run(
             f"{n} particles of {size} px, {layout.rings} rings, {len(shifts)} shifts, 2 hands, "
             f"{layout.angles} angles, steps {layout.steps}, on {torch.cuda.get_device_name()}; "
             f"median of {repeats}",
-            f"ceilings measured in this run: fp16 product {matrix_rate / 1e12:.0f} TFLOP/s, copy "
-            f"{copy_rate / 1e12:.2f} TB/s",
+            f"ceilings measured in this run: fp16 product {ceilings[0] / 1e12:.0f} TFLOP/s, copy "
+            f"{ceilings[1] / 1e12:.2f} TB/s",
             "tensor: executed on the tensor cores, references filled up to eights included; "
             "stream: packed particles read, once per 8 references, mostly from L2",
             f"operator and plain start from complex64 spectra of {FEW} particles",
@@ -111,12 +111,12 @@ def _rows(
         "operator": (few, lambda: peaks.fused_peaks(some, references, True, candidates)),
         "plain": (few, lambda: [plain.peaks(x, references) for x in some.split(part)]),
     }
-    seconds = {name: _seconds(call, repeats) / count for name, (count, call) in stages.items()}
+    times = {name: seconds(call, repeats) / count for name, (count, call) in stages.items()}
     used = {"fused": layouts[0], "portable": layouts[0], "own band": layouts[1]}
     tiles = some.shape[1] * -(-k // 8) / 8  # of one particle
     rows: list[Row] = []
-    for name, each in seconds.items():
-        flops, stream = _work(used[name]) if name in used else (0.0, 0.0)
+    for name, each in times.items():
+        flops, stream = tile_work(used[name]) if name in used else (0.0, 0.0)
         rows.append(
             {
                 "k": k,
@@ -124,7 +124,7 @@ def _rows(
                 "steps": " ".join(map(str, used[name].steps)) if name in used else "",
                 "particles/s": 1 / each,
                 "us/particle": 1e6 * each,
-                "x plain": seconds["plain"] / each,
+                "x plain": times["plain"] / each,
                 "tensor TFLOP/s": tiles * flops / each / 1e12 or None,
                 "of product": tiles * flops / each / ceilings[0] or None,
                 "stream TB/s": tiles * stream / each / 1e12 or None,
@@ -134,7 +134,7 @@ def _rows(
     return rows
 
 
-def _work(layout: Layout) -> tuple[float, float]:
+def tile_work(layout: Layout) -> tuple[float, float]:
     """Of one tile: operations executed on the tensor cores, and bytes of particles streamed."""
     rows, depth = 64 * -(-layout.angles // 256), 16 * -(-len(layout.steps) // 2)
     transform = 2.0 * 4 * rows * depth * 128
@@ -162,7 +162,7 @@ def _packed_particles(
     return packed
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def seconds(call: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call on the GPU."""
     call()
     times = []
@@ -176,14 +176,14 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _matrix_rate(repeats: int) -> float:
+def matrix_rate(repeats: int) -> float:
     """FLOP/s of a large fp16 matrix product."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.half) for _ in range(2))
-    return 2 * 8192**3 / _seconds(lambda: a @ b, repeats)
+    return 2 * 8192**3 / seconds(lambda: a @ b, repeats)
 
 
-def _copy_rate(repeats: int) -> float:
+def copy_rate(repeats: int) -> float:
     """Bytes/s of a large copy, read and written."""
     source = torch.empty(2**32, device="cuda", dtype=torch.uint8).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source), repeats)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), repeats)

@@ -13,7 +13,7 @@ from bench.timing import measure
 from cryoalign.particles import choose_device
 from cryoalign.polar import reference_spectra
 from cryoalign.refine import refine
-from cryoalign.search import Search, match_spectra
+from cryoalign.search import Search, best_match
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(
         spectra = reference_spectra(views, rings)
 
         def poses(images=images, views=views, spectra=spectra, search=search, rings=rings):  # type: ignore[no-untyped-def]
-            label, _, pose = match_spectra(images, spectra, search, rings).best()
+            label, _, pose = best_match(images, spectra, search, rings)
             return refine(images, views, label, pose, rings)
 
         few = images[: max(8, len(images) // 8)]  # the plain table is large and slow
