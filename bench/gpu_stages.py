@@ -88,50 +88,21 @@ def _stages(
     images: Tensor, views: Tensor, search: Search, rings: Rings
 ) -> Iterator[tuple[str, Stage]]:
     """The stages by name, each with its inputs made beforehand."""
-    n, k = len(images), len(views)
-    shifts = search.shifts("cuda")
-    side = round(len(shifts) ** 0.5)
     references = ring_spectra(views, rings)[:, 0].contiguous()
-    layout = Layout.of_references(references)
-    packed = peaks.pack_references(references, layout)
-    image, spectra = 4.0 * images[0].numel(), len(shifts) * (64.0 * layout.fragments + 4)
-    pairs = 2.0 * k  # of a particle: references and hands
-
-    def features() -> peaks.Packed:
-        return kernel_images.pack_images(images, rings, side, layout)
-
-    yield "features", Stage(features, _features_work(rings, side), image + spectra)
-    made = features()
-    coarse, shift = peaks.search_packed(made, packed, layout, n, k)
-    yield (
-        "search",
-        Stage(
-            lambda: peaks.search_packed(made, packed, layout, n, k),
-            len(shifts) * -(-k // 8) / 8 * tile_work(layout)[0],
-            spectra + 16 * pairs,
-        ),
-    )
-    score = coarse.new_empty(n, k)
-    place = torch.empty(n, k, dtype=torch.int64, device=score.device)
-
-    def rescore() -> None:
-        kernel_images.rescore(
-            images, references, shifts, rings, side // 2, coarse, shift, CANDIDATES, score, place
-        )
-
-    yield "rescore", Stage(rescore, 0.0, image + 8 * pairs + 12 * k)
+    image = 4.0 * images[0].numel()
+    yield from _search_stages(images, references, search, rings)
     label, _, pose = best_match(images, references, search, rings)
     templates = templates_of(views)
     yield (
         "refine",
         Stage(lambda: refine_on(images, templates, label, pose, rings), 0.0, image + 37),
     )
-    rows = torch.arange(n, device=images.device)
+    rows = torch.arange(len(images), device=images.device)
 
     def averaged() -> None:
         class_sums(
-            rows.split(2048), images.__getitem__, pose, label, rows % 2, k, images.shape[-1],
-            images.device,
+            rows.split(2048), images.__getitem__, pose, label, rows % 2, len(views),
+            images.shape[-1], images.device,
         )  # fmt: skip
 
     # A chunk of 16 members becomes one partial sum of doubles, written and read.
@@ -142,6 +113,41 @@ def _stages(
         refine_on(images, templates, label, pose, rings)
 
     yield "images to poses", Stage(whole, 0.0, image + 37)
+
+
+def _search_stages(
+    images: Tensor, references: Tensor, search: Search, rings: Rings
+) -> Iterator[tuple[str, Stage]]:
+    """What `best_match` does, in the layout of the references."""
+    n, k = len(images), len(references)
+    shifts = search.shifts("cuda")
+    side = round(len(shifts) ** 0.5)
+    layout = Layout.of_references(references)
+    packed = peaks.pack_references(references, layout)
+    image, spectra = 4.0 * images[0].numel(), len(shifts) * (64.0 * layout.fragments + 4)
+    pairs = 2.0 * k  # of a particle: references and hands
+
+    def features() -> peaks.Packed:
+        return kernel_images.pack_images(images, rings, side, layout)
+
+    yield "features", Stage(features, _features_work(rings, side), image + spectra)
+    made = features()
+
+    def searched() -> tuple[Tensor, Tensor]:
+        return peaks.search_packed(made, packed, layout, n, k)
+
+    flops = len(shifts) * -(-k // 8) / 8 * tile_work(layout)[0]
+    yield "search", Stage(searched, flops, spectra + 16 * pairs)
+    coarse, shift = searched()
+    score = coarse.new_empty(n, k)
+    place = torch.empty(n, k, dtype=torch.int64, device=score.device)
+
+    def rescored() -> None:
+        kernel_images.rescore(
+            images, references, shifts, rings, side // 2, coarse, shift, CANDIDATES, score, place
+        )
+
+    yield "rescore", Stage(rescored, 0.0, image + 8 * pairs + 12 * k)
 
 
 def _features_work(rings: Rings, side: int) -> float:

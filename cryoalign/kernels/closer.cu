@@ -2,8 +2,9 @@
 // search found: the exact score and angle of the textbook's grid. For 256 angles.
 //
 // A block takes one particle and up to GROUP of its references: the best, which it picks itself, or
-// every one in turn. Each shift among them is sampled once. A warp makes the spectra of two rings with one complex transform of 256 points, 8 in
-// every lane; two rows of scores come back from one such transform too.
+// every one in turn. Each shift among them is sampled once. A warp makes the spectra of two rings
+// with one complex transform of 256 points, 8 in every lane; two rows of scores come back from one
+// such transform too.
 #include <cfloat>
 
 #include "copy.cuh"

@@ -1,5 +1,5 @@
-// Copies into shared memory that nobody waits for before `wait_for_copies`: a loop of them costs one
-// memory latency.
+// Copies into shared memory that nobody waits for before `wait_for_copies`: a loop of them costs
+// one memory latency.
 #pragma once
 
 #include "common.cuh"

@@ -58,6 +58,12 @@ __host__ __device__ constexpr int window_side(int last_ring, int shifts) {
   return 2 * last_ring + shifts;
 }
 
+// The last pairs may reach below that: zeros lie there.
+template <int S>
+__host__ __device__ constexpr int window_rows(int last_ring) {
+  return 2 * (last_ring + GROUPS<S> * GROUP<S>);
+}
+
 __device__ __forceinline__ __half2 both(float x) { return __float2half2_rn(x); }
 
 __device__ float block_sum(float v, float* shared) {
@@ -121,6 +127,15 @@ __device__ __forceinline__ void store_bits(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
 }
 
+// Where it stands, and not where the compiler would rather have it.
+__device__ __forceinline__ uint4 load_matrix(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
 // Two points of a ring, an eighth of a turn apart, each with its three mirror images, at P pairs
 // of shifts below each other; from one column of shifts to the next. A row of the window has PITCH
 // half2: the pixel, and the one below it.
@@ -145,65 +160,62 @@ struct Sampler {
       for (int mirror = 0; mirror < 4; ++mirror) {
         at[u][mirror] =
             middle + 4 * ((mirror & 1 ? -y - 1 : y) * PITCH + (mirror & 2 ? -x - 1 : x));
-        column(u, mirror, last[u][mirror]);
+        __half2 here = load_half2(at[u][mirror]);
+#pragma unroll
+        for (int j = 0; j < P; ++j) last[u][mirror][j] = down(u, mirror, j, here);
+        at[u][mirror] += 4;
       }
     }
   }
 
-  // What lies in the next column below a point, interpolated downwards.
-  __device__ __forceinline__ void column(int u, int mirror, __half2 (&out)[P]) {
-    __half2 here = load_half2(at[u][mirror]);
-#pragma unroll
-    for (int j = 0; j < P; ++j) {
-      // Past the last pair's first row nothing is wanted, and nothing may lie there.
-      const __half2 next =
-          j + 1 < P || more ? load_half2(at[u][mirror] + 8 * (j + 1) * PITCH) : here;
-      const __half2 under = between(here, next);
-      out[j] = mirror & 1 ? __hfma2(under, above[u], __hmul2(here, below[u]))
-                          : __hfma2(under, below[u], __hmul2(here, above[u]));
-      here = next;
-    }
-    at[u][mirror] += 4;
+  // A point's column interpolated downwards at pair j, whose pixels are `here`, then the next's.
+  __device__ __forceinline__ __half2 down(int u, int mirror, int j, __half2& here) const {
+    // Past the last pair's first row nothing is wanted, and nothing may lie there.
+    const __half2 next =
+        j + 1 < P || more ? load_half2(at[u][mirror] + 8 * (j + 1) * PITCH) : here;
+    const __half2 under = between(here, next);
+    const __half2 value = mirror & 1 ? __hfma2(under, above[u], __hmul2(here, below[u]))
+                                     : __hfma2(under, below[u], __hmul2(here, above[u]));
+    here = next;
+    return value;
   }
 
   // Samples of the next column of shifts, folded: cosines of even and of odd frequencies, sines of
   // even and of odd ones. They go to shared memory, `to` for the two rows of a pair.
   __device__ __forceinline__ void step(uint32_t type_bytes, const uint32_t (&to)[2],
                                        __half2 (&square)[P]) {
-    __half2 folded[2][4][P];
+    __half2 here[2][4];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      __half2 sample[4][P];
+    for (int u = 0; u < 2; ++u)
 #pragma unroll
-      for (int mirror = 0; mirror < 4; ++mirror) {
-        __half2 next[P];
-        column(u, mirror, next);
-#pragma unroll
-        for (int j = 0; j < P; ++j) {
-          const __half2 before = last[u][mirror][j];
-          sample[mirror][j] = mirror & 2 ? __hfma2(right[u], __hsub2(before, next[j]), next[j])
-                                         : __hfma2(right[u], __hsub2(next[j], before), before);
-          last[u][mirror][j] = next[j];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < P; ++j) {
-        const __half2 sum = __hadd2(sample[0][j], sample[1][j]);
-        const __half2 difference = __hsub2(sample[0][j], sample[1][j]);
-        const __half2 other_sum = __hadd2(sample[2][j], sample[3][j]);
-        const __half2 other = __hsub2(sample[3][j], sample[2][j]);
-        folded[u][0][j] = __hadd2(sum, other_sum);
-        folded[u][1][j] = __hsub2(sum, other_sum);
-        folded[u][2][j] = __hadd2(difference, other);
-        folded[u][3][j] = __hsub2(difference, other);
-      }
-    }
+      for (int mirror = 0; mirror < 4; ++mirror) here[u][mirror] = load_half2(at[u][mirror]);
 #pragma unroll
     for (int j = 0; j < P; ++j) {
-      square[j] = __hmul2(folded[0][0][j], folded[0][0][j]);
+      __half2 folded[2][4];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        __half2 sample[4];
+#pragma unroll
+        for (int mirror = 0; mirror < 4; ++mirror) {
+          const __half2 before = last[u][mirror][j];
+          const __half2 next = down(u, mirror, j, here[u][mirror]);
+          sample[mirror] = mirror & 2 ? __hfma2(right[u], __hsub2(before, next), next)
+                                      : __hfma2(right[u], __hsub2(next, before), before);
+          last[u][mirror][j] = next;
+        }
+        const __half2 sum = __hadd2(sample[0], sample[1]);
+        const __half2 difference = __hsub2(sample[0], sample[1]);
+        const __half2 other_sum = __hadd2(sample[2], sample[3]);
+        const __half2 other = __hsub2(sample[3], sample[2]);
+        folded[u][0] = __hadd2(sum, other_sum);
+        folded[u][1] = __hsub2(sum, other_sum);
+        folded[u][2] = __hadd2(difference, other);
+        folded[u][3] = __hsub2(difference, other);
+      }
+      square[j] = __hmul2(folded[0][0], folded[0][0]);
 #pragma unroll
       for (int type = 0; type < 4; ++type) {
-        const __half2 first = folded[0][type][j], second = folded[1][type][j];
+        const __half2 first = folded[0][type], second = folded[1][type];
         if (type > 0) square[j] = __hfma2(first, first, square[j]);
         square[j] = __hfma2(second, second, square[j]);
         store_bits(to[0] + type * type_bytes + j * PAIR_BYTES,
@@ -212,6 +224,10 @@ struct Sampler {
                    bits(__highs2half2(first, second)));
       }
     }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int mirror = 0; mirror < 4; ++mirror) at[u][mirror] += 4;
   }
 };
 
@@ -274,11 +290,11 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
     squares = fmaf(raw[i], raw[i], squares);
   squares = block_sum(squares, scratch) / (staged * staged);
   const float unit = squares > 0.f ? rsqrtf(squares) : 0.f;
-  for (int y = warp; y < side; y += WARPS)
+  for (int y = warp; y < window_rows<S>(task.last_ring); y += WARPS)
     for (int x = lane; x < side; x += 32) {
-      const float* from = raw + y * staged + x;
-      window[y * PITCH + x] = __floats2half2_rn(from[0] * (unit * DEVIATION),
-                                                     from[staged] * (unit * DEVIATION));
+      const float* from = raw + min(y, side - 1) * staged + x;
+      const float factor = y < side ? unit * DEVIATION : 0.f;
+      window[y * PITCH + x] = __floats2half2_rn(from[0] * factor, from[staged] * factor);
     }
   __syncthreads();
 
@@ -353,6 +369,9 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
       }
 #pragma unroll 1
       for (int k = 0; k < S; ++k) {
+        uint4 a[8];  // they come while the samples are taken
+#pragma unroll
+        for (int e = 0; e < 8; ++e) a[e] = load_matrix(matrix + e * 32);
         const uint32_t there[2] = {to[0] + turn, to[1] + turn};
         __half2 square[P];
         if (sampled) {
@@ -372,9 +391,6 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
           float* const own = &power[warp][k][g];
           *own = half_step == 0 ? sum : *own + sum;
         }
-        uint4 a[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) a[e] = __ldg(matrix + e * 32);
         __syncthreads();  // all samples are there, and the other buffer is free again
 #pragma unroll
         for (int pass = 0; pass < PASSES<S>; ++pass) {
@@ -463,9 +479,8 @@ void launch(Task task, int64_t blocks, cudaStream_t stream) {
   const int side = window_side(task.last_ring, S);
   const int raw = (side + 1) * (side + 1) * static_cast<int>(sizeof(float));
   task.product_bytes = (std::max(2 * BUFFER_BYTES<S>, raw) + 15) / 16 * 16;
-  // The last pairs may reach below what is wanted of the window; what lies there is not used.
-  const int rows = 2 * (task.last_ring + GROUPS<S> * GROUP<S>);
-  const size_t bytes = task.product_bytes + sizeof(__half2) * rows * PITCH;
+  const size_t bytes =
+      task.product_bytes + sizeof(__half2) * window_rows<S>(task.last_ring) * PITCH;
   STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S, PITCH>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)));

@@ -10,8 +10,8 @@
 // What bounds it, measured on an H100 at 36 rings and 256 angles: the consumer. A tile of 64 pairs
 // takes about 3700 clocks, of which 64 wgmma of 32 columns take 37 each (half the rate of wider
 // ones, which its registers cannot hold: 64 for the matrix, 64 for sums, 32 for the best values)
-// and the reduction 1100. The stream of particle fragments, 5 to 6 TB/s from L2, comes next: with 112
-// fragments a tile instead of 192 the time falls by less than a tenth. So a narrower band pays
+// and the reduction 1100. The stream of particle fragments, 5 to 6 TB/s from L2, comes next: with
+// 112 fragments a tile instead of 192 the time falls by less than a tenth. So a narrower band pays
 // through the transform's depth (K_STEPS) first, and through the stream second.
 
 #include <algorithm>

@@ -5,11 +5,11 @@
 namespace cryoalign {
 namespace {
 
-// One block a multiprocessor, so that what its tile's norm has read is still in L2 when it is packed.
+// One block a multiprocessor: what its tile's norm has read is still in L2 when it is packed.
 constexpr int PACK_THREADS = 1024;
 constexpr int PARTS = PACK_THREADS / 32 / MEMBERS;  // warps that share a member's norm
 
-// One warp's part of the sum of |X|^2 over a member's rings and frequencies; the same for every lane.
+// One warp's part of the sum of |X|^2 over a member's rings and frequencies; the same in all lanes.
 __device__ float warp_power(const float2* __restrict__ spectrum, int count, int part) {
   float sum = 0.f;
   for (int i = 32 * part + (threadIdx.x & 31); i < count; i += 32 * PARTS) {
@@ -107,7 +107,7 @@ void pack(const Tensor& spectra, int64_t members, int64_t shifts, int64_t rings,
   require(rings * frequencies < (int64_t{1} << 31), "spectra too large");
   if (tiles == 0) return;
   const DeviceGuard guard(spectra.get_device_index());
-  const int unused = shared_limit() / 2 + 1024;  // shared memory, so that a second block has no room
+  const int unused = shared_limit() / 2 + 1024;  // so that a second block has no room
   STD_CUDA_CHECK(cudaFuncSetAttribute(pack_kernel<REFERENCES>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, unused));
   pack_kernel<REFERENCES><<<grid_size(tiles), PACK_THREADS, unused, current_stream(spectra)>>>(

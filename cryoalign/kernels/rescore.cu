@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(THREADS)
                    const float* __restrict__ coarse,       // (2, n, k, hands)
                    const int32_t* __restrict__ shift,      // (2, n, k, hands)
                    const int64_t* __restrict__ chosen,     // (n, c)
-                   int64_t n, int64_t k, int candidates, int shifts, int rings, int frequencies, int hands,
-                   float* __restrict__ score, int64_t* __restrict__ place) {
+                   int64_t n, int64_t k, int candidates, int shifts, int rings, int frequencies,
+                   int hands, float* __restrict__ score, int64_t* __restrict__ place) {
   extern __shared__ float2 memory[];
   __shared__ Peak peaks[WARPS];
   float2* partial = memory;
@@ -149,8 +149,8 @@ void rescore(Tensor particles, Tensor references, Tensor coarse, Tensor shift, T
   const int64_t n = particles.size(0), k = references.size(0), frequencies = particles.size(3);
   require(references.size(1) == particles.size(2) && references.size(2) == frequencies,
           "rescore: particles and references of different rings");
-  require(coarse.size(0) == 2 && coarse.size(1) == n && coarse.size(2) == k && chosen.size(0) == n &&
-              shift.numel() == coarse.numel() && score.numel() == n * k &&
+  require(coarse.size(0) == 2 && coarse.size(1) == n && coarse.size(2) == k &&
+              chosen.size(0) == n && shift.numel() == coarse.numel() && score.numel() == n * k &&
               place.numel() == n * k,
           "rescore: sizes do not fit");
   if (chosen.numel() == 0) return;

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
     reduction.begin_shift(s);
     for (int row_block = row_group; row_block < task.row_blocks; row_block += ROW_GROUPS) {
       float sums[4][4][4] = {};  // type (2 im + parity), column group, accumulator
-      const uint4* w = task.weights + static_cast<int64_t>(row_block) * 4 * task.k_steps * 32 + lane;
+      const uint4* w =
+          task.weights + static_cast<int64_t>(row_block) * 4 * task.k_steps * 32 + lane;
       for (int step = 0; step < band_steps; ++step) {
 #pragma unroll
         for (int type = 0; type < 4; ++type) {
@@ -158,8 +159,8 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
 
 // ------------------------------------------------------------------ reductions
 
-// The best value and its shift, and the runner-up of another shift. The shift of a run of 64 rides in the value's low six bits,
-// counted down so that the first of equals wins.
+// The best value and its shift, and the runner-up of another shift. The shift of a run of 64 rides
+// in the value's low six bits, counted down so that the first of equals wins.
 struct Best {
   using Partial = Two;
   float best[4][2];
@@ -374,7 +375,8 @@ void fused_peaks(Tensor particles, Tensor scale, Tensor references, Tensor refer
   require(score.dim() == 4 && score.size(0) == 2, "score must be (2, n, k, hands)");
   if (score.numel() == 0) return;
   const DeviceGuard guard(score.get_device_index());
-  Task task = make_task(particles, scale, references, reference_scale, weights, steps, angles, score);
+  Task task =
+      make_task(particles, scale, references, reference_scale, weights, steps, angles, score);
   require(shift.numel() == score.numel(), "shift must have score's shape");
   task.shift = ints(shift, "shift");
   const cudaStream_t stream = current_stream(score);

@@ -40,9 +40,9 @@ __device__ __forceinline__ float tagged(float value, uint32_t tag) {
   return __uint_as_float((__float_as_uint(value) & ~63u) | tag);
 }
 
-// The best tagged value, and the best one that bears another tag (another shift). The second is what
-// the rows (angles) that the first does not win still show: near its own maximum when the two are
-// nearly equal, which is when it matters.
+// The best tagged value, and the best one that bears another tag (another shift). The second is
+// what the rows (angles) that the first does not win still show: near its own maximum when the two
+// are nearly equal, which is when it matters.
 struct Two {
   float best, second;
 };
@@ -78,8 +78,8 @@ __device__ __forceinline__ int64_t output_index(const Task& task, int64_t partic
   return (particle * task.k + reference) * task.hands + hand;
 }
 
-// A run of up to 64 shifts that ended with shift s. Later runs must be better, not equal. One thread
-// sees all runs of a column.
+// A run of up to 64 shifts that ended with shift s. Later runs must be better, not equal. One
+// thread sees all runs of a column.
 __device__ __forceinline__ void write_two(const Task& task, const Two& two, int64_t particle_block,
                                           int64_t reference_block, int column, int hand, int s) {
   const int64_t to = output_index(task, particle_block, reference_block, column, hand);
