@@ -26,6 +26,7 @@ from bench import (
     interpolation,
     iteration,
     memory,
+    quality,
     relion,
     rfa,
     scaling,
@@ -48,6 +49,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "relion": relion.run,
     "rfa": rfa.run,
     "assignment": assignment.run,
+    "quality": quality.run,
     "interpolation": interpolation.run,
 }
 
