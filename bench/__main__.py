@@ -27,6 +27,7 @@ from bench import (
     interpolation,
     iteration,
     memory,
+    quality,
     relion,
     rfa,
     scaling,
@@ -50,6 +51,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "relion": relion.run,
     "rfa": rfa.run,
     "assignment": assignment.run,
+    "quality": quality.run,
     "interpolation": interpolation.run,
 }
 

@@ -72,3 +72,38 @@ def _cell_errors(gauge: Pose) -> tuple[Tensor, Tensor, Tensor]:
     near = offset.abs() < 20
     turn = wrap_degrees(offset - offset[near].mean()).abs()
     return members, turn, (place - place.median(0).values).norm(dim=1)
+
+
+def pose_errors(label: Tensor, pose: Pose, view: Tensor, truth: Pose) -> tuple[Tensor, Tensor]:
+    """Which particles are right, and their poses' errors in the particle's own frame.
+
+    Args:
+        label: (n,) class index, negative where set aside; pose: (n,) onto the class.
+        view: (n,) true view, negative for junk; truth: (n,) pose onto that view.
+
+    Returns:
+        right (n,): of the class's commonest view and hand, within 10 degrees and 2 px; error
+        (n, 3): degrees and pixels (x, y) from the pose that the truth and the class's own turn
+        and place make, these being means over its right members. NaN elsewhere.
+    """
+    pose, truth = pose.to(torch.float64), truth.to(torch.float64)
+    error = torch.full((len(label), 3), torch.nan, dtype=torch.float64)
+    for c in range(int(label.max()) + 1):
+        members = ((label == c) & (view >= 0)).nonzero().squeeze(1)
+        if len(members) == 0:
+            continue
+        members = members[view[members] == view[members].mode().values]
+        gauge = compose(truth[members].inverse(), pose[members])
+        kept, turn, place = _cell_errors(gauge)
+        near = kept[(turn < 10) & (place < 2)]
+        if len(near) < 3:
+            continue
+        members, gauge = members[near], gauge[near]
+        angle = gauge.angle[0] + wrap_degrees(gauge.angle - gauge.angle[0]).mean()
+        level = Pose(angle.expand(len(near)), torch.zeros_like(gauge.shift), gauge.mirror)
+        shift = (level.linear().mT @ displacement(gauge).mean(0)).squeeze(-1)
+        expected = compose(truth[members], Pose(level.angle, shift, level.mirror))
+        error[members, 0] = wrap_degrees(pose.angle[members] - expected.angle)
+        error[members, 1:] = pose.shift[members] - expected.shift
+    right = (error[:, 0].abs() < 10) & (error[:, 1:].norm(dim=1) < 2)
+    return right, error

@@ -35,6 +35,9 @@ class Alignment:
         rejected: table of the particles set aside: index (0-based row), reason.
         pixel_size: Å of the averages' pixels, or None.
         scale: pixels of the input per pixel of the averages.
+        particle_quality: n rows of what else is known of particles (`quality.conclude`); a column
+            is missing where the method has nothing to say. NaN where set aside.
+        class_quality: k rows of what else is known of classes, likewise.
     """
 
     pose: Pose
@@ -52,6 +55,8 @@ class Alignment:
     )
     pixel_size: float | None = None
     scale: float = 1.0
+    particle_quality: pd.DataFrame = field(default_factory=pd.DataFrame)
+    class_quality: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __post_init__(self) -> None:
         n, k = len(self.pose), len(self.averages)
@@ -64,6 +69,12 @@ class Alignment:
                 f"resolution and a size for each average (got {len(self.frc)}, "
                 f"{len(self.resolution)}, {len(self.class_sizes)})"
             )
+        tables = len(self.particle_quality), len(self.class_quality)
+        if tables[0] not in (0, n) or tables[1] not in (0, k):
+            raise ValueError(
+                f"an Alignment of {n} particles in {k} classes needs as many rows of "
+                f"particle_quality and class_quality, or none; got {tables[0]} and {tables[1]}"
+            )
 
     def filtered_averages(self) -> Tensor:
         """(k, size, size) averages weighted by their own FRC, as references are (`average`)."""
@@ -73,8 +84,8 @@ class Alignment:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
-        (input pixels), mirror (0/1), score."""
-        return pd.DataFrame(
+        (input pixels), mirror (0/1), score, and the columns of `particle_quality`."""
+        frame = pd.DataFrame(
             {
                 "index": np.arange(len(self.pose)),
                 "class_number": self.class_number.numpy(),
@@ -85,12 +96,14 @@ class Alignment:
                 "score": self.score.numpy(),
             }
         )
+        return pd.concat([frame, self.particle_quality], axis=1)
 
     def class_frame(self) -> pd.DataFrame:
-        """One row per class: class_number, size, resolution, mean_score."""
+        """One row per class: class_number, size, resolution, mean_score, and the columns of
+        `class_quality`."""
         k = len(self.averages)
         score = pd.Series(self.score.numpy()).groupby(self.class_number.numpy()).mean()
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "class_number": np.arange(1, k + 1),
                 "size": self.class_sizes.numpy(),
@@ -98,6 +111,7 @@ class Alignment:
                 "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
             }
         )
+        return pd.concat([frame, self.class_quality], axis=1)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one ``.npz`` file (NumPy arrays, no pickles)."""
@@ -119,6 +133,8 @@ class Alignment:
                 **{name: value.numpy() for name, value in arrays.items()},
                 **_columns("history", self.history),
                 **_columns("rejected", self.rejected),
+                **_columns("particle_quality", self.particle_quality),
+                **_columns("class_quality", self.class_quality),
                 pixel_size=np.nan if self.pixel_size is None else self.pixel_size,
                 scale=self.scale,
             )
@@ -151,6 +167,8 @@ class Alignment:
                 },
                 history=_table("history", data),
                 rejected=_table("rejected", data),
+                particle_quality=_table("particle_quality", data),
+                class_quality=_table("class_quality", data),
                 pixel_size=None if np.isnan(data["pixel_size"]) else float(data["pixel_size"]),
                 scale=float(data["scale"]),
             )

@@ -16,8 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign import frc
-from cryoalign.alignment import Alignment, over_all_rows
+from cryoalign.alignment import Alignment
 from cryoalign.average import (
     Averaging,
     ClassSums,
@@ -29,13 +28,15 @@ from cryoalign.average import (
 )
 from cryoalign.checkpoint import MraState
 from cryoalign.distributed import gather_over_ranks
+from cryoalign.evidence import Aligned, Scope, trials_of
 from cryoalign.filters import fourier_resize, soft_mask
 from cryoalign.geometry import transform, translate
 from cryoalign.io import image_pixel_size, read_images
 from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, pixel_error
-from cryoalign.search import Target, best_poses
+from cryoalign.quality import Quality, conclude
+from cryoalign.search import Search, Target, best_poses
 from cryoalign.workers import map_in_order, workers_for
 
 Progress = Callable[[str, int, int], None]
@@ -164,28 +165,20 @@ class Alternation:
             "hand_changed": float((~same).double().mean()),
         }
 
-    def result(self, state: MraState) -> Alignment:
+    def result(self, state: MraState, search: Search, quality: Quality | None) -> Alignment:
         """The `Alignment` of a state; its averages follow from its poses."""
-        particles = self.particles
-        sums = state.sums or self.sum_classes(state.label, state.pose, len(state.references))
-        pose, class_number, score = over_all_rows(
-            len(particles.stack), particles.rows, state.label, state.pose, state.score,
-            particles.scale,
-        )  # fmt: skip
-        curves = sums.frc(self.mask())
-        pixel_size = particles.pixel_size or particles.scale
-        return Alignment(
-            pose=pose,
-            class_number=class_number,
-            score=score,
-            averages=sums.averages().cpu(),
-            frc=curves.cpu(),
-            resolution=frc.resolution(curves, particles.size, pixel_size).cpu(),
-            class_sizes=sums.sizes.cpu(),
-            history=pd.DataFrame(state.history),
-            rejected=particles.rejected,
-            pixel_size=particles.pixel_size,
-            scale=particles.scale,
+        k = len(state.references)
+        return conclude(
+            self.particles,
+            Aligned(state.label, state.pose, state.score, {}),
+            state.sums or self.sum_classes(state.label, state.pose, k),
+            Scope(
+                self.mask(),
+                self.rings,
+                trials_of(k, search.max_shift, self.rings.last_ring, search.mirror),
+            ),
+            pd.DataFrame(state.history),
+            quality,
         )
 
 

@@ -12,18 +12,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign import frc
-from cryoalign.alignment import Alignment, over_all_rows
+from cryoalign.alignment import Alignment
 from cryoalign.average import Averaging, ClassSums, class_sums, filtered_averages, masked
 from cryoalign.checkpoint import ClimbState
 from cryoalign.climb import Climb, Likelihood, Plan, Progress
 from cryoalign.ctf import Optics, optics_from_relion, phase_flip
 from cryoalign.distributed import gather_over_ranks, shard
+from cryoalign.evidence import Aligned, Scope, trials_of
 from cryoalign.filters import soft_mask
 from cryoalign.observations import Observations, observe
 from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose
+from cryoalign.quality import Quality, conclude, posterior_and_margin
 from cryoalign.refine import refine
 from cryoalign.workers import map_in_order, workers_for
 
@@ -36,6 +37,7 @@ def classify(
     likelihood: Likelihood | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
+    quality: Quality | None = None,
     seed: int = 0,
     device: str = "auto",
     batch_size: int | None = None,
@@ -53,6 +55,7 @@ def classify(
         likelihood: see `Likelihood`.
         images: how particles are prepared.
         averaging: how averages become the references of the last refinement.
+        quality: what becomes of junk.
         seed: of the random choices.
         device: auto, cpu or cuda.
         batch_size: particles at a time; None chooses.
@@ -96,7 +99,7 @@ def classify(
         flipped = PreparedParticles(
             PhaseFlipped(stack, optics), images or Images(), where, max_rejected, batch_size
         )
-    return _finish(flipped, plan, averaging, state)
+    return _finish(flipped, plan, averaging, state, quality)
 
 
 class PhaseFlipped:
@@ -150,7 +153,11 @@ def _refuse_other_particles(state: ClimbState, prepared: PreparedParticles, n_cl
 
 
 def _finish(
-    particles: PreparedParticles, plan: Plan, averaging: Averaging, state: ClimbState
+    particles: PreparedParticles,
+    plan: Plan,
+    averaging: Averaging,
+    state: ClimbState,
+    quality: Quality | None,
 ) -> Alignment:
     """Poses refined against the averages, and everything the result tells."""
     k, size, device = plan.n_classes, particles.size, particles.device
@@ -176,21 +183,14 @@ def _finish(
     found += map_in_order(refined, particles.parts(), workers_for(device))
     table = gather_over_ranks(torch.cat(found))
     pose = Pose(table[:, 0].float(), table[:, 1:3].float(), table[:, 3] > 0.5)
-    sums = sums_of(pose)
-    curves = sums.frc(mask)
-    pose, class_number, score = over_all_rows(
-        len(particles.stack), particles.rows, label, pose, table[:, 4].float(), particles.scale
-    )
-    return Alignment(
-        pose=pose,
-        class_number=class_number,
-        score=score,
-        averages=sums.averages().cpu(),
-        frc=curves.cpu(),
-        resolution=frc.resolution(curves, size, particles.pixel_size or particles.scale).cpu(),
-        class_sizes=sums.sizes.cpu(),
-        history=pd.DataFrame(state.history),
-        rejected=particles.rejected,
-        pixel_size=particles.pixel_size,
-        scale=particles.scale,
+    likelihood, seen = plan.likelihood, state.found
+    trials = trials_of(k, likelihood.max_shift, rings.last_ring, likelihood.mirror)
+    known = posterior_and_margin(seen.share, seen.runner_up)
+    return conclude(
+        particles,
+        Aligned(label, pose, table[:, 4].float(), known),
+        sums_of(pose),
+        Scope(mask, rings, trials),
+        pd.DataFrame(state.history),
+        quality,
     )

@@ -197,7 +197,8 @@ def _show(folder: Path, config: RunConfig) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("class", "particles", f"resolution ({unit})", "mean score"):
         table.add_column(column, justify="right")
-    for number, size, resolution, score in classes.head(LISTED).to_numpy().tolist():
+    shown = classes[["class_number", "size", "resolution", "mean_score"]].head(LISTED)
+    for number, size, resolution, score in shown.to_numpy().tolist():
         known = f"{resolution:.1f}" if math.isfinite(resolution) else "–"
         scored = f"{score:.3f}" if size else "–"
         table.add_row(f"{number:.0f}", f"{size:.0f}", known, scored)

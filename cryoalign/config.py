@@ -16,6 +16,7 @@ from cryoalign.average import Averaging
 from cryoalign.climb import Likelihood
 from cryoalign.files import replacing
 from cryoalign.particles import Images
+from cryoalign.quality import Quality
 from cryoalign.schedule import Schedule
 from cryoalign.schema import known_keys, load_settings
 from cryoalign.search import Search
@@ -64,6 +65,7 @@ class RunConfig:
     assign: Assignment = Field(default_factory=Assignment)
     schedule: Schedule = Field(default_factory=Schedule)
     likelihood: Likelihood = Field(default_factory=Likelihood)
+    quality: Quality = Field(default_factory=Quality)
     min_class_share: float = Field(
         default=0.2, ge=0, le=1, description="re-seed classes below this share of the mean size"
     )

@@ -33,6 +33,7 @@ from cryoalign.filters import filter_shells, low_pass_curve, radial_mean
 from cryoalign.matching import assign_particles, match_particles, refined, soft_sums, weigh
 from cryoalign.particles import Images, Stack
 from cryoalign.pose import Pose
+from cryoalign.quality import Quality
 from cryoalign.search import Search, prepare
 from cryoalign.seeding import SEEDINGS, seed_references
 
@@ -50,6 +51,7 @@ def align_multi_reference(
     search: Search | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
+    quality: Quality | None = None,
     min_class_share: float = 0.2,
     settle: float = 0.002,
     seed: int = 0,
@@ -78,6 +80,7 @@ def align_multi_reference(
         averaging: how averages become references.
         min_class_share: see above; 0 never re-seeds.
         settle: stop when no larger share of the particles changed class.
+        quality: what becomes of junk.
         seed: of the random choices.
         device: auto, cpu or cuda.
         batch_size: particles at a time; None chooses.
@@ -113,7 +116,7 @@ def align_multi_reference(
         state = _iterate(turns, rules, state, last=state.iteration + 1 == iterations)
         if on_iteration is not None:
             on_iteration(state)
-    return turns.result(state)
+    return turns.result(state, search, quality)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ HISTORY = {
     "empty_classes": "empty classes",
 }
 """Columns of ``Alignment.history`` that are drawn, and what to call them."""
+SCATTERED = 20_000
+"""Points of a scatter plot, about."""
 Numbers = Tensor | np.ndarray | Sequence[float]
 
 
@@ -203,6 +205,42 @@ def _size_bars(panel: Axes, sizes: np.ndarray) -> None:
         mean = sizes.mean()
         panel.axhline(mean, color=GREY, lw=1.2, zorder=3, label=f"mean {mean:,.0f}")
         panel.legend(fontsize=8, loc="upper right")
+
+
+def quality(frame: pd.DataFrame) -> Figure:
+    """Error bars of poses, and the evidence and oddness by which junk is told.
+
+    Args:
+        frame: ``Alignment.to_frame()`` with the columns of `quality.judge`; particles set aside
+            are left out.
+    """
+    used = frame[frame["class_number"] > 0]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    turn, move, junk = figure.subplots(1, 3)
+    turn.hist(_finite(used["angle_sd"]), 40, color=BLUE)
+    turn.set(xlabel="sd of the angle (degrees)", ylabel="particles")
+    both = [_finite(used[f"shift_{axis}_sd"]) for axis in "xy"]
+    move.hist(both, 40, histtype="step", color=[BLUE, ORANGE], label=["x", "y"])
+    move.set(xlabel="sd of the shift (px of the input)", ylabel="particles")
+    move.legend(fontsize=8)
+    few = used.iloc[:: max(1, len(used) // SCATTERED)]
+    marked = few["junk_score"] > 0
+    for those, colour, name in ((~marked, BLUE, "particles"), (marked, ORANGE, "marked as junk")):
+        some = few[those]
+        label = f"{name} ({those.mean():.1%})"
+        junk.plot(some["evidence"], some["oddness"], ".", color=colour, ms=3, label=label)
+    junk.set(xlabel="evidence over noise (nats)", ylabel="oddness of the residual")
+    junk.legend(fontsize=8)
+    for panel in (turn, move, junk):
+        _tidy(panel)
+    return figure
+
+
+def _finite(values: pd.Series) -> np.ndarray:
+    """What is known, without the hundredth that would stretch a histogram."""
+    known = values.to_numpy(float)
+    known = known[np.isfinite(known)]
+    return known[known <= np.quantile(known, 0.99)] if len(known) else known
 
 
 def embedding(

@@ -21,12 +21,25 @@ from matplotlib.figure import Figure
 from cryoalign import plot
 from cryoalign.alignment import Alignment
 from cryoalign.files import replacing
+from cryoalign.quality import effective_classes
 
 MAPS = "Particles before and after alignment (t-SNE)"
+QUALITY = "How good it is"
 CAPTIONS = {
+    QUALITY: "Standard deviations of poses by each particle's own noise, given its class. Evidence "
+    "is against the particle being noise, by the average of the half-set that it is not in; "
+    "oddness says how unlike the others' what is left of it is. Particles with too little of the "
+    "one or too much of the other are marked as junk.",
     MAPS: "After: every particle is turned onto its own class's average, which by itself parts the "
-    "classes; neighbours of one class are no proof that the classes are right."
+    "classes; neighbours of one class are no proof that the classes are right.",
 }
+CLASS_COLUMNS = (
+    ("compactness", "compactness", 3),
+    ("stability", "stability", 2),
+    ("junk_share", "junk", 3),
+    ("rank", "rank", 0),
+)
+"""Columns of ``Alignment.class_quality`` that the page shows: name, heading, digits."""
 LISTED = 20
 """Particles set aside that the page lists; ``rejected.csv`` has them all."""
 
@@ -70,6 +83,7 @@ def write_report(
         montage=pictures[0],
         pictures=pictures[1:],
         classes=_rows(alignment, table),
+        more_columns=[name for key, name, _ in CLASS_COLUMNS if key in table],
         n_particles=len(alignment.pose),
         n_rejected=len(alignment.rejected),
         rejected=alignment.rejected.head(LISTED).to_dict("records"),
@@ -126,6 +140,7 @@ def flags(alignment: Alignment, max_shift: float | None = None) -> list[str]:
             f"In {_these(unresolved)} the two halves of the particles do not agree at any "
             f"resolution: too few particles, or noise; leave such classes out of a selection."
         )
+    found += _junk(alignment, table)
     history = alignment.history
     # In a first and only iteration every particle changes from no class to one.
     share = history["reassigned"].iloc[-1] if "reassigned" in history and len(history) > 1 else 0
@@ -135,6 +150,31 @@ def flags(alignment: Alignment, max_shift: float | None = None) -> list[str]:
             f"iterations."
         )
     return [flag for flag in found if flag]
+
+
+def _junk(alignment: Alignment, table: pd.DataFrame) -> Iterator[str]:
+    """What is marked as junk, where that was judged."""
+    if "junk_share" in table:
+        mostly = table.loc[table["junk_share"] > 0.5, "class_number"]
+        if len(mostly):
+            yield (
+                f"Most members of {_these(mostly)} are marked as junk: look at the average, and "
+                f"leave such classes out of a selection."
+            )
+    share = junk_share(alignment)
+    if share > 0.2:
+        yield (
+            f"{share:.0%} of the particles are marked as junk: look at the picking, and set them "
+            f"aside with quality.junk=set_aside."
+        )
+
+
+def junk_share(alignment: Alignment) -> float:
+    """Share of the particles used that are marked as junk; NaN where that was not judged."""
+    if "junk_score" not in alignment.particle_quality:
+        return math.nan
+    score = alignment.particle_quality["junk_score"].dropna()
+    return float((score > 0).mean())
 
 
 def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:
@@ -178,15 +218,25 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
     sampling = f", {alignment.pixel_size:.4g} Å/px" if alignment.pixel_size else ""
     best = f"{resolved.min():.1f} / {resolved.median():.1f} {unit}" if len(resolved) else "–"
     score = alignment.score[alignment.class_number > 0].mean().item() if used else math.nan
+    more = []
+    if "junk_score" in alignment.particle_quality:
+        more.append(("marked as junk", _percent(junk_share(alignment))))
+    if "angle_sd" in alignment.particle_quality:
+        turn, *move = alignment.particle_quality[["angle_sd", "shift_x_sd", "shift_y_sd"]].median()
+        more.append(("pose known to (median sd)", f"{turn:.2g}° / {sum(move) / 2:.2g} px"))
+    if "reassigned" in alignment.history and len(alignment.history) > 1:
+        more.append(("changed class last", _percent(alignment.history["reassigned"].iloc[-1])))
     return [
         ("particles", f"{len(alignment.pose):,}"),
         ("used", f"{used:,}"),
         ("set aside", f"{len(alignment.pose) - used:,}"),
         ("classes with particles", f"{filled:,} of {len(table):,}"),
+        ("effective classes", f"{effective_classes(alignment.class_sizes):.1f}"),
         ("resolution, best / median", best),
         ("mean score", _number(score, 3)),
         ("iterations", f"{len(alignment.history):,}"),
         ("averages", f"{size} px{sampling}"),
+        *more,
     ]
 
 
@@ -202,6 +252,11 @@ def _rows(alignment: Alignment, table: pd.DataFrame) -> list[dict[str, Any]]:
                 "thumbnail": _data_uri(plot.thumbnail(image)) if row["size"] else "",
                 "resolution_text": _number(row["resolution"], 1),
                 "score_text": _number(row["mean_score"], 3),
+                "more": [
+                    (row[key], _number(row[key], digits))
+                    for key, _, digits in CLASS_COLUMNS
+                    if key in row
+                ],
             }
         )
     return rows
@@ -227,6 +282,8 @@ def _pictures(
     yield _picture("Poses and class sizes", caption, poses)
     curves = plot.frc_curves(alignment.frc, alignment.pixel_size, size=averages.shape[-1])
     yield _picture("Resolution", "Fourier ring correlation of two half-sets, per class.", curves)
+    if "junk_score" in frame:
+        yield _picture(QUALITY, CAPTIONS[QUALITY], plot.quality(frame))
     if set(plot.HISTORY) & set(alignment.history):
         yield _picture("Convergence", "", plot.history(alignment.history))
     for title, figure in more.items():
@@ -250,6 +307,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", "–" if value is None else str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "–"
 
 
 def _number(value: float, digits: int) -> str:

@@ -47,6 +47,7 @@ RUN_FILES = (
     "histograms.png",
     "frc.png",
     "history.png",
+    "quality.png",
     "tsne.png",
     "report.html",
 )
@@ -140,7 +141,7 @@ def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
     """Pictures by file name."""
     limit = shift_limit(alignment, as_mapping(config))
     size, classes = alignment.averages.shape[-1], len(alignment.averages)
-    return {
+    made = {
         "class_averages.png": plot.montage(
             alignment.filtered_averages(),
             alignment.class_sizes,
@@ -151,6 +152,9 @@ def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
         "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
         "history.png": plot.history(alignment.history),
     }
+    if "junk_score" in alignment.particle_quality:
+        made["quality.png"] = plot.quality(alignment.to_frame())
+    return made
 
 
 def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:

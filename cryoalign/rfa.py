@@ -32,6 +32,7 @@ from cryoalign.checkpoint import MraState
 from cryoalign.correlate import correlation_at
 from cryoalign.particles import Images, Stack
 from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.quality import Quality
 from cryoalign.schedule import Schedule
 from cryoalign.search import Search, prepare
 
@@ -47,6 +48,7 @@ def align_reference_free(
     search: Search | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
+    quality: Quality | None = None,
     seed: int = 0,
     device: str = "auto",
     batch_size: int | None = None,
@@ -68,7 +70,7 @@ def align_reference_free(
         schedule: the steps.
         iterations: of a step, at most.
         search: what poses are tried; its shifts are the schedule's.
-        images, averaging, device, batch_size, max_rejected, progress: as for
+        images, averaging, quality, device, batch_size, max_rejected, progress: as for
             `mra.align_multi_reference`.
         seed: of the random turns of further starts.
         resume: go on from this state, with the same particles and settings.
@@ -97,7 +99,7 @@ def align_reference_free(
     else:
         state = resume
         refuse_other_particles(state, prepared)
-    return turns.result(climb.run(state, len(schedule), told))
+    return turns.result(climb.run(state, len(schedule), told), search, quality)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,15 @@ def _align_and_write(
 
     shared: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("images", "averaging", "seed", "device", "batch_size", "max_rejected")
+        for name in (
+            "images",
+            "averaging",
+            "quality",
+            "seed",
+            "device",
+            "batch_size",
+            "max_rejected",
+        )
     }
     goes_on: dict[str, Any] = {
         "iterations": config.iterations,

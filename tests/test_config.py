@@ -61,6 +61,7 @@ def test_keys_are_the_arguments_of_the_functions_behind_them():
         "search",
         "images",
         "averaging",
+        "quality",
     }
     defaults = load_config(None, GIVEN)
     for name in set(arguments) - special - {"n_classes"}:

@@ -14,9 +14,9 @@ FLOORS = {
         "particles", "seeding", "synthetic",
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
-    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band"),
+    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence"),
     "align": (
-        "assign", "alignment", "checkpoint", "alternation", "matching", "mra", "schedule", "rfa",
+        "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra", "schedule", "rfa",
     ),
     "classify": ("merge", "climb", "classification"),
     "look": ("export", "plot", "report"),

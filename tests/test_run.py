@@ -62,8 +62,11 @@ def test_a_run_writes_all_its_files_and_no_others(finished):
 
 def test_particles_csv_keeps_its_contract(finished):
     text = (finished / "particles.csv").read_text().splitlines()
-    assert text[0] == "index,class_number,angle,shift_x,shift_y,mirror,score"
-    assert text[1 + SPOILT] == f"{SPOILT},0,,,,,"
+    assert text[0] == (
+        "index,class_number,angle,shift_x,shift_y,mirror,score,"
+        "evidence,oddness,junk_score,angle_sd,shift_x_sd,shift_y_sd"
+    )
+    assert text[1 + SPOILT] == f"{SPOILT},0{',' * 11}"
     table = pd.read_csv(finished / "particles.csv")
     assert table["index"].tolist() == list(range(90))
     used = table.drop(index=SPOILT)
