@@ -31,6 +31,7 @@ from cryoalign.geometry import transform
 from cryoalign.particles import PreparedParticles
 from cryoalign.pose import Pose, compose
 from cryoalign.realign import (
+    BATCH,
     Pyramid,
     build_pyramid,
     match_low,
@@ -197,8 +198,7 @@ def generations(
     state = _first_state(job, images) if resume is None else _checked(job, resume)
     centre = Pose.identity(len(state.label))
     centre = replace(centre, shift=torch.where(state.label[:, None] < 0, state.pose.shift, 0.0))
-    # Whole pixels: nothing is interpolated.
-    particles = job.pyramid(transform(images, centre.to(images.device)))
+    particles = job.pyramid(_moved(images, centre))
     del images
     while state.iteration < iterations and not state.settled:
         rest = (state.label < 0).nonzero().squeeze(1)
@@ -211,6 +211,16 @@ def generations(
         if on_iteration is not None:
             on_iteration(state)
     return state
+
+
+def _moved(images: Tensor, pose: Pose) -> Tensor:
+    """Images (n, size, size) moved by whole pixels, which interpolates nothing."""
+
+    def moved(rows: Tensor) -> Tensor:
+        return transform(images[rows.to(images.device)], pose[rows].to(images.device))
+
+    parts = torch.arange(len(images)).split(BATCH)
+    return torch.cat(list(map_in_order(moved, parts, workers_for(images.device))))
 
 
 def _checked(job: Job, state: MraState) -> MraState:
@@ -241,12 +251,12 @@ def prealign(particles: Pyramid, iterations: int, tell: Callable[[str, int, int]
     n = len(particles)
     label, pose = torch.zeros(n, dtype=torch.int64), Pose.identity(n)
     for i in range(iterations):
-        references, pose = references_of(
+        before = pose.shift
+        references, _ = references_of(
             particles.low, particles.half, label, pose, 1, particles.averaging
         )
-        found = match_low(particles, references).pose[:, 0]
-        rest = float((found.shift != pose.shift).any(1).double().mean()) < RESTED
-        pose = found
+        pose = match_low(particles, references).pose[:, 0]
+        rest = float((pose.shift != before).any(1).double().mean()) < RESTED
         tell("centring", i + 1, iterations)
         if rest:
             break
