@@ -15,8 +15,10 @@ from cryoalign.average import Averaging
 from cryoalign.classification import classify
 from cryoalign.climb import Likelihood
 from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
+from cryoalign.generations import Isac
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images
+from cryoalign.isac import StableClasses, classify_stable
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
@@ -32,14 +34,17 @@ __all__ = [
     "Assignment",
     "Averaging",
     "Images",
+    "Isac",
     "Likelihood",
     "Pose",
     "Rings",
     "Schedule",
     "Search",
+    "StableClasses",
     "align_multi_reference",
     "align_reference_free",
     "classify",
+    "classify_stable",
     "compose",
     "correlation_at",
     "correlation_peaks",

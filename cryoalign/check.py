@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cryoalign.generations import Isac, scale_of
 from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem
 from cryoalign.io.survey import Survey, survey
@@ -77,6 +78,7 @@ def check_stack(
     last_ring: int | None = None,
     max_shift: float | None = None,
     size: int | None = None,
+    isac: Isac | None = None,
     root: str | PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> CheckReport:
@@ -86,11 +88,14 @@ def check_stack(
         path: a STAR file, .mrcs, .mrc or .npy.
         last_ring, max_shift: the search's, in pixels; None is ``Search``'s default.
         size: box that the particles will be down-sampled to, pixels; None keeps theirs.
+        isac: ISAC's settings, whose radius and shifts must fit too; None does not ask.
         root, allow_outside: where stacks may lie, as in ``read_particles``.
     """
     path = Path(path)
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
     problems = [*found.problems, *_geometry_problems(found, last_ring, max_shift, size)]
+    if isac is not None and found.shape is not None:
+        problems += _isac_problems(found, isac, size or found.shape[1])
     n = len(found.star.particles) if found.star is not None else len(found.file_of)
     return CheckReport(
         path=path,
@@ -123,6 +128,15 @@ def _geometry_problems(
     except ValueError as error:  # the search's own words: what is wrong, a colon, what to do
         what, _, remedy = str(error).partition(": ")
         remedy = remedy or "change search.last_ring or search.max_shift"
+        yield Problem(found.path, None, what, remedy)
+
+
+def _isac_problems(found: Survey, isac: Isac, size: int) -> Iterator[Problem]:
+    """A particle that does not fit a box of ``size`` pixels with its shifts."""
+    try:
+        scale_of(isac, size)
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": ")
         yield Problem(found.path, None, what, remedy)
 
 

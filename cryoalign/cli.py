@@ -151,7 +151,8 @@ def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _check(parsed: argparse.Namespace) -> int:
     # The words of a run, so that one line can be turned into the other.
-    config = load_config(None, [f"particles={parsed.stack}", "n_classes=1", *parsed.settings])
+    one = [] if "method=isac" in parsed.settings else ["n_classes=1"]
+    config = load_config(None, [f"particles={parsed.stack}", *one, *parsed.settings])
     if not config.particles.exists():
         raise FileNotFoundError(f"{config.particles}: no such file; check the path")
     search = config.widest_search()
@@ -160,6 +161,7 @@ def _check(parsed: argparse.Namespace) -> int:
         last_ring=search.last_ring,
         max_shift=search.max_shift,
         size=config.images.box,
+        isac=config.isac if config.method == "isac" else None,
         root=config.root,
         allow_outside=config.allow_outside,
     )

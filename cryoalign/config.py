@@ -15,6 +15,7 @@ from cryoalign.assign import Assignment
 from cryoalign.average import Averaging
 from cryoalign.climb import Likelihood
 from cryoalign.files import replacing
+from cryoalign.generations import Isac, scale_of
 from cryoalign.particles import Images
 from cryoalign.quality import Quality
 from cryoalign.schedule import Schedule
@@ -28,17 +29,17 @@ HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this fil
 
 @dataclass(frozen=True, config=FORBID)
 class RunConfig:
-    """All that ``cryoalign run`` can be told; `align_multi_reference`, `align_reference_free` and
-    `classify` have most arguments alike.
+    """All that ``cryoalign run`` can be told; `align_multi_reference`, `align_reference_free`,
+    `classify` and `classify_stable` have most arguments alike.
 
     Raises ValueError (pydantic's) for wrong types, ranges and combinations.
     """
 
     particles: Path = Field(description="STAR file, .mrcs, .mrc or .npy of the particles")
-    method: Literal["mra", "rfa", "classify"] = Field(
+    method: Literal["mra", "rfa", "classify", "isac"] = Field(
         default="mra",
         description="mra: multi-reference alignment; rfa: reference-free alignment, of one view; "
-        "classify: classes from nothing, by likelihood",
+        "classify: classes from nothing, by likelihood; isac: stable classes of equal size",
     )
     references: str = Field(
         default="random",
@@ -49,7 +50,9 @@ class RunConfig:
         default=None, ge=1, description="how many; null: as many as the references' stack holds"
     )
     iterations: int = Field(
-        default=20, ge=1, description="at most so many (rfa: of each step); fewer if it settles"
+        default=20,
+        ge=1,
+        description="at most so many (rfa: of each step; isac: generations); fewer if it settles",
     )
     output: Path | None = Field(
         default=None,
@@ -66,6 +69,7 @@ class RunConfig:
     schedule: Schedule = Field(default_factory=Schedule)
     likelihood: Likelihood = Field(default_factory=Likelihood)
     quality: Quality = Field(default_factory=Quality)
+    isac: Isac = Field(default_factory=Isac)
     min_class_share: float = Field(
         default=0.2, ge=0, le=1, description="re-seed classes below this share of the mean size"
     )
@@ -104,12 +108,17 @@ class RunConfig:
 
     def _conflicts(self) -> Iterator[str]:
         """What does not go together, as far as that shows without a file."""
+        chosen = self.references in SEEDINGS
         if self.method == "rfa" and self.n_classes not in (None, 1):
             yield "method=rfa makes one average: leave n_classes out, or use method=mra"
-        if self.method != "rfa" and self.references in SEEDINGS and self.n_classes is None:
+        if self.method == "isac" and self.n_classes is not None:
+            yield "method=isac makes classes of isac.images_per_group: leave n_classes out"
+        if self.method in ("mra", "classify") and chosen and self.n_classes is None:
             yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
-        if self.method == "classify" and self.references not in SEEDINGS:
-            yield "method=classify starts from nothing: leave references out, or use method=mra"
+        if self.method in ("classify", "isac") and not chosen:
+            yield (
+                f"method={self.method} starts from nothing: leave references out, or use method=mra"
+            )
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:
@@ -133,6 +142,8 @@ class RunConfig:
         elif self.images.box is not None:
             try:
                 search.rings(self.images.box)
+                if self.method == "isac":
+                    scale_of(self.isac, self.images.box)
             except ValueError as error:
                 yield f"images.box: {error}"
 

@@ -34,6 +34,8 @@ HISTORY = {
     "reassigned": "particles that changed class",
     "pose_change_px": "median change of pose (px)",
     "empty_classes": "empty classes",
+    "stable_share": "stable, of the generation",
+    "accounted_share": "accounted for, of all",
 }
 """Columns of ``Alignment.history`` that are drawn, and what to call them."""
 SCATTERED = 20_000

@@ -81,7 +81,7 @@ class Watch:
         )
 
     def steps(self, doing: str, done: int, total: int) -> None:
-        """Take `classify`'s word: steps whose number is not known beforehand."""
+        """Take `classify`'s or `classify_stable`'s word: steps whose number may not be known."""
         self.bar.update(self.task, description=f"{doing}, step {done}", total=None)
 
     def iteration(self, state: MraState | ClimbState) -> None:
@@ -99,6 +99,9 @@ class Watch:
             return
         if "step" in row:
             self._aligned(row)
+            return
+        if "accounted" in row:
+            self._generation(row)
             return
         notes = [f"{row['seconds']:.1f} s"]
         if row["empty_classes"]:
@@ -119,6 +122,17 @@ class Watch:
             f"iteration {row['iteration']:3d}, step {row['step']} (±{row['max_shift']:g} px"
             f"{', kicked' if row['kicked'] else ''}): score {row['mean_score']:.4f}, poses moved "
             f"{row['pose_change_px']:.2f} px, {row['hand_changed']:.1%} changed hand, "
+            f"{row['seconds']:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _generation(self, row: dict[str, Any]) -> None:
+        """The line of a generation of ISAC."""
+        self.console.print(
+            f"generation {row['iteration']:3d}: {row['accepted']} of {row['classes']} classes "
+            f"accepted, {row['stable_share']:.1%} of {row['particles']} particles stable; "
+            f"{row['accounted']} accounted for ({row['accounted_share']:.1%}), "
             f"{row['seconds']:.1f} s",
             highlight=False,
             soft_wrap=True,

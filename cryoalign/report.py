@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +58,7 @@ def write_report(
     folder: str | Path,
     config: Mapping[str, Any] | None = None,
     figures: Mapping[str, Figure] | None = None,
+    numbers: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Write ``report.html`` into ``folder``, made if need be, and return its path.
 
@@ -66,6 +67,7 @@ def write_report(
         config: its settings, nested as in the YAML file; listed on the page. ``particles`` names
             the input and ``search.max_shift`` the limit that shifts are held against.
         figures: more pictures, by title, to stand after the run's own.
+        numbers: more headline figures, each with its name.
     """
     config = config or {}
     limit = shift_limit(alignment, config)
@@ -77,7 +79,7 @@ def write_report(
     page = template.render(
         title="Class averages by cryoalign",
         subtitle=str(config.get("particles", "")),
-        numbers=_numbers(alignment, table),
+        numbers=[*_numbers(alignment, table), *numbers],
         flags=flags(alignment, limit),
         unit=_unit(alignment),
         montage=pictures[0],
@@ -98,8 +100,8 @@ def write_report(
 
 def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
     """The method's ``max_shift`` in pixels of the input, which an alignment's shifts are in."""
-    section = {"classify": "likelihood", "rfa": "schedule"}.get(str(config.get("method")), "search")
-    settings = config.get(section)
+    sections = {"classify": "likelihood", "rfa": "schedule", "isac": "isac"}
+    settings = config.get(sections.get(str(config.get("method")), "search"))
     limit = settings.get("max_shift") if isinstance(settings, Mapping) else None
     if isinstance(limit, list | tuple):  # of the steps of a schedule
         limit = max(limit)

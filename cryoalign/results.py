@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from cryoalign.io import (
     write_images,
     write_particles_star,
 )
+from cryoalign.isac import StableClasses
 from cryoalign.report import MAPS, shift_limit, write_report
 
 CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
+STABILITY, REPRODUCIBILITY = "stability.csv", "reproducibility.csv"  # of ISAC
 AVERAGES = "class_averages.mrcs"
 # Of reference-free alignment only: the average and its FRC after every iteration.
 ITERATIONS, ITERATIONS_FRC = "average_iterations.mrcs", "frc_iterations.csv"
@@ -43,6 +46,8 @@ RUN_FILES = (
     "particles.parquet",
     "classes.csv",
     "rejected.csv",
+    STABILITY,
+    REPRODUCIBILITY,
     "alignment.npz",
     "histograms.png",
     "frc.png",
@@ -57,9 +62,17 @@ EMBEDDED = 2000
 
 
 def write_results(
-    folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment
+    folder: Path,
+    config: RunConfig,
+    stack: ParticleStack,
+    alignment: Alignment,
+    numbers: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write tables, averages, pictures and the report, each file whole or not at all."""
+    """Write tables, averages, pictures and the report, each file whole or not at all.
+
+    Args:
+        numbers: more headline figures of the report, each with its name.
+    """
     _write_tables(folder, stack, alignment)
     write_images(folder / AVERAGES, alignment.filtered_averages(), alignment.pixel_size)
     write_images(
@@ -80,7 +93,19 @@ def write_results(
     for name, figure in pictures.items():
         plot.save(figure, folder / name)
     more = {} if maps is None else {MAPS: maps}
-    write_report(alignment, folder, as_mapping(config), more)
+    write_report(alignment, folder, as_mapping(config), more, numbers)
+
+
+def write_stable_classes(
+    folder: Path, config: RunConfig, stack: ParticleStack, found: StableClasses
+) -> None:
+    """`write_results` of ISAC, and its tables of particles and of matched classes."""
+    write_csv(folder / STABILITY, found.to_frame())
+    numbers = []
+    if config.isac.repeats > 1:
+        write_csv(folder / REPRODUCIBILITY, found.matched)
+        numbers.append(("reproduced", f"{found.reproduced:.1%}"))
+    write_results(folder, config, stack, found.alignment, numbers)
 
 
 def write_iteration(folder: Path, state: MraState, pixel_size: float | None) -> None:

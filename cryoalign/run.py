@@ -16,9 +16,11 @@ from rich.console import Console
 from cryoalign.checkpoint import ClimbState, MraState
 from cryoalign.classification import classify
 from cryoalign.config import HEADER, RunConfig, flat, load_config, save_config
-from cryoalign.distributed import process_group, rank, same_on_all_ranks
+from cryoalign.distributed import process_group, rank, same_on_all_ranks, world_size
+from cryoalign.generations import scale_of
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
+from cryoalign.isac import classify_stable
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import choose_device
 from cryoalign.progress import Watch
@@ -30,6 +32,7 @@ from cryoalign.results import (
     write_csv,
     write_iteration,
     write_results,
+    write_stable_classes,
 )
 from cryoalign.rfa import align_reference_free
 from cryoalign.seeding import SEEDINGS
@@ -42,7 +45,12 @@ FREE = {
 
 
 State = MraState | ClimbState
-STATES: dict[str, type[State]] = {"mra": MraState, "rfa": MraState, "classify": ClimbState}
+STATES: dict[str, type[State]] = {
+    "mra": MraState,
+    "rfa": MraState,
+    "classify": ClimbState,
+    "isac": MraState,
+}
 REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
 
 
@@ -78,6 +86,8 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(choose_device(config.device)):
+        if config.method == "isac" and world_size() > 1:
+            raise ValueError("method=isac runs in one process: start it without torchrun")
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
         config, state = _open_folder(config, stack)
@@ -143,6 +153,19 @@ def _align_and_write(
         "on_iteration": keep,
         "progress": watch.progress,
     }
+    if config.method == "isac":
+        found = classify_stable(
+            stack,
+            isac=config.isac,
+            iterations=config.iterations,
+            resume=state if isinstance(state, MraState) else None,
+            on_iteration=keep,
+            progress=watch.steps,
+            **shared,
+        )
+        watch.finishing()
+        write_stable_classes(folder, config, stack, found)
+        return
     if config.method == "classify":
         alignment = classify(
             stack,
@@ -187,6 +210,8 @@ def _read(config: RunConfig) -> ParticleStack:
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     if stack.shape[0] == stack.shape[1]:  # align_multi_reference has words for other images
         config.widest_search().rings(config.images.box or stack.shape[0])
+        if config.method == "isac":
+            scale_of(config.isac, config.images.box or stack.shape[0])
     if config.references not in SEEDINGS and not Path(config.references).is_file():
         raise FileNotFoundError(
             f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}"

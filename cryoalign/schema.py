@@ -170,7 +170,7 @@ def _key(detail: ErrorDetails) -> str:
 
 def _in_words(detail: ErrorDetails, values: dict[str, Value], places: dict[str, str]) -> str:
     key = _key(detail)
-    if not key:
+    if not key or (detail["type"] == "value_error" and key not in values):  # of a whole section
         return detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and key not in values:  # of a section: it names its keys
         return detail["msg"].removeprefix("Value error, ")

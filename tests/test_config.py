@@ -10,6 +10,7 @@ import yaml
 
 from cryoalign.classification import classify
 from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config
+from cryoalign.isac import classify_stable
 from cryoalign.mra import align_multi_reference
 from cryoalign.rfa import align_reference_free
 from cryoalign.schedule import Schedule
@@ -34,7 +35,7 @@ def test_every_shipped_config_loads(path):
 
 def test_the_configs_show_every_key_with_its_default():
     shown = set()
-    for name in ("mra.yaml", "rfa.yaml", "classify.yaml"):
+    for name in ("mra.yaml", "rfa.yaml", "classify.yaml", "isac.yaml"):
         path = next(path for path in CONFIGS if path.name == name)
         written = yaml.safe_load(path.read_text())
         shown |= {
@@ -42,7 +43,7 @@ def test_the_configs_show_every_key_with_its_default():
             for name, value in written.items()
             for leaf in (value if isinstance(value, dict) else [""])
         }
-        given = [*GIVEN, f"method={path.stem}"]
+        given = [*(GIVEN[:1] if path.stem == "isac" else GIVEN), f"method={path.stem}"]
         if path.stem == "rfa":
             given.append("n_classes=1")
         assert load_config(path, given) == load_config(None, given)
@@ -72,6 +73,9 @@ def test_keys_are_the_arguments_of_the_functions_behind_them():
         assert getattr(defaults, name) == arguments[name].default, name
     arguments = signature(classify).parameters
     for name in set(arguments) - special - {"n_classes", "optics", "likelihood"}:
+        assert getattr(defaults, name) == arguments[name].default, name
+    arguments = signature(classify_stable).parameters
+    for name in set(arguments) - special - {"optics", "isac"}:
         assert getattr(defaults, name) == arguments[name].default, name
     simulation = signature(simulate).parameters
     assert [field.name for field in fields(SimulateConfig)] == list(simulation)
@@ -105,7 +109,7 @@ def test_yaml_means_what_it_shows(tmp_path):
         (
             "max_shift=3",
             "unknown key max_shift; did you mean search.max_shift or schedule.max_shift or "
-            "likelihood.max_shift?",
+            "likelihood.max_shift or isac.max_shift?",
         ),
         ("nclasses=3", "unknown key nclasses; did you mean n_classes?"),
         ("qqq=1", "unknown key qqq; `cryoalign run --help` lists the keys"),
@@ -131,6 +135,8 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("schedule.shift_step=[8,1,1,1]", "schedule.shift_step 8 px is larger"),
         ("method=classify assign.strategy=equal", "assign is of method=mra"),
         ("references=v.mrcs n_classes=null assign.start_classes=2", "start_classes needs n_class"),
+        ("method=isac", "leave n_classes out"),
+        ("isac.images_per_group=50 isac.min_group_size=80", "min_group_size 80 is above"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
         ("settle", "'settle' should be key=value"),

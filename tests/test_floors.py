@@ -18,7 +18,10 @@ FLOORS = {
     "align": (
         "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra", "schedule", "rfa",
     ),
-    "classify": ("merge", "climb", "classification"),
+    "classify": (
+        "merge", "climb", "classification", "stability", "realign", "ordering", "generations",
+        "isac",
+    ),
     "look": ("export", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),

@@ -87,7 +87,7 @@ def test_class_table_is_the_alignment(tmp_path):
         ["1", "<i>NaN</i>"],
         ["2", "NaN"],
     ]
-    for text in ("3 of 85 particles could not be used", "resolution (Å)", "7.5 / 7.8 Å", "3 of 4"):
+    for text in ("3 of 85 particles are in no class", "resolution (Å)", "7.5 / 7.8 Å", "3 of 4"):
         assert text in page.text
 
 
@@ -142,7 +142,7 @@ def test_the_limit_is_in_pixels_of_the_input(tmp_path):
 def test_many_rejected_particles_are_cut_short_but_counted(tmp_path):
     rejected = pd.DataFrame({"index": range(50), "reason": "constant"})
     page = Page(write_report(alignment(rejected=rejected), tmp_path).read_text(encoding="utf-8"))
-    assert "50 of 85 particles could not be used; the first 20 are" in page.text
+    assert "50 of 85 particles are in no class; the first 20 are" in page.text
     assert len(page.tables[1]) == 1 + 20
     none = alignment(rejected=rejected[:0])
     page = Page(write_report(none, tmp_path).read_text(encoding="utf-8"))
