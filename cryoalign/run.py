@@ -136,16 +136,9 @@ def _align_and_write(
 
     shared: dict[str, Any] = {
         name: getattr(config, name)
-        for name in (
-            "images",
-            "averaging",
-            "quality",
-            "seed",
-            "device",
-            "batch_size",
-            "max_rejected",
-        )
+        for name in ("images", "averaging", "seed", "device", "batch_size", "max_rejected")
     }
+    judged: dict[str, Any] = {**shared, "quality": config.quality}
     goes_on: dict[str, Any] = {
         "iterations": config.iterations,
         "search": config.search,
@@ -174,12 +167,12 @@ def _align_and_write(
             resume=state if isinstance(state, ClimbState) else None,
             on_iteration=keep,
             progress=watch.steps,
-            **shared,
+            **judged,
         )
     elif config.method == "rfa":
         first = "average" if config.references in SEEDINGS else config.references
         alignment = align_reference_free(
-            stack, first, schedule=config.schedule, **goes_on, **shared
+            stack, first, schedule=config.schedule, **goes_on, **judged
         )
     else:
         alignment = align_multi_reference(
@@ -190,7 +183,7 @@ def _align_and_write(
             min_class_share=config.min_class_share,
             settle=config.settle,
             **goes_on,
-            **shared,
+            **judged,
         )
     if rank() == 0:
         watch.finishing()

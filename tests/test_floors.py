@@ -16,7 +16,8 @@ FLOORS = {
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
     "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence"),
     "align": (
-        "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra", "schedule", "rfa",
+        "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra",
+        "schedule", "rfa",
     ),
     "classify": (
         "merge", "climb", "classification", "stability", "realign", "ordering", "generations",
