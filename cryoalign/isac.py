@@ -89,7 +89,7 @@ def classify_stable(
 ) -> StableClasses:
     """Find classes whose members' poses come out alike whenever they are aligned anew.
 
-    The shrunk images are kept in memory: 4 bytes times 1.3 times their pixels, per particle.
+    The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
 
     Args:
         particles: a stack (`io.read_particles`) or a tensor (n, size, size).
