@@ -107,8 +107,9 @@ def test_interruption_has_its_exit_code(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_keeps_what_was_done(tmp_path):
-    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(80, 32, 32)))
-    words = [f"particles={tmp_path / 'noise.npy'}", f"output={tmp_path / 'out'}", "n_classes=2"]
+    # So many that it is far from settled when the first iteration is done.
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(2000, 32, 32)))
+    words = [f"particles={tmp_path / 'noise.npy'}", f"output={tmp_path / 'out'}", "n_classes=8"]
     words += ["iterations=100000", "settle=0", "device=cpu", "threads=1"]
     command = [sys.executable, "-m", "cryoalign", "run", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

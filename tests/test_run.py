@@ -16,7 +16,7 @@ from cryoalign.alignment import Alignment
 from cryoalign.checkpoint import ClimbState
 from cryoalign.config import load_config
 from cryoalign.io import read_images
-from cryoalign.results import ITERATIONS, ITERATIONS_FRC, RUN_FILES
+from cryoalign.results import ITERATIONS, ITERATIONS_FRC, REPRODUCIBILITY, RUN_FILES, STABILITY
 from cryoalign.run import Interrupted, run
 from cryoalign.synthetic import simulate, write_simulation
 
@@ -52,7 +52,8 @@ def finished(star):
 
 
 def test_a_run_writes_all_its_files_and_no_others(finished):
-    expected = set(RUN_FILES) - {ITERATIONS, ITERATIONS_FRC}  # of reference-free alignment
+    others = {ITERATIONS, ITERATIONS_FRC, STABILITY, REPRODUCIBILITY}  # of other methods
+    expected = set(RUN_FILES) - others
     assert {path.name for path in finished.iterdir()} == expected
     for picture in finished.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG"), picture
