@@ -25,6 +25,7 @@ from bench import (
     gpu_search,
     gpu_stages,
     interpolation,
+    invariants,
     iteration,
     memory,
     quality,
@@ -53,6 +54,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "assignment": assignment.run,
     "quality": quality.run,
     "interpolation": interpolation.run,
+    "invariants": invariants.run,
 }
 
 
