@@ -15,11 +15,14 @@ from cryoalign.classification import optics_of
 from cryoalign.invariants import communities, invariants, neighbours
 from cryoalign.io import read_particles
 from cryoalign.observations import observe
-from cryoalign.particles import Images, PreparedParticles
+from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack
+from cryoalign.synthetic import simulate
 
 
 def run(
-    data: Annotated[tuple[Path, ...], "PREFIXes of .star, .mrcs and _truth.npz"],
+    data: Annotated[
+        tuple[Path, ...], "PREFIXes of .star, .mrcs and _truth.npz; else one simulated set"
+    ] = (),
     mirror: Annotated[bool, "mirrored particles are alike"] = True,
     radius: Annotated[float, "of the particle, px"] = 36.0,
     rings: Annotated[int, "outermost ring, 1/box"] = 14,
@@ -34,9 +37,15 @@ def run(
     """
     rows: list[Row] = []
     axis = torch.arange(-max_shift, max_shift + 1.0)
-    for prefix in data:
+    for prefix in data or (None,):
         clock = [time.process_time()]
-        stack = read_particles(f"{prefix}.star")
+        if prefix is None:
+            made = simulate(1000, 10, size=90, snr=0.1, seed=0)
+            stack: Stack = TensorStack(made.images, made.pixel_size)
+            name, view = "simulated SNR 0.1", made.class_number - 1
+        else:
+            stack, (view, _) = read_particles(f"{prefix}.star"), truth_of(prefix)
+            name = prefix.name
         prepared = PreparedParticles(stack, Images(), torch.device("cpu"))
         optics = optics_of(stack)
         seen = observe(
@@ -47,7 +56,7 @@ def run(
         features = invariants(seen, seen.rings, torch.cartesian_prod(axis, axis))
         cosines, near = neighbours(features, 50, mirror)
         clock.append(time.process_time())
-        view = truth_of(prefix)[0][prepared.rows]
+        view = view[prepared.rows]
         there = view >= 0
         k = int(view.max()) + 1
         groups = [communities(cosines[:, :10], near[:, :10], k, seed) for seed in seeds]
@@ -56,7 +65,7 @@ def run(
         rand = [adjusted_rand_score(view[there], group[there]) for group in groups]
         rows.append(
             {
-                "set": prefix.name,
+                "set": name,
                 "K": k,
                 "same view, 1": float(same[:, 0].mean()),
                 "10": float(same[:, :10].mean()),
