@@ -27,6 +27,7 @@ from bench import (
     interpolation,
     invariants,
     iteration,
+    loader,
     memory,
     quality,
     relion,
@@ -54,6 +55,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "assignment": assignment.run,
     "quality": quality.run,
     "interpolation": interpolation.run,
+    "loader": loader.run,
     "invariants": invariants.run,
 }
 

@@ -11,7 +11,7 @@ FLOORS = {
     "ground": ("settings", "files", "workers", "pose", "distributed", "yaml12", "io"),
     "image": (
         "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
-        "particles", "seeding", "synthetic",
+        "particles", "seeding", "synthetic", "dataset",
     ),
     "correlate": ("products", "correlate", "fourier_rings", "observations"),
     "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence"),
