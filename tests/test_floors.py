@@ -13,11 +13,16 @@ FLOORS = {
         "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
         "particles", "seeding", "synthetic", "dataset",
     ),
-    "correlate": ("products", "correlate", "fourier_rings", "observations"),
-    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence"),
+    "correlate": (
+        "products", "correlate", "fourier_rings", "observations", "steerable", "invariants",
+    ),
+    "search": (
+        "refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence",
+        "implicit",
+    ),
     "align": (
         "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra",
-        "schedule", "rfa",
+        "schedule", "rfa", "layers",
     ),
     "classify": (
         "merge", "climb", "classification", "stability", "realign", "ordering", "generations",
