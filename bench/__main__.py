@@ -25,7 +25,9 @@ from bench import (
     gpu_search,
     gpu_stages,
     interpolation,
+    invariants,
     iteration,
+    loader,
     memory,
     quality,
     relion,
@@ -53,6 +55,8 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "assignment": assignment.run,
     "quality": quality.run,
     "interpolation": interpolation.run,
+    "loader": loader.run,
+    "invariants": invariants.run,
 }
 
 

@@ -30,7 +30,7 @@ def run(
     seeds: Annotated[tuple[int, ...], "one run each"] = (0, 1, 2),
     mask_radius: Annotated[float | None, "of the particle, px; else 0.4 of the box"] = None,
     mirror: Annotated[bool, "try mirrored particles"] = True,
-    start: Annotated[str, "singles or stochastic, see likelihood.start"] = "singles",
+    start: Annotated[str, "singles, stochastic or invariants, see likelihood.start"] = "singles",
     starts: Annotated[int, "independent starts, of which the likeliest goes on"] = 1,
     jobs: Annotated[int, "runs at a time, a process each"] = 1,
     device: Annotated[str, "cpu or cuda"] = "cpu",

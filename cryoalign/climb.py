@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cryoalign.band import Band, Found, shift_grid, sums_over_ranks
 from cryoalign.checkpoint import ClimbState
-from cryoalign.distributed import shard
+from cryoalign.distributed import gather_over_ranks, same_on_all_ranks, shard
 from cryoalign.expectation import (
     Features,
     Sums,
@@ -37,6 +37,7 @@ from cryoalign.expectation import (
     mix_sums,
     no_sums,
 )
+from cryoalign.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.merge import merge_classes
 from cryoalign.observations import Observations
 from cryoalign.settings import FORBID
@@ -62,7 +63,8 @@ class Likelihood:
         mirror: whether mirrored particles are of one class.
         ctf: `auto` uses the CTF where the STAR file has a defocus; `none` never.
         start: how a climb starts: `singles` from random particles by expectation maximisation
-            over all particles, `stochastic` by steps on random subsets that grow.
+            over all particles; `stochastic` by steps on random subsets that grow; `invariants`
+            from groups that look alike before anything is aligned.
         starts: independent starts, of which the likeliest goes on.
         surplus: classes to start with, per class asked.
         split: children that every class is split into.
@@ -78,8 +80,10 @@ class Likelihood:
     max_shift: float = Field(default=3.0, ge=0, description="how far off centre, px")
     mirror: bool = Field(default=True, description="mirrored particles are of one class")
     ctf: bool = Field(default=True, description="use the CTF where the STAR file has a defocus")
-    start: Literal["singles", "stochastic"] = Field(
-        default="singles", description="singles: all particles; stochastic: growing random subsets"
+    start: Literal["singles", "stochastic", "invariants"] = Field(
+        default="singles",
+        description="singles: from random particles; stochastic: by growing random subsets; "
+        "invariants: from groups by rotation-invariant features",
     )
     starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
     surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
@@ -203,6 +207,8 @@ class Climb:
 
     def start(self, band: Band) -> _Rest:
         """From random single particles, more than the classes asked, merged to as many."""
+        if self.plan.likelihood.start == "invariants":
+            return self.relax(band, self.alike(band), "start")
         many = math.ceil(self.plan.likelihood.surplus * self.plan.n_classes)
         rows = self.random(self.n)[: min(many, self.n // 2)]
         if self.plan.likelihood.start == "stochastic":
@@ -211,6 +217,29 @@ class Climb:
             classes = band.single_particles(rows, band.signal_power())
         rest = self.relax(band, classes, "start", START_STEPS)
         return self.merge(band, rest.sums, "start")
+
+    def alike(self, band: Band) -> Tensor:
+        """Classes of particles that look alike before any is aligned (`invariants`).
+
+        An expectation maximisation of every group's own members, from the one most like them.
+        """
+        rows = self.random(self.n)[:SAMPLE].sort().values
+        here = (rows[band.is_here(rows)] - band.start).to(band.device)
+        polar = torch.view_as_real(self.observations.polar[here])
+        some = Observations(
+            torch.view_as_complex(gather_over_ranks(polar)),
+            gather_over_ranks(self.observations.weight[here]),
+            self.observations.rings,
+        )
+        seeds = seeds_from_invariants(
+            some, some.rings, shift_grid(self.plan.likelihood.max_shift, 1.0, band.device),
+            self.plan.n_classes, mirror=band.mirror, seed=int(self.random(2**16)[0]),
+        )  # fmt: skip
+        label, members = same_on_all_ranks(seeds.label), same_on_all_ranks(seeds.member)
+        families = [_Family(band, rows[label == c]) for c in range(self.plan.n_classes)]
+        classes = band.single_particles(rows[members], band.signal_power())
+        _, classes = self.raise_families(band, families, list(classes.split(1)))
+        return classes
 
     def descend(self, band: Band, seeds: Tensor) -> Tensor:
         """Classes by small steps on random subsets that grow, while rings are added.
@@ -264,12 +293,20 @@ class Climb:
         children = [len(each) for each in seeds]
         classes = band.single_particles(torch.cat(seeds), band.signal_power())
         families = [_Family(band, members) for members in groups]
+        return self.raise_families(band, families, list(classes.split(children)))[0]
+
+    def raise_families(
+        self, band: Band, families: list[_Family], classes: list[Tensor]
+    ) -> tuple[Sums, Tensor]:
+        """Sums and images of all classes, those of each family made of its members alone."""
+        children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
-            pairs = zip(families, classes.split(children), strict=True)
+            pairs = zip(families, classes, strict=True)
             parts = list(band.over(lambda pair: pair[0].expect(pair[1]), pairs))
             sums = sums_over_ranks(join_classes(parts))
-            classes = maximise(sums, band.rings)
-        return sums
+            images = maximise(sums, band.rings)
+            classes = list(images.split(children))
+        return sums, images
 
     def seeds(self, members: int) -> Tensor:
         """Which of a class's members its children start from."""

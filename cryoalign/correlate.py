@@ -329,12 +329,18 @@ def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings)
     polar = to_polar(images, rings, pose.shift.unsqueeze(1))
     x = normalised_spectra(polar, rings)[:, 0]  # (n, r, m)
     y = ring_spectra(references, rings)[:, 0]
+    return turned_correlation(x, y, pose.angle, pose.mirror)
+
+
+def turned_correlation(x: Tensor, y: Tensor, angle: Tensor, mirror: Tensor) -> Tensor:
+    """(n,) scores of spectra x (n, r, m), turned by angles (n,) in degrees and then mirrored where
+    ``mirror`` (n,), with spectra y (n or 1, r, m): `correlation_table` at any angle."""
     m = x.shape[-1]
     frequency = torch.arange(m, device=x.device)
     sign = 1 - 2 * (frequency % 2)
-    hand = pose.mirror[:, None, None]
+    hand = mirror[:, None, None]
     product = (x.conj() * torch.where(hand, sign * y.conj(), y)).sum(-2)  # (n, m)
-    turn = torch.deg2rad(pose.angle).to(x.real.dtype)[:, None] * frequency
+    turn = torch.deg2rad(angle).to(x.real.dtype)[:, None] * frequency
     multiplicity = torch.full_like(turn[0], 2.0 / (2 * (m - 1)))
     multiplicity[0] = multiplicity[-1] = 1.0 / (2 * (m - 1))
     # irfft's real part: Re(z e^{i m phi}); the Nyquist term has no phase of its own.

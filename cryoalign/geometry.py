@@ -6,6 +6,7 @@ there is zero, so images come here normalised to a background of zero.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -50,8 +51,45 @@ def sample(images: Tensor, points: Tensor, interpolation: Interpolation = "bilin
         raise ValueError(
             f"points of {len(points)} images do not fit {n}: give each its own, or all (1, ..., 2)"
         )
+    if torch.are_deterministic_algorithms_enabled():
+        return gather_sample(images, points, interpolation)
     height, width = images.shape[-2:]
     return sample_at(images, sampling_places(points, height, width), interpolation)
+
+
+def gather_sample(
+    images: Tensor, points: Tensor, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """`sample` made of gathers: slower, with second derivatives and a deterministic gradient.
+
+    ``grid_sample`` has no second derivative, and on CUDA its gradient adds in whatever order
+    threads come. Here PyTorch's deterministic mode holds, so `sample` uses it in that mode.
+    """
+    n, *channels, height, width = images.shape
+    flat = images.reshape(n, -1, height * width)  # (n, C, h w)
+    places = points.flatten(1, -2) + points.new_tensor([width // 2, height // 2])  # (n or 1, P, 2)
+    corner = places.detach().floor()
+    column, row = (corner.long() + (0 if interpolation == "bilinear" else -1)).unbind(-1)
+    across, down = (_taps(part, interpolation) for part in (places - corner).unbind(-1))
+    total = flat.new_zeros(())
+    for (i, x), (j, y) in itertools.product(enumerate(across), enumerate(down)):
+        at_x, at_y = column + i, row + j
+        inside = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)
+        index = at_y.clamp(0, height - 1) * width + at_x.clamp(0, width - 1)
+        index = index.unsqueeze(1).expand(n, flat.shape[1], -1)
+        weight = torch.where(inside, x * y, 0.0).unsqueeze(1)  # (n or 1, 1, P)
+        total = total + flat.gather(2, index) * weight
+    return total.reshape(n, *channels, *points.shape[1:-1])
+
+
+def _taps(part: Tensor, interpolation: Interpolation) -> list[Tensor]:
+    """Weights of the pixels about a point ``part`` of a pixel past one of them."""
+    if interpolation == "bilinear":
+        return [1 - part, part]
+    a = -0.75
+    near = [((a + 2) * t - (a + 3)) * t * t + 1 for t in (part, 1 - part)]
+    far = [((a * t - 5 * a) * t + 8 * a) * t - 4 * a for t in (1 + part, 2 - part)]
+    return [far[0], near[0], near[1], far[1]]
 
 
 def sampling_places(points: Tensor, height: int, width: int) -> Tensor:

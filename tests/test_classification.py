@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from tests.test_ctf import some_optics
 QUICK = Likelihood(cycles=1, max_shift=2.0)
 
 
-@pytest.mark.parametrize("start", ["singles", "stochastic"])
-def test_all_views_are_found_from_nothing(start: Literal["singles", "stochastic"]) -> None:
+@pytest.mark.parametrize("start", ["singles", "stochastic", "invariants"])
+def test_all_views_are_found_from_nothing(
+    start: Literal["singles", "stochastic", "invariants"],
+) -> None:
     made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
     likelihood = Likelihood(cycles=1, max_shift=2.0, start=start)
     found = classify(made.images, 6, likelihood=likelihood, seed=0, device="cpu")

@@ -11,13 +11,18 @@ FLOORS = {
     "ground": ("settings", "files", "workers", "pose", "distributed", "yaml12", "io"),
     "image": (
         "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
-        "particles", "seeding", "synthetic",
+        "particles", "seeding", "synthetic", "dataset",
     ),
-    "correlate": ("products", "correlate", "fourier_rings", "observations"),
-    "search": ("refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence"),
+    "correlate": (
+        "products", "correlate", "fourier_rings", "observations", "steerable", "invariants",
+    ),
+    "search": (
+        "refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence",
+        "implicit",
+    ),
     "align": (
         "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra",
-        "schedule", "rfa",
+        "schedule", "rfa", "layers",
     ),
     "classify": (
         "merge", "climb", "classification", "stability", "realign", "ordering", "generations",

@@ -1,0 +1,201 @@
+"""The stages from pixels to score as small modules, each over one function of this package.
+
+All keep the dtype of what they are given, float64 included. Under autocast they compute in float32
+whatever the surroundings do: transforms have no bf16, and a correlation is a sum over thousands of
+samples (half-precision *inputs* are taken, and cast). docs/layers.md has the table.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cryoalign.correlate import correlation_at, correlation_logsumexp, correlation_table
+from cryoalign.geometry import Interpolation, transform
+from cryoalign.implicit import fourier_shift, implicit_pose, smooth_score
+from cryoalign.polar import Rings, ring_spectra, to_polar
+from cryoalign.pose import Pose
+from cryoalign.search import Search, best_poses, prepare
+
+Gradient = Literal["score", "implicit", "soft"]
+
+
+class _FullPrecision(nn.Module):
+    """A module that autocast leaves alone; half-precision inputs become float32."""
+
+    def __call__(self, *inputs: Tensor | None) -> object:
+        """Cast and forward."""
+        full = (
+            x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+            for x in inputs
+        )
+        first = next(x for x in inputs if x is not None)
+        with torch.autocast(first.device.type, enabled=False):
+            return super().__call__(*full)
+
+
+class PolarTransform(_FullPrecision):
+    """Images (n, h, w) and trial shifts (s, 2), (n, s, 2) or None to rings (n, s, r, a); see
+    `polar.to_polar`."""
+
+    def __init__(self, rings: Rings) -> None:
+        super().__init__()
+        self.rings = rings
+
+    def forward(self, images: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """(n, s, r, a) bilinear samples."""
+        return to_polar(images, self.rings, shifts)
+
+
+class RigidWarp(_FullPrecision):
+    """Images (n, h, w) shifted, turned and mirrored by poses; see `geometry.transform`."""
+
+    def __init__(self, interpolation: Interpolation = "bicubic") -> None:
+        super().__init__()
+        self.interpolation: Interpolation = interpolation
+
+    def forward(self, images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
+        """(n, h, w); angle (n,) degrees, shift (n, 2) pixels, mirror (n,) bool."""
+        return transform(images, Pose(angle, shift, mirror), self.interpolation)
+
+
+class FourierShift(_FullPrecision):
+    """Images (n, h, w) shifted by phases of their transform; see `implicit.fourier_shift`."""
+
+    def forward(self, images: Tensor, shift: Tensor) -> Tensor:
+        """(n, h, w); shift (n, 2) pixels, x then y."""
+        return fourier_shift(images, shift)
+
+
+class RingSpectra(_FullPrecision):
+    """Images (n, h, w) to normalised angular spectra (n, s, r, m) complex; see
+    `polar.ring_spectra`."""
+
+    def __init__(self, rings: Rings) -> None:
+        super().__init__()
+        self.rings = rings
+
+    def forward(self, images: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """(n, s, r, m) unit vectors; shifts as `PolarTransform`."""
+        return ring_spectra(images, self.rings, shifts)
+
+
+class RotationalCorrelation(nn.Module):
+    """Spectra (n, s, r, m) and references' (k, r, m) to every score (n, k, s, hands, a); see
+    `correlate.correlation_table`."""
+
+    def __init__(self, mirror: bool = True) -> None:
+        super().__init__()
+        self.mirror = mirror
+
+    def forward(self, particles: Tensor, references: Tensor) -> Tensor:
+        """(n, k, s, hands, a) correlation coefficients."""
+        return correlation_table(particles, references, self.mirror)
+
+
+class PoseMarginal(nn.Module):
+    """Spectra (n, s, r, m) and references' (k, r, m) to the soft maximum over all poses (n, k);
+    see `correlate.correlation_logsumexp`."""
+
+    def __init__(self, temperature: float, mirror: bool = True) -> None:
+        super().__init__()
+        self.temperature, self.mirror = temperature, mirror
+
+    def forward(self, particles: Tensor, references: Tensor) -> Tensor:
+        """(n, k) T log sum exp(score / T)."""
+        return correlation_logsumexp(particles, references, self.temperature, self.mirror)
+
+
+class Aligned(NamedTuple):
+    """What `AlignLayer` gives of n particles.
+
+    Attributes:
+        images: (n, h, w) particles moved onto their references.
+        score: (n,) on the chosen reference.
+        label: (n,) int64 the chosen reference.
+        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool.
+    """
+
+    images: Tensor
+    score: Tensor
+    label: Tensor
+    angle: Tensor
+    shift: Tensor
+    mirror: Tensor
+
+
+class AlignLayer(_FullPrecision):
+    """Particles and references to poses, aligned particles and scores.
+
+    The search chooses reference, hand and pose, without a gradient. Then, by ``gradient``:
+
+    - ``score``: the pose is a constant, and the score there is differentiable. Without
+      ``search.refine`` its gradient is that of the maximum over the grid.
+    - ``implicit``: the pose is the maximum of the smooth score near by and itself has a gradient
+      (`implicit.implicit_pose`), which the aligned images carry on.
+    - ``soft``: pose and score are means over the shifts and angles of the chosen reference and
+      hand with weights exp(score / temperature); blunter, and smooth across peaks.
+    """
+
+    def __init__(
+        self, search: Search, gradient: Gradient = "score", temperature: float = 0.01
+    ) -> None:
+        """
+        Args:
+            search: what poses are tried, and whether the best is refined below the grid.
+            gradient: see above.
+            temperature: of ``soft``, in units of the score.
+
+        Raises:
+            ValueError: an unknown gradient; a temperature that is not positive.
+        """
+        super().__init__()
+        if gradient not in ("score", "implicit", "soft"):
+            raise ValueError(f"gradient {gradient!r}: use score, implicit or soft")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.search, self.gradient, self.temperature = search, gradient, temperature
+
+    def forward(self, particles: Tensor, references: Tensor) -> Aligned:
+        """Align particles (n, size, size), background zero, to references (k, size, size)."""
+        label, pose = self._choose(particles, references)
+        own = references[label]
+        rings = self.search.rings(particles.shape[-1])
+        if self.gradient == "soft":
+            pose, score = self._soft(particles, own, pose.mirror, rings)
+        elif self.gradient == "implicit":
+            pose = implicit_pose(particles, own, pose, rings)
+            score = smooth_score(particles, own, pose, rings)
+        else:
+            score = correlation_at(particles, own, pose, rings)
+        moved = transform(particles, pose)
+        return Aligned(moved, score, label, pose.angle, pose.shift, pose.mirror)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _choose(self, particles: Tensor, references: Tensor) -> tuple[Tensor, Pose]:
+        label, pose, _ = best_poses(particles, prepare(references, self.search))
+        return label, pose.to(particles.dtype)
+
+    def _soft(
+        self, particles: Tensor, own: Tensor, mirror: Tensor, rings: Rings
+    ) -> tuple[Pose, Tensor]:
+        """Mean poses (n,) and soft scores (n,) over the grid of the chosen reference and hand."""
+        shifts = self.search.shifts(particles.device).to(particles.dtype)
+        x = ring_spectra(particles, rings, shifts)  # (n, s, r, m)
+        y = ring_spectra(own, rings)[:, 0]
+        m = x.shape[-1]
+        sign = 1 - 2 * (torch.arange(m, device=x.device) % 2)
+        y = torch.where(mirror[:, None, None], sign * y.conj_physical(), y)
+        table = torch.fft.irfft((x.conj_physical() * y[:, None]).sum(2), n=2 * (m - 1))  # (n, s, a)
+        flat = table.flatten(1) / self.temperature
+        weight = flat.softmax(1).reshape(table.shape)
+        turn = torch.arange(table.shape[-1], device=x.device, dtype=table.dtype)
+        turn = turn * (2 * torch.pi / table.shape[-1])
+        by_angle = weight.sum(1)  # (n, a)
+        angle = torch.atan2((by_angle * turn.sin()).sum(1), (by_angle * turn.cos()).sum(1))
+        shift = weight.sum(2) @ shifts
+        score = self.temperature * torch.logsumexp(flat, 1)
+        return Pose(torch.rad2deg(angle), shift, mirror), score
