@@ -15,14 +15,17 @@ from cryoalign.average import Averaging
 from cryoalign.classification import classify
 from cryoalign.climb import Likelihood
 from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
+from cryoalign.dataset import ParticleDataset
 from cryoalign.generations import Isac
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images
 from cryoalign.isac import StableClasses, classify_stable
+from cryoalign.layers import AlignLayer
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose, compose, pixel_error
+from cryoalign.quality import Quality
 from cryoalign.rfa import align_reference_free
 from cryoalign.schedule import Schedule
 from cryoalign.search import Search, match
@@ -30,13 +33,16 @@ from cryoalign.synthetic import simulate
 from cryoalign.uncertainty import pose_covariance
 
 __all__ = [
+    "AlignLayer",
     "Alignment",
     "Assignment",
     "Averaging",
     "Images",
     "Isac",
     "Likelihood",
+    "ParticleDataset",
     "Pose",
+    "Quality",
     "Rings",
     "Schedule",
     "Search",
