@@ -17,7 +17,7 @@ from cryoalign.average import Averaging, ClassSums, class_sums, filtered_average
 from cryoalign.checkpoint import ClimbState
 from cryoalign.climb import Climb, Likelihood, Plan, Progress
 from cryoalign.ctf import Optics, optics_from_relion, phase_flip
-from cryoalign.distributed import gather_over_ranks, shard
+from cryoalign.distributed import gather_over_ranks, shard, world_size
 from cryoalign.evidence import Aligned, Scope, trials_of
 from cryoalign.filters import soft_mask
 from cryoalign.observations import Observations, observe
@@ -66,7 +66,8 @@ def classify(
 
     Returns:
         The `Alignment`, of the whole input on every process; its averages are of phase-flipped
-        particles where there is a CTF. Class 1 is the largest.
+        particles where there is a CTF. Class 1 is the largest
+        (before junk is set aside).
 
     Raises:
         ValueError: anything that does not fit, before work starts.
@@ -81,6 +82,10 @@ def classify(
         raise ValueError(
             f"n_classes must be from 1 to half of the {len(prepared)} usable particles, not "
             f"{n_classes}"
+        )
+    if len(prepared) < world_size():
+        raise ValueError(
+            f"{len(prepared)} usable particles are fewer than {world_size()} processes: start fewer"
         )
     if resume is not None:
         _refuse_other_particles(resume, prepared, n_classes)
@@ -115,8 +120,10 @@ class PhaseFlipped:
         return len(self.stack)
 
     def read(self, rows: Tensor) -> Tensor:
-        """(b, h, w) float32 images."""
-        return phase_flip(self.stack.read(rows), self.optics[rows])
+        """(b, h, w) float32 images; one of a single value stays so, for the screening to find."""
+        images = self.stack.read(rows)
+        flat = (images == images[:, :1, :1]).all(dim=(1, 2))
+        return torch.where(flat[:, None, None], images, phase_flip(images, self.optics[rows]))
 
 
 def optics_of(stack: Stack) -> Optics | None:

@@ -98,6 +98,13 @@ class Likelihood:
         default=11.2, gt=1, description="resolution at the end, periods across the particle"
     )
 
+    def __post_init__(self) -> None:
+        if self.end_detail < self.start_detail:
+            raise ValueError(
+                f"likelihood.end_detail {self.end_detail:g} is coarser than start_detail "
+                f"{self.start_detail:g}: make it as large at least"
+            )
+
 
 @plain_dataclass(frozen=True)
 class Plan:
@@ -114,6 +121,15 @@ class Plan:
     n_classes: int
     radius: float
     size: int
+
+    def __post_init__(self) -> None:
+        room = self.size / 2 - 1
+        if self.size < 16 or self.radius > room:
+            raise ValueError(
+                f"a particle of radius {self.radius:g} px leaves no background in a box of "
+                f"{self.size} px: likelihood.mask_radius can be at most {room:g}, of a box of 16 "
+                "px at least"
+            )
 
     def ring(self, detail: float) -> int:
         """The Fourier ring of so many periods across the particle."""

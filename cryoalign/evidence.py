@@ -36,6 +36,7 @@ from cryoalign.workers import map_in_order, workers_for
 CHUNK = 256
 SAMPLE = 2000  # particles that noise and its spread are measured on, at most
 LEAST_EVIDENCE = math.log(20)  # nats: 1 in 20 noise images would show as much
+FEW = 20  # particles of whom none can be called odd
 ODD = 3.5  # robust deviations (Iglewicz & Hoaglin 1993)
 
 
@@ -108,6 +109,12 @@ def judge(
     evidence, unlike, *sd = gather_over_ranks(torch.cat(made).cpu()).unbind(1)
     middle = unlike.median()
     oddness = (unlike - middle) / _deviation(unlike, middle)
+    if len(unlike) < FEW:
+        oddness = torch.zeros_like(oddness)
+    # An average of few says as little against a particle as for it.
+    half = particles.rows % 2
+    judges = sums.count.cpu()[1 - half, found.label]
+    evidence = torch.where(judges < TRUSTED, torch.nan, evidence)
     judged = {
         "evidence": evidence,
         "oddness": oddness,
@@ -122,10 +129,11 @@ def judge(
 def junk_score(evidence: Tensor, oddness: Tensor) -> Tensor:
     """(n,) nats, above zero for junk: what evidence lacks, or what oddness has too much.
 
-    An oddness of z deviations is worth z^2 / 2, as the logarithm of a normal density.
+    Where evidence is NaN nobody could say, and oddness alone counts. An oddness of z deviations
+    is worth z^2 / 2, as the logarithm of a normal density.
     """
     odd = (oddness.clamp(min=0).square() - ODD**2) / 2
-    return torch.maximum(LEAST_EVIDENCE - evidence, odd)
+    return torch.maximum((LEAST_EVIDENCE - evidence).nan_to_num(nan=-math.inf), odd)
 
 
 def held_out(sums: ClassSums, mask: Tensor) -> Tensor:

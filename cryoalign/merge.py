@@ -49,6 +49,8 @@ def merge_classes(
     """
     signal, weight, count = (total.clone() for total in sums)
     k = signal.shape[1]
+    if k <= n_classes:
+        return sums, torch.arange(k, device=signal.device)
     alive = torch.ones(k, dtype=torch.bool, device=signal.device)
     target = torch.arange(k, device=signal.device)
     moved = ring_features(half_circle_of(signal.sum(0), rings), shifts, rings)  # (k, s, r, m)
@@ -74,6 +76,8 @@ def merge_classes(
         for gone in (a, b):
             pairs.loss[gone], pairs.loss[:, gone] = torch.inf, torch.inf
         others = (alive & (torch.arange(k, device=alive.device) != a)).nonzero().squeeze(1)
+        if not len(others):
+            break
         for table, of in zip(pairs, row(a, others), strict=True):
             table[a, others] = of
     number = torch.cumsum(alive, 0) - 1

@@ -166,17 +166,18 @@ def _junk(alignment: Alignment, table: pd.DataFrame) -> Iterator[str]:
     share = junk_share(alignment)
     if share > 0.2:
         yield (
-            f"{share:.0%} of the particles are marked as junk: look at the picking, and set them "
-            f"aside with quality.junk=set_aside."
+            f"{share:.0%} of the particles are judged junk: look at the picking, and at the "
+            f"contrast (images.invert). quality.junk=set_aside leaves them out."
         )
 
 
 def junk_share(alignment: Alignment) -> float:
-    """Share of the particles used that are marked as junk; NaN where that was not judged."""
+    """Share of junk, marked or set aside, among the particles judged; NaN where none were."""
     if "junk_score" not in alignment.particle_quality:
         return math.nan
     score = alignment.particle_quality["junk_score"].dropna()
-    return float((score > 0).mean())
+    aside = int(alignment.rejected["reason"].str.startswith("junk:").sum())
+    return (int((score > 0).sum()) + aside) / max(1, len(score) + aside)
 
 
 def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:

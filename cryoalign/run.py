@@ -103,7 +103,7 @@ def run(
                 _align_and_write(config, stack, state, watch, on_iteration)
             except KeyboardInterrupt as stop:
                 raise Interrupted(_kept(folder, watch.done)) from stop
-            except (ValueError, OSError):
+            except Exception:
                 if rank() == 0 and not (folder / CHECKPOINT).exists():
                     _remove_results(folder)  # nothing was done
                     _restore(folder)
@@ -311,7 +311,11 @@ def _refuse_own_results(config: RunConfig, stack: ParticleStack, folder: Path) -
 def _set_aside(folder: Path) -> None:
     """Keep the results of an earlier run until the new one has some."""
     aside = folder / REPLACED
-    aside.mkdir(exist_ok=True)
+    if aside.is_dir():  # kept by a run that had none itself: those stay
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        return
+    aside.mkdir()
     for name in RUN_FILES:
         if (folder / name).exists():
             (folder / name).replace(aside / name)

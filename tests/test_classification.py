@@ -80,3 +80,34 @@ def test_the_shift_grid_is_symmetric() -> None:
     grid = shift_grid(3.0, 2.0)
     assert grid.tolist() == (-grid.flip(0)).tolist()
     assert shift_grid(0.0, 1.0).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("n", "surplus"), [(2, 1.5), (12, 1.5), (12, 1.0)])
+def test_one_class_is_an_alignment(n: int, surplus: float) -> None:
+    made = simulate(n=n, n_classes=1, size=32, snr=1.0, max_shift=1.0, seed=3)
+    settings = Likelihood(cycles=1, max_shift=1.0, surplus=surplus)
+    found = classify(made.images, 1, likelihood=settings, device="cpu")
+    assert found.class_sizes.tolist() == [n]
+
+
+@pytest.mark.parametrize(("size", "value"), [(33, 3.7), (40, 0.1)])
+def test_a_constant_image_is_constant_however_flipped(size: int, value: float) -> None:
+    made = simulate(n=40, n_classes=2, size=size, snr=1.0, max_shift=1.0, seed=3)
+    images = made.images.clone()
+    images[7] = value
+    settings = Likelihood(cycles=0, max_shift=1.0)
+    found = classify(images, 2, optics=some_optics(40), likelihood=settings, device="cpu")
+    assert found.class_number[7] == 0
+    assert found.rejected["index"].tolist() == [7]
+    flipped = PhaseFlipped(TensorStack(images), some_optics(40)).read(torch.arange(40))
+    signs = torch.sign(ctf_2d(some_optics(40), size))[:7]
+    inside = [row for row in range(size) if 2 * row != size]  # Nyquist has no sign of its own
+    spectra, raw = (torch.fft.rfft2(x[:7])[:, inside, : size // 2] for x in (flipped, images))
+    torch.testing.assert_close(spectra * signs[:, inside, : size // 2], raw, atol=1e-3, rtol=1e-4)
+
+
+def test_a_resolution_that_falls_is_refused() -> None:
+    with pytest.raises(ValueError, match="end_detail 5 is coarser"):
+        Likelihood(end_detail=5)
+    with pytest.raises(ValueError, match="leaves no background"):
+        classify(torch.randn(20, 32, 32), 2, likelihood=Likelihood(mask_radius=30), device="cpu")

@@ -195,3 +195,32 @@ def test_numbers_of_a_run() -> None:
     assert effective_classes(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
     assert effective_classes(torch.tensor([9, 0, 0])) == pytest.approx(1)
     assert trials_of(2, 1.0, 1 / (2 * np.pi), mirror=True) == pytest.approx(2 * 9 * 2)
+
+
+def test_few_particles_and_small_classes_are_no_junk() -> None:
+    """Four particles have no others to be odd among; an average of one says nothing."""
+    four = simulate(n=4, n_classes=1, size=32, snr=1.0, max_shift=1.0, seed=2)
+    found = align_multi_reference(
+        four.images, four.views, iterations=1, search=Search(max_shift=1), device="cpu"
+    )
+    assert (found.particle_quality["junk_score"] <= 0).all()
+    made = simulate(n=60, n_classes=20, size=32, snr=1.0, max_shift=1.0, seed=2)
+    found = align_multi_reference(
+        made.images, made.views, iterations=1, search=Search(max_shift=1), device="cpu"
+    )
+    table = found.to_frame()
+    assert table["evidence"].isna().mean() > 0.9  # three a class: hardly a half has four
+    assert (table["junk_score"] > 0).mean() < 0.1
+
+
+def test_noise_alone_is_flagged_when_it_is_set_aside() -> None:
+    noise = torch.randn(60, 32, 32, generator=torch.Generator().manual_seed(4))
+    views = simulate(n=1, n_classes=2, size=32, seed=2).views
+    found = align_multi_reference(
+        noise, views, iterations=2, search=Search(max_shift=1),
+        quality=Quality(junk="set_aside"), device="cpu",
+    )  # fmt: skip
+    aside = int((found.class_number == 0).sum())
+    assert aside > 45
+    assert int(found.class_sizes.sum()) + aside == 60
+    assert any("are judged junk" in flag for flag in flags(found, 1.0))

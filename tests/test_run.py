@@ -315,3 +315,18 @@ def test_reference_free_alignment_by_one_command_and_resumed(tmp_path):
     with mrcfile.open(whole / ITERATIONS) as stack:
         assert stack.voxel_size.x == pytest.approx(3.0)
     assert (whole / "report.html").exists()
+
+
+def test_a_crash_brings_the_earlier_results_back(star, tmp_path, monkeypatch):
+    folder = run(settings(star, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def crash(*_, **__):
+        raise RuntimeError("as from a library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cryoalign.run.align_multi_reference", crash)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="as from a library"):
+                run(settings(star, tmp_path / "run", "overwrite=true", "seed=5"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
