@@ -365,7 +365,7 @@ def image_peaks(
         Score (n, k) and place (n, k) as `correlation_peaks`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; no shifts; fewer than 1 candidate.
+        ValueError: shapes, dtypes or devices that do not fit; no shifts, or not finite; fewer than 1 candidate.
     """
     rings = Rings(first_ring, last_ring, ring_step, angles)
     _check_peaks(images, references, shifts, rings, candidates)
@@ -428,6 +428,8 @@ def _check_peaks(
         )
     if shifts.ndim != 2 or shifts.shape[1:] != (2,) or not len(shifts):
         raise ValueError(f"shifts must be (s, 2) and at least one, got {tuple(shifts.shape)}")
+    if not shifts.isfinite().all():
+        raise ValueError("shifts hold NaN or infinity: give finite pixels")
     if candidates is not None and candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
 

@@ -46,6 +46,8 @@ struct Complex {
 };
 
 inline Vec all(float x) { return Vec{} + x; }
+// x from 0 to `most`; NaN becomes 0, so that a sample's place is in memory whatever the numbers.
+inline float within(float x, float most) { return std::min(std::max(0.0f, x), most); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline bool any(Ints mask) {
@@ -60,7 +62,11 @@ class Transform {
     explicit Transform(int n) : n_(n) {
         for (int left = n, radix; left > 1; left /= radix) {
             radix = left % 4 == 0 ? 4 : left % 2 == 0 ? 2 : left % 3 == 0 ? 3 : 5;
-            stages_.push_back({radix, left, {}});
+            stages_.push_back({radix, left, {}, {}});
+            for (int i = 0; i < radix * radix; ++i) {
+                const double phase = 2 * M_PI * (i / radix * (i % radix) % radix) / radix;
+                stages_.back().roots.push_back(std::complex<float>(std::polar(1.0, phase)));
+            }
             for (int q = 0; q < left / radix; ++q)
                 for (int j = 0; j < radix; ++j) {
                     auto w = std::polar(1.0, 2 * M_PI * q * j / left);
@@ -91,6 +97,7 @@ class Transform {
     struct Stage {
         int radix, length;
         std::vector<std::complex<float>> twiddles;  // [q][j] exp(2 pi i q j / length)
+        std::vector<std::complex<float>> roots;     // [j][i] exp(2 pi i i j / radix)
     };
 
     static inline Complex turned(Vec re, Vec im, std::complex<float> w) {
@@ -111,7 +118,7 @@ class Transform {
                 y[0] = {x->re + b.re, x->im + b.im};
             }
         else
-            for (int t = 0; t < stride; ++t, ++x, ++y) odd(stage.radix, x, step, y, stride, w);
+            for (int t = 0; t < stride; ++t, ++x, ++y) odd(stage, x, step, y, stride, w);
     }
 
     static inline void four(
@@ -128,13 +135,13 @@ class Transform {
     }
 
     static void odd(
-        int radix, const Complex *x, int in, Complex *y, int out, const std::complex<float> *w) {
-        for (int j = 0; j < radix; ++j) {
+        const Stage &stage, const Complex *x, int in, Complex *y, int out, const std::complex<float> *w) {
+        const int radix = stage.radix;
+        const std::complex<float> *root = stage.roots.data();
+        for (int j = 0; j < radix; ++j, root += radix) {
             Complex sum = x[0];
             for (int i = 1; i < radix; ++i) {
-                const double phase = 2 * M_PI * (i * j % radix) / radix;
-                const std::complex<float> root(std::polar(1.0, phase));
-                const Complex term = turned(x[i * in].re, x[i * in].im, root);
+                const Complex term = turned(x[i * in].re, x[i * in].im, root[i]);
                 sum = {sum.re + term.re, sum.im + term.im};
             }
             y[j * out] = turned(sum.re, sum.im, w[j]);
@@ -358,8 +365,8 @@ class Features {
         const float *point = points_ + size_t(r) * a_ * 2;
         const float left = width_ / 2 + PAD - sx, top = height_ / 2 + PAD - sy;
         for (int t = 0; t < a_; ++t) {
-            const float x = std::min(std::max(point[2 * t] + left, 0.0f), float(width_ + PAD));
-            const float y = std::min(std::max(point[2 * t + 1] + top, 0.0f), float(height_ + PAD));
+            const float x = within(point[2 * t] + left, float(width_ + PAD));
+            const float y = within(point[2 * t + 1] + top, float(height_ + PAD));
             const int column = int(x), line = int(y);
             where_[t] = line * row + column;
             right_[t] = x - column;
@@ -456,6 +463,7 @@ int cryoalign_spectra_peaks(
     for (int64_t start = 0; start < n; start += LANES) {
         const int count = int(std::min<int64_t>(LANES, n - start));
         search.begin();
+        Vec bad{};
         for (int i = 0; i < s; ++i) {
             for (int f = 0; f < m; ++f)
                 for (int r = refs.low[f]; r < refs.high[f]; ++r) {
@@ -466,12 +474,13 @@ int cryoalign_spectra_peaks(
                         x.re[lane] = from[0];
                         x.im[lane] = from[1];
                     }
+                    bad += 0.0f * x.re + 0.0f * x.im;  // NaN where either is not finite
                     search.spectra[refs.place(r, f)] = x;
                 }
             search.shift(i, scale);
         }
         const int64_t at = start * k * (1 + mirror);
-        search.end(count, Vec{}, score + at, place + at);
+        search.end(count, bad, score + at, place + at);
     }
     return 0;
 } catch (const std::bad_alloc &) {
