@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryoalign.correlate import correlation_peaks, correlation_table, unravel_place
+from cryoalign.correlate import (
+    correlation_peaks,
+    correlation_table,
+    table_peaks,
+    unravel_place,
+)
 from cryoalign.kernels import CRYOALIGN_NO_KERNELS, build, cpu
 from cryoalign.polar import Rings, reference_spectra, ring_spectra
-from cryoalign.search import Search, best_poses, match, prepare
+from cryoalign.products import ring_factors
+from cryoalign.search import Search, best_poses, image_peaks, match, prepare
 from cryoalign.synthetic import Simulation, simulate
 
 
@@ -135,6 +142,60 @@ def test_images_without_signal_and_broken_ones() -> None:
     assert torch.equal(score[[0, 3]].amax(-1), whole.score[[0, 3]])
 
 
+def test_nan_where_one_shift_alone_meets_it() -> None:
+    """A shift whose score is not a number loses every comparison, and must still be told."""
+    made, rings = data(3, 2, 12), Rings(1, 12, angles=64)
+    spectra = reference_spectra(made.views, rings)
+    shifts = torch.tensor([[0.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
+    images = made.images.clone()
+    images[1, 15, 0] = torch.nan  # centre 15: 15 px left of it, and the rings end at 12 + 3
+    alone, _ = cpu.image_peaks(images, spectra, rings, shifts[[0, 2]], True)
+    assert alone.isfinite().all()
+    score, _ = cpu.image_peaks(images, spectra, rings, shifts, True)
+    assert score[1].isnan().all()
+    assert score[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_spectra_that_are_no_numbers(value: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
+    y = torch.randn(2, 5, 9, dtype=torch.complex64, generator=generator)
+    whole, _ = correlation_peaks(x, y)
+    x[1, 2, 3, 4] = value
+    score, found = cpu.spectra_peaks(x, y, True)
+    slow, _ = table_peaks(x, ring_factors(y))
+    assert score[1].isnan().all()
+    assert not slow[1].isfinite().any()
+    assert torch.equal(score[[0, 2]].amax(-1), whole[[0, 2]])
+    assert ((found >= 0) & (found < 4 * 2 * 16)).all()
+
+
+def test_a_weak_signal_on_a_large_constant_is_seen() -> None:
+    """Its variance is eight times what counts as rounding."""
+    made, rings, shifts = data(4, 2, 7), Rings(1, 7, angles=64), torch.zeros(1, 2)
+    signal = made.images / made.images.std((1, 2), keepdim=True)
+    images = (1 + 0.004 * signal).float()
+    y64 = reference_spectra(made.views.double(), rings)
+    x64 = ring_spectra(images.double(), rings, shifts.double())
+    best = correlation_table(x64, y64, True).flatten(4).amax((2, 4))  # (n, k, hands)
+    score, _ = cpu.image_peaks(images, y64.to(torch.complex64), rings, shifts, True)
+    assert best.abs().max() > 0.3
+    torch.testing.assert_close(score.double(), best, rtol=0, atol=1e-3)
+
+
+def test_shifts_that_are_no_numbers_are_refused() -> None:
+    made, rings = data(2, 2, 12), Rings(1, 12, angles=64)
+    spectra = reference_spectra(made.views, rings)
+    for bad in (torch.nan, torch.inf):
+        shifts = torch.tensor([[0.0, 0.0], [bad, 0.0]])
+        with pytest.raises(ValueError, match="finite"):
+            image_peaks(made.images, spectra, shifts, 1, 1, 12, 64, True, None)
+        # Past the check: no crash, the particle's own scores or NaN.
+        score, _ = cpu.image_peaks(made.images, spectra, rings, shifts, True)
+        assert score.shape == (2, 2, 2)
+
+
 def test_the_operator_with_kernels_is_an_operator() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
@@ -184,6 +245,41 @@ def test_a_stale_library_is_not_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert build.find_cpu_library() == library
     (tmp_path / build.CPU_SOURCE).write_text(source + "\n")
     assert build.find_cpu_library() is None
+
+
+def test_a_library_that_does_not_load_is_said_and_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (build.SOURCES / build.CPU_SOURCE).read_bytes()
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    (tmp_path / build.CPU_SOURCE).write_bytes(source)
+    library = tmp_path / build.cpu_library_name()
+    library.write_bytes(b"half a library")
+    cpu._load.cache_clear()
+    with pytest.warns(UserWarning, match="do not load.*rebuild them"):
+        assert not cpu.usable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cpu.usable()  # said once
+    assert build.build_cpu() == library
+    cpu._load.cache_clear()
+    assert cpu.usable()
+
+
+def test_stale_libraries_are_removed_beside_the_sources_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(command: list[str], verbose: bool) -> None:
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "_run", fake)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    for folder, kept in ((tmp_path / "sources", False), (tmp_path / "cache", True)):
+        folder.mkdir()
+        (folder / "_cpu_old.so").touch()
+        monkeypatch.setattr(build, "SOURCES", folder if not kept else tmp_path / "missing")
+        assert build._link([], "_cpu_new.so", "_cpu_*.so", False) == folder / "_cpu_new.so"
+        assert (folder / "_cpu_old.so").exists() == kept
 
 
 def test_without_a_compiler_the_message_says_what_to_do(monkeypatch) -> None:

@@ -54,11 +54,10 @@ def load() -> Status:
             )
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Status(
-            False,
-            f"the CUDA kernels do not load: {error}",
-            "rebuild them: `python -m cryoalign.kernels.build`",
-        )
+        message = f"the CUDA kernels do not load: {error}"
+        advice = "rebuild them: `python -m cryoalign.kernels.build`"
+        warnings.warn(f"{message}; a GPU runs the operators in PyTorch. {advice}", stacklevel=2)
+        return Status(False, message, advice)
     return Status(True, f"CUDA kernels loaded from {library}")
 
 

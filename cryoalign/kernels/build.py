@@ -8,6 +8,7 @@ that is not made of these very sources, for this kind of processor, is never loa
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -84,7 +85,7 @@ def _cpu_prefix() -> str:
     import torch
 
     level = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
-    return f"_cpu_{platform.machine()}_{level}_"
+    return f"_cpu_{sys.platform}_{platform.machine()}_{level}_"
 
 
 def _cpu_flags() -> tuple[str, ...]:
@@ -118,6 +119,17 @@ def _find(name: str) -> Path | None:
     return None
 
 
+def _loads(library: Path) -> bool:
+    """Whether it is whole, and made for this system: a copied home directory may hold others."""
+    import torch  # noqa: F401  (whose libraries the CUDA one needs)
+
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    return True
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler: ``$CUDA_HOME/bin/nvcc``, on the PATH, or in the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -135,7 +147,7 @@ def find_compiler() -> str | None:
 
 
 def build(verbose: bool = False) -> Path:
-    """Compile the CUDA library, unless the present sources' library is there already.
+    """Compile the CUDA library, unless the present sources' library is there already and loads.
 
     Args:
         verbose: print the compiler's commands and its report of registers and shared memory.
@@ -147,7 +159,7 @@ def build(verbose: bool = False) -> Path:
         BuildError: no compiler, no sources, or the compiler's own complaint.
     """
     existing = find_library()
-    if existing is not None:
+    if existing is not None and _loads(existing):
         return existing
     nvcc = find_nvcc()
     if nvcc is None:
@@ -170,7 +182,7 @@ def build_cpu(verbose: bool = False) -> Path:
         BuildError: no compiler, or its own complaint.
     """
     existing = find_cpu_library()
-    if existing is not None:
+    if existing is not None and _loads(existing):
         return existing
     compiler = find_compiler()
     if compiler is None:
@@ -183,7 +195,8 @@ def build_cpu(verbose: bool = False) -> Path:
 
 
 def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
-    """Run a compiler whose outcome is a library; put it in its place and remove stale ones."""
+    """Run a compiler whose outcome is a library; put it in its place; remove stale ones
+    beside the sources."""
     folder = SOURCES if os.access(SOURCES, os.W_OK) else cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
@@ -196,9 +209,10 @@ def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
         linked.replace(target)
     finally:
         linked.unlink(missing_ok=True)
-    for other in folder.glob(stale):
-        if other != target:
-            other.unlink(missing_ok=True)
+    if folder == SOURCES:  # a cache may serve other installations, of other sources
+        for other in folder.glob(stale):
+            if other != target:
+                other.unlink(missing_ok=True)
     return target
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from cryoalign.kernels import Status, unwanted
 from cryoalign.polar import Rings, ring_points
-from cryoalign.workers import map_in_order
 
 # Particles are the lanes of a vector, 16 at most: work is shared out in multiples of that.
 LANES = 16
@@ -36,11 +37,10 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
             )
         return ctypes.CDLL(str(library)), Status(True, f"CPU kernels loaded from {library}")
     except OSError as error:
-        return None, Status(
-            False,
-            f"the CPU kernels do not load: {error}",
-            "rebuild them: `python -m cryoalign.kernels.build`",
-        )
+        message = f"the CPU kernels do not load: {error}"
+        advice = "rebuild them: `python -m cryoalign.kernels.build`"
+        warnings.warn(f"{message}; the search runs in PyTorch. {advice}", stacklevel=2)
+        return None, Status(False, message, advice)
 
 
 def status() -> Status:
@@ -130,11 +130,17 @@ def _shared_out(
     particles = particles.contiguous()
     score = torch.empty(n, k, 1 + mirror)
     place = torch.empty(n, k, 1 + mirror, dtype=torch.int64)
+    if not n or not k:
+        return score, place
     each = max(1, -(-n // (threads * LANES))) * LANES
-    parts = [t.split(each) for t in (particles, score, place)] if n and k else []
-    for failed in map_in_order(lambda part: call(*part), zip(*parts, strict=True), threads):
-        if failed:
-            raise MemoryError("no memory for the search of one block of particles")
+    parts = [t.split(each) for t in (particles, score, place)]
+    if threads == 1:
+        failed = any(map(call, *parts))
+    else:  # nothing of PyTorch's runs inside: its threads are left alone
+        with ThreadPoolExecutor(threads) as pool:
+            failed = any(pool.map(call, *parts))
+    if failed:
+        raise MemoryError("no memory for the search of one block of particles")
     return score, place
 
 
