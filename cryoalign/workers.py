@@ -20,24 +20,22 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-class _OneThread:
-    """PyTorch at one thread while anyone wants it so; the last out restores the threads."""
+class _OneThread(threading.local):
+    """PyTorch at one thread for this one while anything here wants it so; the last out of it
+    restores its number. PyTorch counts thread by thread: nobody else can do it."""
 
-    def __init__(self) -> None:
-        self.lock, self.inside, self.before = threading.Lock(), 0, 1
+    inside, before = 0, 1
 
     def enter(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.before = torch.get_num_threads()
-            self.inside += 1
-            torch.set_num_threads(1)
+        if self.inside == 0:
+            self.before = torch.get_num_threads()
+        self.inside += 1
+        torch.set_num_threads(1)
 
     def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                torch.set_num_threads(self.before)
+        self.inside -= 1
+        if self.inside == 0:
+            torch.set_num_threads(self.before)
 
 
 _one_thread = _OneThread()
@@ -54,7 +52,7 @@ def map_in_order(
     if workers <= 1:
         yield from map(function, items)
         return
-    # PyTorch counts threads per thread for OpenMP, but per process for some libraries.
+    # Here too: for some libraries the number is the process's.
     _one_thread.enter()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Outcome]] = deque()
@@ -74,7 +72,10 @@ def map_in_order(
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep memory that is freed, some 60 MB of it, for what this process does next.
+    """Let glibc keep memory that is freed, some 60 MB an arena, for what comes next.
+
+    An arena is what a thread allocates from: so it is as much for every worker, and kept for no
+    other thread's use.
 
     By itself it gives that of large tensors back to the system, to get it again page by page at
     the next block of a search. Its limits rise to the largest block that was ever freed, 32 MB at

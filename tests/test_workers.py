@@ -42,6 +42,61 @@ def test_each_worker_has_one_thread_and_the_caller_gets_its_own_back() -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_that_overlap_get_their_own_numbers_back() -> None:
+    """A enters, B enters, A leaves, B leaves."""
+    before = torch.get_num_threads()
+    ready, entered, inside, left = (threading.Event() for _ in range(4))
+    after = {}
+
+    def first() -> None:
+        torch.set_num_threads(3)
+        assert torch.get_num_threads() == 3
+        outcomes = map_in_order(str, range(3), 2)
+        next(outcomes)
+        entered.set()
+        assert inside.wait(10)
+        list(outcomes)
+        after["first"] = torch.get_num_threads()
+        left.set()
+
+    def second() -> None:
+        torch.set_num_threads(2)
+        assert torch.get_num_threads() == 2
+        ready.set()
+        assert entered.wait(10)
+        outcomes = map_in_order(str, range(3), 2)
+        next(outcomes)
+        inside.set()
+        assert left.wait(10)
+        list(outcomes)
+        after["second"] = torch.get_num_threads()
+
+    try:
+        threads = [threading.Thread(target=second), threading.Thread(target=first)]
+        threads[0].start()
+        assert ready.wait(10)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert after == {"first": 3, "second": 2}
+
+
+def test_interleaved_in_one_thread() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        one, two = (map_in_order(str, range(3), 2) for _ in range(2))
+        next(one), next(two)
+        list(one)
+        assert torch.get_num_threads() == 1  # the other still computes
+        list(two)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_ends_the_rest() -> None:
     done = []
 
