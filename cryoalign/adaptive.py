@@ -36,6 +36,9 @@ LEAST_RINGS = 16
 # exhaustive grid does. At SNR 0.005 a screen that saw 0.75 of white references lost 16 of the 463
 # poses found exhaustively, 0.65 lost 49 of 443, 0.52 lost 166 of 439. Molecules have 0.86 to 0.95.
 FACTORS, SEEN = (2.0, 1.5, 1.25), 0.85
+# Of the power, what must be more than the last frequencies' to tell where structure is. White noise
+# has 0 +- 0.03, averages of a single particle at SNR 0.02 have 0.35 and molecules more.
+LEAST_STRUCTURE = 0.1
 # Hypotheses that are refined at low resolution, and of those at full resolution: how many at most,
 # and how far below the best, in deviations of a score without signal, 1 / sqrt(pixels).
 SCREENED, SCREEN_MARGIN = 8, 1.5
@@ -104,10 +107,12 @@ def screen_factor(references: Tensor, rings: Rings) -> float:
     power = spectrum.abs().square().mean(0)  # (size, size)
     # Noise of averages is at all frequencies: by how much tell the last, where structure is rare.
     kx = torch.fft.fftfreq(len(power), device=power.device)
-    power = power - power[(torch.hypot(kx, kx[:, None]) - 0.45).abs() < 0.05].mean()
-    enough = SEEN * _seen(power, 1.0)
+    structure = power - power[(torch.hypot(kx, kx[:, None]) - 0.45).abs() < 0.05].mean()
+    most = _seen(structure, 1.0)
+    if most < LEAST_STRUCTURE * _seen(power, 1.0):
+        return 1.0  # as far as can be told, structure is everywhere
     factors = (min(factor, coarsest) for factor in FACTORS)
-    return next((each for each in factors if _seen(power, each) >= enough), 1.0)
+    return next((each for each in factors if _seen(structure, each) >= SEEN * most), 1.0)
 
 
 def _seen(power: Tensor, factor: float) -> float:

@@ -365,7 +365,8 @@ def image_peaks(
         Score (n, k) and place (n, k) as `correlation_peaks`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; no shifts, or not finite; fewer than 1 candidate.
+        ValueError: shapes, dtypes or devices that do not fit; no shifts, or not finite; fewer
+            than 1 candidate.
     """
     rings = Rings(first_ring, last_ring, ring_step, angles)
     _check_peaks(images, references, shifts, rings, candidates)
