@@ -134,6 +134,22 @@ def test_what_says_nothing_is_not_known() -> None:
     assert (found[2].diagonal() > 1e6).all()  # a constant, but for rounding
 
 
+def test_a_round_reference_does_not_tell_the_angle() -> None:
+    """Nor one blob off the centre, which a shift takes where a turn does."""
+    x, y = torch.meshgrid(*[torch.arange(SIZE) - SIZE // 2] * 2, indexing="xy")
+    centred, off, bar = (
+        torch.exp(-((x - at) ** 2) / (2 * width**2) - (y - at) ** 2 / 18)
+        for at, width in ((0, 3.0), (4, 3.0), (0, 3.15))
+    )
+    references = torch.stack([centred, off, bar])
+    generator = torch.Generator().manual_seed(0)
+    images = references + 0.05 * torch.randn(3, SIZE, SIZE, generator=generator)
+    found = pose_covariance(images, references, torch.arange(3), Pose.identity(3), RINGS)
+    assert found[:2, 0, 0].isinf().all()
+    assert found[2].isfinite().all()  # 5 % longer: known, if badly
+    assert found[2, 0, 0] > 10
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     phantom, truth = _blobs(1.0), _poses(7)
     images = _moved(phantom, truth) + _noise(7, coloured=True)
@@ -150,6 +166,10 @@ def test_input_that_does_not_fit_is_refused() -> None:
     label, pose, rings = torch.zeros(2, dtype=torch.int64), Pose.identity(2), Rings(1, 8)
     with pytest.raises(ValueError, match="one box"):
         pose_covariance(images, torch.randn(3, 21, 21), label, pose, rings)
+    with pytest.raises(ValueError, match="square"):
+        pose_covariance(images[:, :18], views[:, :18], label, pose, rings)
+    with pytest.raises(ValueError, match=r"particles are torch.float64, references torch.float32"):
+        pose_covariance(images.double(), views, label, pose, rings)
     with pytest.raises(ValueError, match="one each"):
         pose_covariance(images, views, label, Pose.identity(3), rings)
     with pytest.raises(ValueError, match="labels from 0 to 3, 3 references"):
