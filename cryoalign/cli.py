@@ -162,6 +162,7 @@ def _check(parsed: argparse.Namespace) -> int:
         max_shift=search.max_shift,
         size=config.images.box,
         isac=config.isac if config.method == "isac" else None,
+        searches=config.searches,
         root=config.root,
         allow_outside=config.allow_outside,
     )

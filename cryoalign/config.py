@@ -141,6 +141,13 @@ class RunConfig:
         """The search with the largest shifts that the method tries."""
         return self.schedule.widest(self.search) if self.method == "rfa" else self.search
 
+    def particle_radius(self, size: int) -> float:
+        """Of what the method compares, in pixels of prepared images of ``size``."""
+        if self.searches:
+            return self.widest_search().rings(size).last_ring
+        section = self.likelihood if self.method == "classify" else self.isac
+        return section.mask_radius or 0.4 * size
+
     @property
     def searches(self) -> bool:
         """Whether the method tries the poses that ``search`` tells."""

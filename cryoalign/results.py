@@ -191,8 +191,7 @@ def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) ->
         used, min(EMBEDDED, len(used)), replace=False
     )
     rows = np.sort(chosen)
-    rings = config.widest_search().rings(alignment.averages.shape[-1])
-    radius = rings.last_ring * alignment.scale
+    radius = config.particle_radius(alignment.averages.shape[-1]) * alignment.scale
     labels = alignment.class_number.numpy()[rows]
     maps = [
         embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
