@@ -25,25 +25,26 @@ from cryoalign.search import Search
 from cryoalign.seeding import SEEDINGS
 from cryoalign.settings import FORBID
 
-EVERY_METHOD = frozenset(
-    "particles method output seed device images batch_size max_rejected root allow_outside "
-    "overwrite resume threads embedding".split()
-)
+EVERY_METHOD = {
+    "particles", "method", "output", "seed", "device", "images", "batch_size", "max_rejected",
+    "root", "allow_outside", "overwrite", "resume", "threads", "embedding",
+}  # fmt: skip
 USED = {
-    "mra": frozenset(
-        "references n_classes iterations search averaging assign quality min_class_share "
-        "settle".split()
-    ),
-    "rfa": frozenset(
-        "references n_classes iterations search.first_ring search.last_ring search.ring_step "
-        "search.mirror search.refine search.mode schedule averaging quality".split()
-    ),
-    "classify": frozenset(
-        "n_classes likelihood averaging.mask_radius averaging.mask_edge averaging.filter "
-        "quality".split()
-    ),
-    "isac": frozenset("iterations isac averaging".split()),
-}
+    "mra": {
+        "references", "n_classes", "iterations", "search", "averaging", "assign", "quality",
+        "min_class_share", "settle",
+    },
+    "rfa": {
+        "references", "n_classes", "iterations", "search.first_ring", "search.last_ring",
+        "search.ring_step", "search.mirror", "search.refine", "search.mode", "schedule",
+        "averaging", "quality",
+    },
+    "classify": {
+        "n_classes", "likelihood", "averaging.mask_radius", "averaging.mask_edge",
+        "averaging.filter", "quality",
+    },
+    "isac": {"iterations", "isac", "averaging"},
+}  # fmt: skip
 """Sections and keys that a method uses, beside those that all do."""
 INSTEAD = {
     ("isac", "n_classes"): ["isac.images_per_group"],
@@ -188,8 +189,10 @@ class RunConfig:
                 yield f"{told}: leave it out, or use method={' or '.join(others)}"
 
     def _wrong_assignment(self) -> Iterator[str]:
-        if self.assign.start_classes and self.n_classes is None:
-            yield "assign.start_classes needs n_classes, how many to end with"
+        try:
+            self.assign.refuse_few(self.iterations, self.n_classes)
+        except ValueError as error:
+            yield str(error)
         defaults = Assignment()
         for name, needed in ASSIGN_NEEDS.items():
             setting, _, value = needed.partition("=")
