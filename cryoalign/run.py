@@ -16,7 +16,7 @@ from rich.console import Console
 from cryoalign.checkpoint import ClimbState, MraState
 from cryoalign.classification import classify
 from cryoalign.config import HEADER, RunConfig, flat, is_used, load_config, save_config
-from cryoalign.distributed import process_group, rank, same_on_all_ranks, world_size
+from cryoalign.distributed import process_group, rank, same_on_all_ranks
 from cryoalign.generations import scale_of
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
@@ -86,8 +86,6 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(choose_device(config.device)):
-        if config.method == "isac" and world_size() > 1:
-            raise ValueError("method=isac runs in one process: start it without torchrun")
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
         config, state = _open_folder(config, stack)
