@@ -67,6 +67,30 @@ class Assignment:
         default=0.1, gt=0, le=0.5, description="soft: first low-pass of references, 1/px"
     )
 
+    def refuse_few(self, iterations: int, n_classes: int | None) -> None:
+        """Make sure that so many iterations end with all classes, and cold.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.strategy == "soft" and iterations <= self.anneal_iterations:
+            raise ValueError(
+                f"assign.strategy=soft anneals for {self.anneal_iterations} iterations, but there "
+                f"are {iterations}: use more iterations, or a smaller assign.anneal_iterations"
+            )
+        if not self.start_classes:
+            return
+        if n_classes is None:
+            raise ValueError("assign.start_classes needs n_classes, how many to end with")
+        first = min(self.start_classes, n_classes)
+        levels = math.ceil(math.log2(n_classes / first))
+        if levels and levels * self.level_iterations >= iterations:
+            raise ValueError(
+                f"{first} classes become {n_classes} after {levels} times "
+                f"{self.level_iterations} iterations, but there are {iterations}: use more "
+                "iterations, a smaller assign.level_iterations or more assign.start_classes"
+            )
+
     def cooling(self, iteration: int) -> float:
         """What the noise's temperature is multiplied by in an iteration, from 0."""
         return float(self.anneal ** max(0.0, 1 - iteration / self.anneal_iterations))

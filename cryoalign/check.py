@@ -79,6 +79,7 @@ def check_stack(
     max_shift: float | None = None,
     size: int | None = None,
     isac: Isac | None = None,
+    searches: bool = True,
     root: str | PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> CheckReport:
@@ -89,11 +90,14 @@ def check_stack(
         last_ring, max_shift: the search's, in pixels; None is ``Search``'s default.
         size: box that the particles will be down-sampled to, pixels; None keeps theirs.
         isac: ISAC's settings, whose radius and shifts must fit too; None does not ask.
+        searches: whether the method uses ``Search``, whose rings must then fit.
         root, allow_outside: where stacks may lie, as in ``read_particles``.
     """
     path = Path(path)
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
-    problems = [*found.problems, *_geometry_problems(found, last_ring, max_shift, size)]
+    problems = [*found.problems, *_geometry_problems(found, size)]
+    if searches:
+        problems += _search_problems(found, last_ring, max_shift, size)
     if isac is not None and found.shape is not None:
         problems += _isac_problems(found, isac, size or found.shape[1])
     n = len(found.star.particles) if found.star is not None else len(found.file_of)
@@ -108,10 +112,8 @@ def check_stack(
     )
 
 
-def _geometry_problems(
-    found: Survey, last_ring: int | None, max_shift: float | None, size: int | None
-) -> Iterator[Problem]:
-    """Images that the search cannot use: not square, or too small for its rings and shifts."""
+def _geometry_problems(found: Survey, size: int | None) -> Iterator[Problem]:
+    """Images that no method can use: not square, or smaller than asked for."""
     if found.shape is None:
         return
     height, width = found.shape
@@ -122,6 +124,15 @@ def _geometry_problems(
     if size is not None and size > width:
         what = f"images of {width} px are smaller than images.box = {size}"
         yield Problem(found.path, None, what, f"use images.box <= {width}")
+
+
+def _search_problems(
+    found: Survey, last_ring: int | None, max_shift: float | None, size: int | None
+) -> Iterator[Problem]:
+    """Square images that are too small for the search's rings and shifts."""
+    if found.shape is None or found.shape[0] != found.shape[1]:
+        return
+    width = found.shape[1]
     reach = Search().max_shift if max_shift is None else max_shift
     try:
         Search(max_shift=reach, last_ring=last_ring).rings(size or width)

@@ -25,7 +25,7 @@ from cryoalign.config import RunConfig, SimulateConfig, as_mapping, load_config
 from cryoalign.distributed import process_group, rank, world_size
 from cryoalign.doctor import examine
 from cryoalign.particles import choose_device
-from cryoalign.report import flags, shift_limit
+from cryoalign.report import flags, shift_key, shift_limit
 from cryoalign.run import run
 from cryoalign.schema import describe, known_keys, load_settings
 from cryoalign.synthetic import simulate, write_simulation
@@ -162,6 +162,7 @@ def _check(parsed: argparse.Namespace) -> int:
         max_shift=search.max_shift,
         size=config.images.box,
         isac=config.isac if config.method == "isac" else None,
+        searches=config.searches,
         root=config.root,
         allow_outside=config.allow_outside,
     )
@@ -191,6 +192,11 @@ def _simulate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _flags(alignment: Alignment, config: RunConfig) -> list[str]:
+    settings = as_mapping(config)
+    return flags(alignment, shift_limit(alignment, settings), shift_key(settings))
+
+
 def _show(folder: Path, config: RunConfig) -> None:
     """Where the results are, the largest classes, and what deserves a second look."""
     alignment = Alignment.load(folder / "alignment.npz")
@@ -209,7 +215,7 @@ def _show(folder: Path, config: RunConfig) -> None:
         print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
     if len(alignment.rejected):
         print(f"set aside {len(alignment.rejected)} particles: {folder / 'rejected.csv'}")
-    for flag in flags(alignment, shift_limit(alignment, as_mapping(config))):
+    for flag in _flags(alignment, config):
         Console().print(Text(f"worth a look: {flag}", style="yellow"), soft_wrap=True)
     print(f"results   {folder}")
     print(f"report    {folder / 'report.html'}")

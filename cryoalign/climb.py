@@ -61,7 +61,7 @@ class Likelihood:
         mask_radius: of the particle, pixels of the prepared images; None is 0.4 of the box.
         max_shift: how far off centre particles may be, pixels.
         mirror: whether mirrored particles are of one class.
-        ctf: `auto` uses the CTF where the STAR file has a defocus; `none` never.
+        ctf: use the CTF where the STAR file has a defocus; false never does.
         start: how a climb starts: `singles` from random particles by expectation maximisation
             over all particles; `stochastic` by steps on random subsets that grow; `invariants`
             from groups that look alike before anything is aligned.

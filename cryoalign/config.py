@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,41 @@ from cryoalign.search import Search
 from cryoalign.seeding import SEEDINGS
 from cryoalign.settings import FORBID
 
+EVERY_METHOD = {
+    "particles", "method", "output", "seed", "device", "images", "batch_size", "max_rejected",
+    "root", "allow_outside", "overwrite", "resume", "threads", "embedding",
+}  # fmt: skip
+USED = {
+    "mra": {
+        "references", "n_classes", "iterations", "search", "averaging", "assign", "quality",
+        "min_class_share", "settle",
+    },
+    "rfa": {
+        "references", "n_classes", "iterations", "search.first_ring", "search.last_ring",
+        "search.ring_step", "search.mirror", "search.refine", "search.mode", "schedule",
+        "averaging", "quality",
+    },
+    "classify": {
+        "n_classes", "likelihood", "averaging.mask_radius", "averaging.mask_edge",
+        "averaging.filter", "quality",
+    },
+    "isac": {"iterations", "isac", "averaging"},
+}  # fmt: skip
+"""Sections and keys that a method uses, beside those that all do."""
+INSTEAD = {
+    ("isac", "n_classes"): ["isac.images_per_group"],
+    ("classify", "iterations"): ["likelihood.cycles"],
+}
+"""What to set for a key that a method does not use, where its own has another name."""
+ASSIGN_NEEDS = {
+    "slack": "strategy=equal",
+    "similarity": "strategy=robust",
+    "anneal": "strategy=soft",
+    "anneal_iterations": "strategy=soft",
+    "start_resolution": "strategy=soft",
+    "level_iterations": "start_classes",
+}
+"""What other settings of ``assign`` must be for one to have an effect."""
 HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this file again."
 
 
@@ -106,27 +142,67 @@ class RunConfig:
         """The search with the largest shifts that the method tries."""
         return self.schedule.widest(self.search) if self.method == "rfa" else self.search
 
+    def particle_radius(self, size: int) -> float:
+        """Of what the method compares, in pixels of prepared images of ``size``."""
+        if self.searches:
+            return self.widest_search().rings(size).last_ring
+        section = self.likelihood if self.method == "classify" else self.isac
+        return section.mask_radius or 0.4 * size
+
+    @property
+    def searches(self) -> bool:
+        """Whether the method tries the poses that ``search`` tells."""
+        return self.method in ("mra", "rfa")
+
     def _conflicts(self) -> Iterator[str]:
         """What does not go together, as far as that shows without a file."""
         chosen = self.references in SEEDINGS
+        yield from self._unused()
         if self.method == "rfa" and self.n_classes not in (None, 1):
             yield "method=rfa makes one average: leave n_classes out, or use method=mra"
-        if self.method == "isac" and self.n_classes is not None:
-            yield "method=isac makes classes of isac.images_per_group: leave n_classes out"
         if self.method in ("mra", "classify") and chosen and self.n_classes is None:
             yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
-        if self.method in ("classify", "isac") and not chosen:
-            yield (
-                f"method={self.method} starts from nothing: leave references out, or use method=mra"
-            )
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:
             yield "resume needs output, the folder of the run to go on with"
-        if self.assign.start_classes and self.n_classes is None:
-            yield "assign.start_classes needs n_classes, how many to end with"
-        if self.assign != Assignment() and self.method != "mra":
-            yield f"assign is of method=mra: leave it out with method={self.method}"
+        if self.method == "mra":
+            yield from self._wrong_assignment()
+        if self.searches:
+            yield from self._wrong_search()
+        if self.method == "isac" and self.images.box is not None:
+            try:
+                scale_of(self.isac, self.images.box)
+            except ValueError as error:
+                yield f"images.box: {error}"
+
+    def _unused(self) -> Iterator[str]:
+        """Settings that were changed though the method does not use them."""
+        for key, field in known_keys(RunConfig):
+            if is_used(key, self.method) or attrgetter(key)(self) == field.default:
+                continue
+            told = f"method={self.method} does not use {key}"
+            others = [method for method in USED if is_used(key, method)]
+            if own := _own(key, self.method):
+                yield f"{told}: leave it out; {' or '.join(own)} is its own"
+            else:
+                yield f"{told}: leave it out, or use method={' or '.join(others)}"
+
+    def _wrong_assignment(self) -> Iterator[str]:
+        try:
+            self.assign.refuse_few(self.iterations, self.n_classes)
+        except ValueError as error:
+            yield str(error)
+        defaults = Assignment()
+        for name, needed in ASSIGN_NEEDS.items():
+            setting, _, value = needed.partition("=")
+            given = getattr(self.assign, setting)
+            if getattr(self.assign, name) != getattr(defaults, name) and not (
+                given == value if value else given
+            ):
+                yield f"assign.{name} is of assign.{needed}: set that, or leave it out"
+
+    def _wrong_search(self) -> Iterator[str]:
         search, last = self.widest_search(), self.search.last_ring
         if 0 < search.max_shift < search.shift_step:
             yield (
@@ -142,10 +218,20 @@ class RunConfig:
         elif self.images.box is not None:
             try:
                 search.rings(self.images.box)
-                if self.method == "isac":
-                    scale_of(self.isac, self.images.box)
             except ValueError as error:
                 yield f"images.box: {error}"
+
+
+def is_used(key: str, method: str) -> bool:
+    """Whether a method uses a setting, given by its dotted key."""
+    return not {key, key.partition(".")[0]}.isdisjoint(EVERY_METHOD | USED[method])
+
+
+def _own(key: str, method: str) -> list[str]:
+    """Keys of a method that are named as one which it does not use."""
+    leaf = key.rpartition(".")[2]
+    own = [k for k, _ in known_keys(RunConfig) if k.rpartition(".")[2] == leaf]
+    return INSTEAD.get((method, key), [k for k in own if is_used(k, method)])
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -188,6 +274,20 @@ def save_config(path: str | Path, config: RunConfig) -> None:
 def as_mapping(config: RunConfig) -> dict[str, Any]:
     """Settings nested as in the YAML file, paths as texts."""
     mapping: dict[str, Any] = _plain(asdict(config))
+    return mapping
+
+
+def used_mapping(config: RunConfig) -> dict[str, Any]:
+    """`as_mapping` of what the method uses."""
+    mapping: dict[str, Any] = {}
+    for key, value in flat(config).items():
+        section, _, leaf = key.partition(".")
+        if not is_used(key, config.method):
+            continue
+        if leaf:
+            mapping.setdefault(section, {})[leaf] = value
+        else:
+            mapping[key] = value
     return mapping
 
 

@@ -22,6 +22,7 @@ from cryoalign.average import Averaging, ClassSums, class_sums, filtered_average
 from cryoalign.checkpoint import MraState
 from cryoalign.classification import PhaseFlipped, optics_of
 from cryoalign.ctf import Optics
+from cryoalign.distributed import world_size
 from cryoalign.filters import soft_mask
 from cryoalign.generations import Isac, Job, Progress, generations, scale_of
 from cryoalign.ordering import order_averages
@@ -42,7 +43,8 @@ class StableClasses:
     """What ISAC found.
 
     Attributes:
-        alignment: stable members of accepted classes, neighbours alike; all other particles are
+        alignment: stable members of accepted classes, neighbours alike, with each class's
+            ``pixel_error``, the mean of its members', in ``class_quality``; all other particles are
             set aside (class number 0) and listed in ``rejected``, with the reason.
         pixel_error: (n,) between realignments, pixels of the shrunk images, of every particle of
             the input when it was last measured; NaN where unusable, infinite where hands differ.
@@ -110,8 +112,11 @@ def classify_stable(
         The `StableClasses`.
 
     Raises:
-        ValueError: anything that does not fit, before work starts; or no class is stable.
+        ValueError: anything that does not fit, or several processes, before work starts; or no
+            class is stable.
     """
+    if world_size() > 1:
+        raise ValueError("ISAC (method=isac) runs in one process: start it without torchrun")
     isac, averaging = isac or Isac(), averaging or Averaging()
     stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
     if optics is None and isac.ctf:
@@ -188,6 +193,7 @@ def _finish(job: Job, state: MraState) -> StableClasses:
         rejected=_set_aside(particles, state),
         pixel_size=particles.pixel_size,
         scale=particles.scale,
+        class_quality=_mean_error(state.score[members], made.label, len(made.frc)),
     )
     error = torch.full((len(class_number),), torch.nan)
     error[particles.rows] = state.score
@@ -195,6 +201,13 @@ def _finish(job: Job, state: MraState) -> StableClasses:
     generation = torch.zeros_like(class_number)
     generation[rows] = born[state.label[members]]
     return StableClasses(alignment, error, generation, _NO_MATCH)
+
+
+def _mean_error(error: Tensor, label: Tensor, k: int) -> pd.DataFrame:
+    """Of members (n,) of k classes, none empty: their mean pixel error."""
+    total = torch.bincount(label, error.double(), minlength=k)
+    mean = total / torch.bincount(label, minlength=k)
+    return pd.DataFrame({"pixel_error": mean.float().numpy()})
 
 
 def _average(job: Job, members: Tensor, label: Tensor, pose: Pose) -> _Averaged:

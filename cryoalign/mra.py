@@ -99,8 +99,7 @@ def align_multi_reference(
         raise ValueError(f"iterations must be at least 1, not {iterations}")
     search, averaging = search or Search(), averaging or Averaging()
     assign = assign or Assignment()
-    if assign.start_classes and n_classes is None:
-        raise ValueError("assign.start_classes needs n_classes, how many to end with")
+    assign.refuse_few(iterations, n_classes)
     shape = particles.shape[-2:]
     if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
         search.rings((images or Images()).box or shape[0])
@@ -111,7 +110,7 @@ def align_multi_reference(
     wanted = n_classes or len(state.references)
     rules = _Rules(search, assign, wanted, min_class_share, settle, seed)
     if resume is None:
-        state = rules.fewer_at_first(state, iterations)
+        state = rules.fewer_at_first(state)
     while state.iteration < iterations and not state.settled:
         state = _iterate(turns, rules, state, last=state.iteration + 1 == iterations)
         if on_iteration is not None:
@@ -130,16 +129,9 @@ class _Rules:
     settle: float
     seed: int
 
-    def fewer_at_first(self, state: MraState, iterations: int) -> MraState:
+    def fewer_at_first(self, state: MraState) -> MraState:
         """The first state with the classes that are there before any is split."""
         first = min(self.assign.start_classes or self.n_classes, self.n_classes)
-        levels = math.ceil(math.log2(self.n_classes / first))
-        if levels * self.assign.level_iterations >= iterations:
-            raise ValueError(
-                f"{first} classes become {self.n_classes} after {levels} times "
-                f"{self.assign.level_iterations} iterations, but there are {iterations}: use more "
-                "iterations, a smaller assign.level_iterations or more assign.start_classes"
-            )
         return replace(state, references=state.references[:first])
 
     def assigned(self, turns: Alternation, state: MraState) -> tuple[Found, Soft | None]:

@@ -65,8 +65,9 @@ def montage(
     resolutions: Numbers,
     *,
     pixel_size: float | None = None,
+    largest_first: bool = True,
 ) -> Figure:
-    """Class averages, largest class first, each with its number, size and resolution.
+    """Class averages, each with its number, size and resolution.
 
     Args:
         averages: (k, h, w). Grey levels of each run from its 1st to its 99.8th percentile inside
@@ -74,6 +75,7 @@ def montage(
         sizes: (k,) particles.
         resolutions: (k,) Å, or pixels without ``pixel_size``; NaN or infinite: unknown.
         pixel_size: Å; draws a scale bar.
+        largest_first: else by class number.
     """
     images, counts, periods = _array(averages), _array(sizes), _array(resolutions)
     if images.ndim != 3 or not len(images) == len(counts) == len(periods) > 0:
@@ -90,7 +92,7 @@ def montage(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     unit = "Å" if pixel_size else "px"
-    for place, k in enumerate(np.argsort(-counts, kind="stable")):
+    for place, k in enumerate(np.argsort(-counts * largest_first, kind="stable")):
         column, top = place % across, header + place // across * (1 + caption)
         label = f"{counts[k]:,.0f} · {_period(periods[k], unit)}" if counts[k] > 0 else ""
         _tile(axes, column, top, images[k] if label else None, f"{k + 1}")

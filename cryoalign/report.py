@@ -35,11 +35,18 @@ CAPTIONS = {
 }
 CLASS_COLUMNS = (
     ("compactness", "compactness", 3),
-    ("stability", "stability", 2),
+    ("pixel_error", "pixel error", 2),
     ("junk_share", "junk", 3),
     ("rank", "rank", 0),
 )
 """Columns of ``Alignment.class_quality`` that the page shows: name, heading, digits."""
+COLUMN_NOTES = {
+    "compactness": "Compactness: the share of a member's variance that all members have in common.",
+    "pixel_error": "Pixel error: the mean of the members' between realignments, in pixels of the "
+    "shrunk images. Neighbours in the table look alike.",
+    "junk_share": "Junk: share of members marked.",
+    "rank": "Rank: from good (1) to junk, by compactness and what is no junk.",
+}
 LISTED = 20
 """Particles set aside that the page lists; ``rejected.csv`` has them all."""
 
@@ -65,14 +72,16 @@ def write_report(
     Args:
         alignment: what the run found.
         config: its settings, nested as in the YAML file; listed on the page. ``particles`` names
-            the input and ``search.max_shift`` the limit that shifts are held against.
+            the input and the method's ``max_shift`` (`shift_key`) the limit that shifts are held
+            against. Classes of ``method: isac`` stay in their order, others' are sorted by size.
         figures: more pictures, by title, to stand after the run's own.
         numbers: more headline figures, each with its name.
     """
     config = config or {}
     limit = shift_limit(alignment, config)
-    pictures = list(_pictures(alignment, limit, figures or {}))
-    table = class_table(alignment)
+    largest_first = config.get("method") != "isac"
+    pictures = list(_pictures(alignment, limit, figures or {}, largest_first))
+    table = class_table(alignment, largest_first)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("cryoalign"), autoescape=True, undefined=jinja2.StrictUndefined
     ).get_template("report.html")
@@ -80,12 +89,14 @@ def write_report(
         title="Class averages by cryoalign",
         subtitle=str(config.get("particles", "")),
         numbers=[*_numbers(alignment, table), *numbers],
-        flags=flags(alignment, limit),
+        flags=flags(alignment, limit, shift_key(config)),
         unit=_unit(alignment),
         montage=pictures[0],
         pictures=pictures[1:],
         classes=_rows(alignment, table),
+        largest_first=largest_first,
         more_columns=[name for key, name, _ in CLASS_COLUMNS if key in table],
+        column_notes=" ".join(note for key, note in COLUMN_NOTES.items() if key in table),
         n_particles=len(alignment.pose),
         n_rejected=len(alignment.rejected),
         rejected=alignment.rejected.head(LISTED).to_dict("records"),
@@ -98,31 +109,41 @@ def write_report(
     return folder / "report.html"
 
 
+def shift_key(config: Mapping[str, Any]) -> str:
+    """The dotted key of the method's ``max_shift``."""
+    sections = {"classify": "likelihood", "rfa": "schedule", "isac": "isac"}
+    return f"{sections.get(str(config.get('method')), 'search')}.max_shift"
+
+
 def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
     """The method's ``max_shift`` in pixels of the input, which an alignment's shifts are in."""
-    sections = {"classify": "likelihood", "rfa": "schedule", "isac": "isac"}
-    settings = config.get(sections.get(str(config.get("method")), "search"))
+    settings = config.get(shift_key(config).partition(".")[0])
     limit = settings.get("max_shift") if isinstance(settings, Mapping) else None
     if isinstance(limit, list | tuple):  # of the steps of a schedule
         limit = max(limit)
     return None if limit is None else float(limit) * alignment.scale
 
 
-def class_table(alignment: Alignment) -> pd.DataFrame:
-    """``Alignment.class_frame`` with each class's share of the particles used; largest first."""
+def class_table(alignment: Alignment, largest_first: bool = True) -> pd.DataFrame:
+    """``Alignment.class_frame`` with each class's share of the particles used."""
     table = alignment.class_frame()
     table["share"] = table["size"] / max(1, table["size"].sum())
+    if not largest_first:
+        return table
     return table.sort_values("size", ascending=False, kind="stable")
 
 
-def flags(alignment: Alignment, max_shift: float | None = None) -> list[str]:
+def flags(
+    alignment: Alignment, max_shift: float | None = None, key: str = "search.max_shift"
+) -> list[str]:
     """What a look at the numbers finds wrong with a run, each with a remedy; empty if nothing.
 
     Args:
         max_shift: the search's limit on each axis, pixels of the input.
+        key: the setting that it comes from.
     """
     table = class_table(alignment)
-    found = [_piled_up_shifts(alignment, max_shift)] if max_shift else []
+    found = [_piled_up_shifts(alignment, max_shift, key)] if max_shift else []
     empty = table.loc[table["size"] == 0, "class_number"]
     if len(empty):
         found.append(
@@ -180,7 +201,7 @@ def junk_share(alignment: Alignment) -> float:
     return (int((score > 0).sum()) + aside) / max(1, len(score) + aside)
 
 
-def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:
+def _piled_up_shifts(alignment: Alignment, limit: float, key: str) -> str | None:
     """A warning where shifts crowd at the search's limit.
 
     A tenth of uniform shifts lies in the outer tenth of the range; a quarter or more tells of
@@ -195,7 +216,7 @@ def _piled_up_shifts(alignment: Alignment, limit: float) -> str | None:
         return None
     return (
         f"{share:.0%} of the shifts along one axis lie in the outer tenth of the search range "
-        f"(±{limit:g} px) or beyond: raise search.max_shift, or centre the particles first."
+        f"(±{limit:g} px) or beyond: raise {key}, or centre the particles first."
     )
 
 
@@ -266,7 +287,7 @@ def _rows(alignment: Alignment, table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    alignment: Alignment, limit: float | None, more: Mapping[str, Figure]
+    alignment: Alignment, limit: float | None, more: Mapping[str, Figure], largest_first: bool
 ) -> Iterator[Picture]:
     frame, averages = alignment.to_frame(), alignment.averages
     montage = plot.montage(
@@ -274,8 +295,10 @@ def _pictures(
         alignment.class_sizes,
         alignment.resolution,
         pixel_size=alignment.pixel_size,
+        largest_first=largest_first,
     )
-    caption = "Largest class first; each weighted by its own Fourier ring correlation."
+    order = "Largest class first" if largest_first else "By class number, neighbours alike"
+    caption = f"{order}; each weighted by its own Fourier ring correlation."
     yield _picture("Class averages", caption, montage)
     poses = plot.pose_histograms(frame, limit, len(averages))
     caption = (

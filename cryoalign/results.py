@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from cryoalign import plot
 from cryoalign.alignment import Alignment
 from cryoalign.checkpoint import MraState
-from cryoalign.config import RunConfig, as_mapping
+from cryoalign.config import RunConfig, as_mapping, used_mapping
 from cryoalign.export import embed, features, neighbour_purity
 from cryoalign.files import replacing
 from cryoalign.io import (
@@ -93,7 +93,7 @@ def write_results(
     for name, figure in pictures.items():
         plot.save(figure, folder / name)
     more = {} if maps is None else {MAPS: maps}
-    write_report(alignment, folder, as_mapping(config), more, numbers)
+    write_report(alignment, folder, used_mapping(config), more, numbers)
 
 
 def write_stable_classes(
@@ -172,6 +172,7 @@ def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
             alignment.class_sizes,
             alignment.resolution,
             pixel_size=alignment.pixel_size,
+            largest_first=config.method != "isac",  # whose neighbours look alike
         ),
         "histograms.png": plot.pose_histograms(alignment.to_frame(), limit, classes),
         "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
@@ -191,8 +192,7 @@ def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) ->
         used, min(EMBEDDED, len(used)), replace=False
     )
     rows = np.sort(chosen)
-    rings = config.widest_search().rings(alignment.averages.shape[-1])
-    radius = rings.last_ring * alignment.scale
+    radius = config.particle_radius(alignment.averages.shape[-1]) * alignment.scale
     labels = alignment.class_number.numpy()[rows]
     maps = [
         embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)

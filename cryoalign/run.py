@@ -15,8 +15,8 @@ from rich.console import Console
 
 from cryoalign.checkpoint import ClimbState, MraState
 from cryoalign.classification import classify
-from cryoalign.config import HEADER, RunConfig, flat, load_config, save_config
-from cryoalign.distributed import process_group, rank, same_on_all_ranks, world_size
+from cryoalign.config import HEADER, RunConfig, flat, is_used, load_config, save_config
+from cryoalign.distributed import process_group, rank, same_on_all_ranks
 from cryoalign.generations import scale_of
 from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
@@ -86,8 +86,6 @@ def run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with process_group(choose_device(config.device)):
-        if config.method == "isac" and world_size() > 1:
-            raise ValueError("method=isac runs in one process: start it without torchrun")
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
         config, state = _open_folder(config, stack)
@@ -202,7 +200,8 @@ def _read(config: RunConfig) -> ParticleStack:
     """The particles; raises for all that headers and rows can tell."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     if stack.shape[0] == stack.shape[1]:  # align_multi_reference has words for other images
-        config.widest_search().rings(config.images.box or stack.shape[0])
+        if config.searches:
+            config.widest_search().rings(config.images.box or stack.shape[0])
         if config.method == "isac":
             scale_of(config.isac, config.images.box or stack.shape[0])
     if config.references not in SEEDINGS and not Path(config.references).is_file():
@@ -287,7 +286,7 @@ def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
     changed = [
         f"{key} was {old[key]}, now {new[key]}"
         for key in new
-        if key not in FREE and new[key] != old[key]
+        if key not in FREE and is_used(key, config.method) and new[key] != old[key]
     ]
     if changed:
         raise ValueError(

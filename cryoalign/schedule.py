@@ -60,7 +60,7 @@ class Schedule:
     kicks: int = Field(default=0, ge=0, description="iterations that try a few angles only")
     kick_every: int = Field(default=4, ge=2, description="iterations from kick to kick")
     kick_angle: float = Field(
-        default=90.0, gt=0, le=180, description="the angles of a kick are its multiples, degrees"
+        default=90.0, ge=1, le=180, description="the angles of a kick are its multiples, degrees"
     )
     starts: int = Field(default=1, ge=1, description="first steps, of which the best goes on")
 
@@ -70,6 +70,11 @@ class Schedule:
             raise ValueError(
                 f"schedule.max_shift has {len(reach)} steps, schedule.shift_step {len(steps)}: "
                 "give a number of each for every step"
+            )
+        if self.kicks and len(reach) == 1:
+            raise ValueError(
+                "schedule.kicks never happen in a schedule of one step, which is its last: give "
+                "schedule.max_shift and schedule.shift_step more steps, or leave kicks out"
             )
         for widest, step in zip(reach, steps, strict=True):
             if not (math.isfinite(widest) and widest >= 0 and math.isfinite(step) and step > 0):

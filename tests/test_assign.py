@@ -183,10 +183,21 @@ def test_every_strategy_aligns(how: Assignment, mode: str) -> None:
         assert [len(state.references) for state in states][:5] == [1, 2, 2, 4, 4]
 
 
-def test_too_few_iterations_to_split_are_refused() -> None:
+def test_too_few_iterations_are_refused_resumed_or_not() -> None:
     images = simulate(40, 2, size=24, snr=1.0, max_shift=1.0).images
-    with pytest.raises(ValueError, match="1 classes become 8 after 3 times 4 iterations"):
-        align_multi_reference(
-            images, n_classes=8, assign=Assignment(start_classes=1), iterations=12,
-            search=Search(max_shift=1),
-        )  # fmt: skip
+    states: list[MraState] = []
+    split = Assignment(start_classes=1, level_iterations=1)
+    search = Search(max_shift=1)
+    align_multi_reference(
+        images, n_classes=8, assign=split, iterations=4, search=search,
+        on_iteration=states.append,
+    )  # fmt: skip
+    for assign, message in (
+        (split, "1 classes become 8 after 3 times 1 iterations"),
+        (Assignment("soft", anneal_iterations=3), "anneals for 3 iterations, but there are 3"),
+    ):
+        for resume in (None, states[0]):
+            with pytest.raises(ValueError, match=message):
+                align_multi_reference(
+                    images, n_classes=8, assign=assign, iterations=3, search=search, resume=resume
+                )

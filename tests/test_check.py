@@ -112,6 +112,7 @@ def test_what_the_search_cannot_use(tmp_path: Path, make_stack: MakeStack) -> No
         "last_ring 10" in check_stack(tmp_path / "a.mrcs", size=16, last_ring=10).problems[0].what
     )
     assert "images.box" in check_stack(tmp_path / "a.mrcs", size=64).problems[0].what
+    assert check_stack(tmp_path / "tiny.mrcs", searches=False).problems == ()
 
 
 def test_inputs_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cryoalign.classification import classify
-from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config
+from cryoalign.config import RunConfig, SimulateConfig, flat, load_config, save_config, used_mapping
 from cryoalign.isac import classify_stable
 from cryoalign.mra import align_multi_reference
 from cryoalign.rfa import align_reference_free
@@ -127,15 +127,34 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("settle=null", "settle is missing"),
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
         ("search.shift_step=100", "no shift would be tried"),
-        ("method=classify references=views.mrcs", "leave references out"),
+        ("method=classify references=views.mrcs", "references: leave it out, or use method=mra"),
+        ("method=classify search.mirror=false", "mirror: leave it out; likelihood.mirror is"),
+        ("method=classify averaging.centre=none", "use averaging.centre: leave it out, or use"),
+        ("method=classify iterations=9", "likelihood.cycles is its own"),
+        ("method=rfa search.max_shift=2", "schedule.max_shift is its own"),
+        ("method=isac quality.junk=set_aside", "method=isac does not use quality.junk"),
+        ("method=isac search.last_ring=9", "method=isac does not use search.last_ring"),
+        ("likelihood.starts=2", "starts: leave it out, or use method=classify"),
+        ("assign.strategy=soft iterations=8", "soft anneals for 8 iterations, but there are 8"),
+        ("assign.start_classes=1 iterations=8", "1 classes become 3 after 2 times 4 iterations"),
+        ("schedule.kicks=1", "schedule.kicks"),
+        ("method=rfa n_classes=1 schedule.kick_angle=0.5", "schedule.kick_angle: should be"),
+        (
+            "method=rfa n_classes=1 schedule.max_shift=2 schedule.shift_step=1 schedule.kicks=1",
+            "schedule.kicks never happen in a schedule of one step",
+        ),
+        ("assign.slack=0.3", "assign.slack is of assign.strategy=equal"),
+        ("assign.strategy=equal assign.anneal=2", "assign.anneal is of assign.strategy=soft"),
+        ("assign.similarity=correntropy", "assign.similarity is of assign.strategy=robust"),
+        ("assign.level_iterations=2", "assign.level_iterations is of assign.start_classes"),
         ("method=rfa", "makes one average: leave n_classes out"),
         ("schedule.max_shift=[4,2]", "schedule.max_shift has 2 steps, schedule.shift_step 4"),
         ("schedule.max_shift=[4,x]", "schedule.max_shift: should be a number"),
         ("schedule.max_shift=4,two", 'should be numbers, like [4, 2, 1] or "4 2 1", got the text'),
         ("schedule.shift_step=[8,1,1,1]", "schedule.shift_step 8 px is larger"),
-        ("method=classify assign.strategy=equal", "assign is of method=mra"),
+        ("method=classify assign.strategy=equal", "method=classify does not use assign.strategy"),
         ("references=v.mrcs n_classes=null assign.start_classes=2", "start_classes needs n_class"),
-        ("method=isac", "leave n_classes out"),
+        ("method=isac", "n_classes: leave it out; isac.images_per_group is its own"),
         ("isac.images_per_group=50 isac.min_group_size=80", "min_group_size 80 is above"),
         ("averaging.filter=gauss", "should be 'wiener' or 'none'"),
         ("settle=[1", "settle: '[1' is not a value that YAML can read"),
@@ -174,6 +193,25 @@ def test_wrong_files_are_refused_in_words(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_text(tmp_path, text, *(() if "particles" in text else GIVEN[:1]))
     assert "some.yaml" in str(error.value)
+
+
+def test_search_is_not_in_the_way_of_methods_without_it():
+    """A box of 8 px has no room for the shifts of the default search."""
+    for words in (["method=classify", "n_classes=3"], ["method=isac", "isac.max_shift=0"]):
+        load_config(None, [*GIVEN[:1], "images.box=10", *words])
+    with pytest.raises(ValueError, match=r"images\.box"):
+        load_config(None, [*GIVEN, "images.box=8"])
+
+
+@pytest.mark.parametrize("method", ["mra", "rfa", "classify", "isac"])
+def test_a_resolved_file_of_defaults_loads_for_every_method(tmp_path, method):
+    given = GIVEN if method in ("mra", "classify") else GIVEN[:1]
+    config = load_config(None, [*given, f"method={method}"])
+    save_config(tmp_path / "config.yaml", config)
+    assert load_config(tmp_path / "config.yaml") == config
+    used = used_mapping(config)
+    assert ("likelihood" in used, "isac" in used) == (method == "classify", method == "isac")
+    assert ("search" in used) == (method in ("mra", "rfa"))
 
 
 def test_all_problems_are_told_at_once_with_their_places(tmp_path):

@@ -41,14 +41,17 @@ def command(*words):
 @pytest.mark.parametrize(
     "more",
     [
-        ("n_classes=3",),
-        ("n_classes=3", "assign.strategy=soft"),
+        ("n_classes=3", "search.max_shift=1"),
+        (
+            *("n_classes=3", "search.max_shift=1"),
+            *("assign.strategy=soft", "assign.anneal_iterations=2"),
+        ),
         ("method=rfa", "schedule.max_shift=1", "schedule.shift_step=1", "schedule.starts=2"),
     ],
     ids=["mra", "soft", "rfa"],
 )
 def test_two_processes_give_what_one_gives(star, tmp_path, more):
-    words = (f"particles={star}", *more, "iterations=3", "search.max_shift=1")
+    words = (f"particles={star}", *more, "iterations=3")
     process = command(*words, f"output={tmp_path / '2'}")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("iteration   2") == 1  # one process speaks

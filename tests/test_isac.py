@@ -69,6 +69,11 @@ def test_every_particle_is_accounted_for_or_listed_with_a_reason(run_and_states)
     assert (found.pixel_error[alignment.class_number > 0] < SETTINGS.threshold).all()
     assert torch.isnan(found.pixel_error[5])
     assert int(alignment.class_sizes.min()) >= SETTINGS.least
+    means = [
+        found.pixel_error[alignment.class_number == c + 1].mean().item()
+        for c in range(len(alignment.averages))
+    ]
+    assert alignment.class_frame()["pixel_error"].tolist() == pytest.approx(means)
     history = alignment.history
     assert history["accepted"].sum() == len(alignment.averages)
     assert history["accounted"].iloc[-1] == int(alignment.class_sizes.sum())
@@ -104,13 +109,16 @@ def test_a_kept_generation_is_gone_on_from(tmp_path) -> None:
         classify_stable(images + 1, isac=settings, device="cpu", resume=first)
 
 
-def test_what_does_not_fit_is_refused_before_work() -> None:
+def test_what_does_not_fit_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="min_group_size 80 is above"):
         Isac(images_per_group=20, min_group_size=80)
     with pytest.raises(ValueError, match="from 4 to 12"):
         scale_of(Isac(mask_radius=15), 32)
     with pytest.raises(ValueError, match="usable particles are fewer"):
         classify_stable(torch.randn(20, 32, 32), isac=Isac(), device="cpu")
+    monkeypatch.setattr("cryoalign.isac.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        classify_stable(torch.randn(20, 32, 32), device="cpu")
 
 
 def test_particles_are_shrunk_to_the_target_and_never_enlarged() -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cryoalign.alignment import Alignment
 from cryoalign.pose import Pose
-from cryoalign.report import flags, write_report
+from cryoalign.report import flags, shift_key, write_report
 
 NASTY = """/data/<script>alert("x")</script>/{{ 7 * 7 }}/a&b 'c'.star"""
 
@@ -91,6 +91,22 @@ def test_class_table_is_the_alignment(tmp_path):
         assert text in page.text
 
 
+def test_stable_classes_stay_in_their_order(tmp_path):
+    errors = pd.DataFrame({"pixel_error": [0.3, 0.2, 0.4, 0.1]})
+    config = {"method": "isac", "isac": {"max_shift": 3.0}}
+    path = write_report(alignment(class_quality=errors), tmp_path, config)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert [(row[0][0], row[-1][0]) for row in page.tables[0][1:]] == [
+        ("1", "0.30"),
+        ("2", "0.20"),
+        ("3", "0.40"),
+        ("4", "0.10"),
+    ]
+    assert "By class number, neighbours alike" in page.text
+    assert "Pixel error: the mean" in page.text
+    assert "Compactness" not in page.text
+
+
 def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
     config = {"particles": NASTY, "search": {"max_shift": 3.0, "last_ring": None}}
     extra = {"<b>Before</b> & after": Figure(figsize=(1, 1))}
@@ -126,6 +142,15 @@ def test_flags_name_what_is_wrong():
     (piled,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9)), 1.5)
     assert "±1.5 px" in piled
     assert "raise search.max_shift" in piled
+    for method, key in (
+        ("mra", "search"),
+        ("rfa", "schedule"),
+        ("classify", "likelihood"),
+        ("isac", "isac"),
+    ):
+        assert shift_key({"method": method}) == f"{key}.max_shift"
+        (piled,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9)), 1.5, f"{key}.max_shift")
+        assert f"raise {key}.max_shift" in piled
     history = pd.DataFrame({"iteration": [1, 2], "reassigned": [1.0, 0.2]})
     (restless,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9), history=history), 3.0)
     assert restless.startswith("20% of the particles still changed class")
