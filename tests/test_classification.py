@@ -1,17 +1,23 @@
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
 from bench.agreement import agreement
 from cryoalign import band as module
+from cryoalign import classification
 from cryoalign.band import shift_grid
 from cryoalign.classification import PhaseFlipped, classify, optics_of
-from cryoalign.climb import Likelihood
+from cryoalign.climb import Climb, Likelihood, Plan
 from cryoalign.ctf import ctf_2d
-from cryoalign.particles import TensorStack
+from cryoalign.filters import normalise
+from cryoalign.geometry import transform
+from cryoalign.observations import Observations, observe
+from cryoalign.particles import Images, TensorStack
 from cryoalign.synthetic import simulate
-from tests.test_ctf import some_optics
+from tests.test_ctf import formula, some_optics
 
 QUICK = Likelihood(cycles=1, max_shift=2.0)
 
@@ -60,6 +66,96 @@ def test_the_same_seed_gives_the_same_classes_however_kept(monkeypatch: pytest.M
     two = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
     assert torch.equal(one.class_number, two.class_number)
     torch.testing.assert_close(one.pose.angle, two.pose.angle, rtol=0, atol=1e-2)
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> Observations:
+    """What `classify` lets the likelihood see."""
+
+    class SeenError(Exception):
+        pass
+
+    def stop(*args: Any, **more: Any) -> Observations:
+        raise SeenError(observe(*args, **more))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classification, "observe", stop)
+        with pytest.raises(SeenError) as caught:
+            classify(*args, device="cpu", **more)
+    seen: Observations = caught.value.args[0]
+    return seen
+
+
+@pytest.mark.parametrize("box", [None, 32])
+def test_the_ctf_is_that_of_the_prepared_pixels(
+    box: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(12, 48, 48, generator=torch.Generator().manual_seed(0))
+    images[2] = torch.nan
+    optics = some_optics(12, pixel_size=3.0)
+    used = torch.arange(12) != 2
+    size, scale = box or 48, 48 / (box or 48)
+    how = {"images": Images(box=box), "max_rejected": 0.2}
+    with_ctf = observed(monkeypatch, images, 2, optics=optics, **how)
+    without = observed(monkeypatch, images, 2, **how)
+    wide = replace(optics, pixel_size=optics.pixel_size * scale)
+    transfer = formula(wide, size)[used].square()
+    k = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]) * size
+    for ring in range(1, with_ctf.rings.last + 1):
+        # The noise's power is one number a ring: what is left of the ratio is the CTF's.
+        found = with_ctf.weight[:, ring - 1] / without.weight[:, ring - 1]
+        expected = transfer[:, k.round() == ring].mean(1).float()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_star_files_ctf_is_used_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = TensorStack(torch.randn(12, 32, 32), pixel_size=3.0)
+    stack.table = {
+        "rlnDefocusU": np.linspace(1e4, 3e4, 12), "rlnDefocusV": np.linspace(1e4, 3e4, 12),
+        "rlnDefocusAngle": np.zeros(12), "rlnVoltage": np.full(12, 300.0),
+        "rlnSphericalAberration": np.full(12, 2.7), "rlnAmplitudeContrast": np.full(12, 0.1),
+    }  # fmt: skip
+    with_ctf, without = (
+        observed(monkeypatch, stack, 2, likelihood=Likelihood(ctf=ctf)).weight
+        for ctf in (True, False)
+    )
+    assert (without == without[0]).all()
+    assert float((with_ctf / without).std(0).amin()) > 0.01
+
+
+def test_averages_are_of_phase_flipped_particles() -> None:
+    made = simulate(n=80, n_classes=2, size=32, snr=2.0, max_shift=1.0, mirror=False, seed=2)
+    optics = some_optics(80, pixel_size=4.0)
+    transfer = formula(optics, 32)
+    images = torch.fft.irfft2(torch.fft.rfft2(made.images.double()) * transfer).float()
+    found = classify(
+        images, 2, optics=optics, seed=0, device="cpu",
+        likelihood=Likelihood(cycles=0, max_shift=1.0),
+    )  # fmt: skip
+    flipped = torch.fft.irfft2(torch.fft.rfft2(images.double()) * transfer.sign()).float()
+    for c in range(2):
+        own = (found.class_number == c + 1).nonzero().squeeze(1)
+        alike = [
+            np.corrcoef(
+                transform(normalise(x[own], 16), found.pose[own]).mean(0).flatten(),
+                found.averages[c].flatten(),
+            )[0, 1]
+            for x in (flipped, images)
+        ]
+        assert alike[0] > 0.999
+        assert alike[1] < 0.99
+
+
+def test_the_likeliest_start_goes_on() -> None:
+    made = simulate(n=60, n_classes=4, size=32, snr=0.2, max_shift=1.0, seed=3)
+    settings = Likelihood(starts=4, max_shift=1.0)
+    plan = Plan(settings, 4, 12.8, 32)
+    seen = observe(lambda rows: made.images[rows], 60, 32, None, 10, 12.8, 1.0)
+    climb = Climb(plan, seen, 60, 7)
+    band = climb.band(0, torch.zeros(60, 2))
+    evidence = [climb.start(band).evidence for _ in range(4)]  # as `begin` draws them
+    assert max(evidence) > min(evidence)
+    assert evidence.index(max(evidence)) not in (0, 3)  # neither the first nor the last by luck
+    assert Climb(plan, seen, 60, 7).begin().evidence == max(evidence)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,5 +1,7 @@
 """ISAC end to end on particles with known views, some of them nothing but noise."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,13 +9,19 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from bench.agreement import agreement
+from cryoalign import generations as module
+from cryoalign import isac as top
+from cryoalign.alignment import Alignment
 from cryoalign.checkpoint import MraState
 from cryoalign.config import load_config
+from cryoalign.filters import normalise
 from cryoalign.generations import Isac, scale_of
+from cryoalign.geometry import transform
 from cryoalign.io import write_images
 from cryoalign.isac import UNSTABLE, StableClasses, classify_stable
 from cryoalign.run import run
 from cryoalign.synthetic import Simulation, simulate
+from tests.test_ctf import formula, some_optics
 
 GOOD, JUNK, VIEWS = 160, 30, 4
 SETTINGS = Isac(images_per_group=40, max_shift=2.0, runs=4, passes=2)
@@ -107,6 +115,57 @@ def test_a_kept_generation_is_gone_on_from(tmp_path) -> None:
     assert torch.equal(again.generation, found.generation)
     with pytest.raises(ValueError, match="of other particles"):
         classify_stable(images + 1, isac=settings, device="cpu", resume=first)
+
+
+def test_repeats_start_from_other_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = simulate(n=60, n_classes=2, size=32, snr=0.2, max_shift=1.0, seed=5)
+    states: list[MraState] = []
+
+    def spy(*args: Any) -> MraState:
+        states.append(module.generations(*args))
+        return states[-1]
+
+    monkeypatch.setattr(top, "generations", spy)
+    settings = Isac(images_per_group=15, max_shift=1.0, runs=3, passes=1, repeats=3)
+    found = classify_stable(made.images, isac=settings, iterations=1, device="cpu")
+    assert len({tuple(state.label.tolist()) for state in states}) == 3
+    assert 0 < found.reproduced < 1
+    assert set(found.matched["repeat"]) == {1, 2}
+
+
+def test_started_by_likelihood_on_phase_flipped_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = simulate(n=60, n_classes=2, size=32, snr=2.0, max_shift=1.0, mirror=False, seed=4)
+    optics = some_optics(60, pixel_size=4.0)
+    transfer = formula(optics, 32)
+    images = torch.fft.irfft2(torch.fft.rfft2(made.images.double()) * transfer).float()
+    starts: list[Alignment] = []
+
+    def spy(*args: Any, **more: Any) -> Alignment:
+        starts.append(classify(*args, **more))
+        return starts[-1]
+
+    classify = module.classify
+    monkeypatch.setattr(module, "classify", spy)
+    settings = Isac(images_per_group=25, max_shift=1.0, runs=3, passes=1, start="likelihood")
+    found = classify_stable(images, optics=optics, isac=settings, iterations=1, device="cpu")
+    alignment = found.alignment
+    assert [len(start.averages) for start in starts] == [2]
+    used = alignment.class_number > 0
+    assert used.double().mean() > 0.7
+    number = alignment.class_number[used]
+    assert adjusted_rand_score(made.class_number[used], number) > 0.9
+    flipped = torch.fft.irfft2(torch.fft.rfft2(images.double()) * transfer.sign()).float()
+    for c in range(len(alignment.averages)):
+        own = (alignment.class_number == c + 1).nonzero().squeeze(1)
+        alike = [
+            np.corrcoef(
+                transform(normalise(x[own], 16), alignment.pose[own]).mean(0).flatten(),
+                alignment.averages[c].flatten(),
+            )[0, 1]
+            for x in (flipped, images)
+        ]
+        assert alike[0] > 0.999
+        assert alike[1] < 0.99
 
 
 def test_what_does_not_fit_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

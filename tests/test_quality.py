@@ -16,6 +16,7 @@ from cryoalign.climb import Likelihood
 from cryoalign.evidence import LEAST_EVIDENCE, ODD, junk_score, trials_of
 from cryoalign.filters import soft_mask
 from cryoalign.mra import align_multi_reference
+from cryoalign.particles import Images
 from cryoalign.quality import (
     Quality,
     compactness,
@@ -101,6 +102,21 @@ def test_intervals_cover_the_truth() -> None:
     assert ((share - 0.95).abs() < 0.02 + sampling).all(), share
     spread = error[right].square().mean(0).sqrt()
     assert ((spread / torch.tensor(table.to_numpy("float64"))[right].median(0).values) < 1.3).all()
+
+
+@pytest.mark.parametrize("box", [None, 32])
+def test_error_bars_are_in_pixels_of_the_input(box: int | None) -> None:
+    made = simulate(n=200, n_classes=2, size=64, snr=0.3, max_shift=2.0, seed=2)
+    found = align_multi_reference(
+        made.images, made.views, iterations=1, search=Search(max_shift=1 if box else 2),
+        images=Images(box=box),
+    )  # fmt: skip
+    right, error = pose_errors(found.class_number - 1, found.pose, made.class_number - 1, made.pose)
+    assert right.double().mean() > 0.95
+    table = found.to_frame()[["angle_sd", "shift_x_sd", "shift_y_sd"]]
+    spread = error[right].square().mean(0).sqrt()
+    ratio = spread / torch.tensor(table.to_numpy("float64"))[right].median(0).values
+    assert ((ratio > 0.75) & (ratio < 1.33)).all(), ratio
 
 
 def test_it_is_saved_and_loaded(judged: tuple[Alignment, torch.Tensor], tmp_path) -> None:
