@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     if entry == "list":
         for name, function in ENTRIES.items():
             console.print(
-                f"{name:15}{(inspect.getdoc(function) or '').partition(chr(10))[0]}",
+                f"{name:19}{(inspect.getdoc(function) or '').partition(chr(10))[0]}",
                 highlight=False,
             )
         return

@@ -20,7 +20,6 @@ from cryoalign.generations import Isac
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images
 from cryoalign.isac import StableClasses, classify_stable
-from cryoalign.layers import AlignLayer
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
@@ -33,7 +32,6 @@ from cryoalign.synthetic import simulate
 from cryoalign.uncertainty import pose_covariance
 
 __all__ = [
-    "AlignLayer",
     "Alignment",
     "Assignment",
     "Averaging",

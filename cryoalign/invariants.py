@@ -16,8 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_array
-from sklearn.cluster import SpectralClustering
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from cryoalign.fourier_rings import FourierRings
@@ -125,6 +123,8 @@ def invariants(
 
 def _principal(products: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Scores (n, d) of even and odd parts on their principal components, and which are odd (d,)."""
+    from sklearn.utils.extmath import randomized_svd  # here: it takes long to import
+
     scores, powers, odd = [], [], []
     for part, values in enumerate((products.real - products.real.mean(0), products.imag)):
         count = min(FEATURES, *values.shape)
@@ -170,6 +170,8 @@ def communities(cosines: Tensor, rows: Tensor, n_groups: int, seed: int = 0) -> 
     n, count = rows.shape
     weight = cosines.clamp(min=1e-6).cpu().double().numpy().ravel()
     # int32: all that scikit-learn takes.
+    from sklearn.cluster import SpectralClustering  # here: it takes long to import
+
     source = np.repeat(np.arange(n, dtype=np.int32), count)
     target = rows.cpu().numpy().astype(np.int32).ravel()
     graph = csr_array((weight, (source, target)), shape=(n, n))

@@ -126,10 +126,10 @@ def classify_stable(
     prepared = PreparedParticles(
         used, images or Images(), choose_device(device), max_rejected, batch_size, progress
     )
-    if len(prepared) < isac.least:
+    if len(prepared) < isac.images_per_group:
         raise ValueError(
-            f"{len(prepared)} usable particles are fewer than isac.min_group_size {isac.least}: "
-            "make it smaller"
+            f"{len(prepared)} usable particles make no group of isac.images_per_group "
+            f"{isac.images_per_group}: make it smaller; a class is one group"
         )
     job = Job(prepared, isac, averaging, scale, progress)
     state = generations(job, resume, iterations, seed, on_iteration)
@@ -171,7 +171,8 @@ def _finish(job: Job, state: MraState) -> StableClasses:
     if not len(members):
         raise ValueError(
             f"no class has {job.isac.least} stable members: allow a larger isac.threshold, a "
-            "smaller isac.min_group_size, or more isac.images_per_group"
+            "smaller isac.min_group_size, or a smaller isac.images_per_group "
+            f"(now {job.isac.images_per_group}, of {len(job.particles)} particles)"
         )
     particles = job.particles
     pose = scaled(state.pose[members], job.scale.factor)
