@@ -33,7 +33,7 @@ from cryoalign.pose import Pose
 from cryoalign.uncertainty import Curvature, covariance_on, curvature_of
 from cryoalign.workers import map_in_order, workers_for
 
-CHUNK = 256
+CHUNK = 64
 SAMPLE = 2000  # particles that noise and its spread are measured on, at most
 LEAST_EVIDENCE = math.log(20)  # nats: 1 in 20 noise images would show as much
 FEW = 20  # particles of whom none can be called odd

@@ -22,6 +22,7 @@ LEAST_LEFT = 0.2
 # What a derivative must keep, of what its pixels could tell, once all before it have explained
 # theirs. Round and band-limited references keep 1e-6 of a turn in fp32, a 5 % ellipse 0.03.
 LEAST_TOLD = 1e-3
+REFERENCES = 16  # whose derivatives are in memory at a time
 
 
 class Curvature(NamedTuple):
@@ -88,6 +89,13 @@ def pose_covariance(
 
 def curvature_of(references: Tensor, rings: Rings) -> Curvature:
     """What `pose_covariance` needs to know of references (k, size, size), for any particles."""
+    if not len(references):
+        return _curvature(references, rings)
+    parts = [_curvature(some, rings) for some in references.split(REFERENCES)]
+    return Curvature(*(torch.cat(of) for of in zip(*parts, strict=True)))
+
+
+def _curvature(references: Tensor, rings: Rings) -> Curvature:
     size = references.shape[-1]
     value, by_x, by_y, by_turn = with_turn(templates_of(references)).flatten(2).unbind(1)  # (k, p)
     columns = torch.stack([torch.ones_like(value), value, by_turn, by_x, by_y], 2)  # (k, p, 5)
