@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
         Isac(images_per_group=20, min_group_size=80)
     with pytest.raises(ValueError, match="from 4 to 12"):
         scale_of(Isac(mask_radius=15), 32)
-    with pytest.raises(ValueError, match="make no group of"):
+    with pytest.raises(ValueError, match=r"make no group of isac\.images_per_group 200"):
         classify_stable(torch.randn(20, 32, 32), isac=Isac(), device="cpu")
     monkeypatch.setattr("cryoalign.isac.world_size", lambda: 2)
     with pytest.raises(ValueError, match="start it without torchrun"):
