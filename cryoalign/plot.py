@@ -226,7 +226,7 @@ def quality(frame: pd.DataFrame) -> Figure:
     both = [_finite(used[f"shift_{axis}_sd"]) for axis in "xy"]
     move.hist(both, 40, histtype="step", color=[BLUE, ORANGE], label=["x", "y"])
     move.set(xlabel="sd of the shift (px of the input)", ylabel="particles")
-    move.legend(fontsize=8)
+    move.legend(fontsize=8, reverse=True)
     few = used.iloc[:: max(1, len(used) // SCATTERED)]
     marked = few["junk_score"] > 0
     for those, colour, name in ((~marked, BLUE, "particles"), (marked, ORANGE, "marked as junk")):
@@ -234,7 +234,8 @@ def quality(frame: pd.DataFrame) -> Figure:
         label = f"{name} ({those.mean():.1%})"
         junk.plot(some["evidence"], some["oddness"], ".", color=colour, ms=3, label=label)
     junk.set(xlabel="evidence over noise (nats)", ylabel="oddness of the residual")
-    junk.legend(fontsize=8)
+    # Above: the few that are marked lie in the corners.
+    junk.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     for panel in (turn, move, junk):
         _tidy(panel)
     return figure
