@@ -101,9 +101,7 @@ def classify(
             on_iteration(state)
     flipped = prepared
     if optics is not None:
-        flipped = PreparedParticles(
-            PhaseFlipped(stack, optics), images or Images(), where, max_rejected, batch_size
-        )
+        flipped = prepared.over(PhaseFlipped(stack, optics))
     return _finish(flipped, plan, averaging, state, quality)
 
 

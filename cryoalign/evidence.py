@@ -25,12 +25,12 @@ from torch import Tensor
 
 from cryoalign.average import TRUSTED, ClassSums, class_filters, masked
 from cryoalign.distributed import gather_over_ranks
-from cryoalign.filters import filter_shells, frequency_grid
+from cryoalign.filters import filter_shells
 from cryoalign.geometry import transform
 from cryoalign.particles import PreparedParticles
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose
-from cryoalign.uncertainty import Curvature, covariance_on, curvature_of
+from cryoalign.uncertainty import Curvature, covariance_on, curvature_of, shells_of
 from cryoalign.workers import map_in_order, workers_for
 
 CHUNK = 64
@@ -165,11 +165,12 @@ class _Job:
         mask = transform(self.scope.mask.expand_as(images), back)
         mean = (images * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
         particle = (images - mean[:, None, None]) * mask
-        shell, twice = _shell_index(size, device)
+        shell, twice = shells_of(size, device)
+        # float64: what follows must not show how many particles were looked at together.
+        shell, twice = shell.clamp(max=size // 2), twice.double()
         count = twice.new_zeros(size // 2 + 1).index_add_(0, shell, twice)
 
         def by_shell(product: Tensor) -> Tensor:
-            # float64: what follows must not show how many particles were looked at together.
             sums = twice.new_zeros(len(product), size // 2 + 1)
             return sums.index_add_(1, shell, product.flatten(1) * twice)
 
@@ -217,14 +218,3 @@ def _roots(shells: Tensor, noise: Tensor) -> Tensor:
 def _deviation(values: Tensor, centre: Tensor) -> Tensor:
     """Standard deviation over the first axis by the median absolute deviation, at least a trace."""
     return (1.4826 * (values - centre).abs().median(0).values).clamp(min=1e-6)
-
-
-def _shell_index(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(f,) shell of each component of rfft2, at most size // 2, and how often it counts."""
-    kx, ky = frequency_grid(size, device)
-    shell = (torch.hypot(kx, ky) * size).round().long().clamp(max=size // 2)
-    twice = torch.full_like(kx, 2.0, dtype=torch.float64)
-    twice[:, 0] = 1
-    if size % 2 == 0:
-        twice[:, -1] = 1
-    return shell.flatten(), twice.expand(size, -1).flatten()

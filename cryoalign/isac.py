@@ -121,11 +121,12 @@ def classify_stable(
     stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
     if optics is None and isac.ctf:
         optics = optics_of(stack)
-    used = stack if optics is None else PhaseFlipped(stack, optics)
     scale = scale_of(isac, (images or Images()).box or stack.shape[0])
     prepared = PreparedParticles(
-        used, images or Images(), choose_device(device), max_rejected, batch_size, progress
+        stack, images or Images(), choose_device(device), max_rejected, batch_size, progress
     )
+    if optics is not None:
+        prepared = prepared.over(PhaseFlipped(stack, optics))
     if len(prepared) < isac.images_per_group:
         raise ValueError(
             f"{len(prepared)} usable particles make no group of isac.images_per_group "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -129,6 +130,12 @@ class PreparedParticles:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def over(self, stack: Stack) -> PreparedParticles:
+        """The same particles, read from a stack made of theirs, which is not screened again."""
+        other = copy.copy(self)
+        other.stack, other._kept = stack, None
+        return other
 
     def read(self, members: Tensor) -> Tensor:
         """(b, size, size) prepared images of some of the usable particles (indices into rows)."""

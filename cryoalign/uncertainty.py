@@ -104,7 +104,7 @@ def _curvature(references: Tensor, rings: Rings) -> Curvature:
     basis, factor = torch.linalg.qr(columns * weight[:, None])
     images = (basis * weight[:, None]).mT.unflatten(2, (size, size))
     spectrum = torch.fft.rfft2(images, norm="ortho").flatten(2)  # (k, 5, f)
-    shell, twice = _shells(size, references.device)
+    shell, twice = shells_of(size, references.device)
     leverage = _by_shell((spectrum.abs().square() * twice).sum(1), shell)
     own = spectrum[:, 2:]
     products = (own.unsqueeze(2) * own.unsqueeze(1).conj()).real * twice  # (k, 3, 3, f)
@@ -171,7 +171,7 @@ def _fitted(
     amplitude = (weight * x * y).sum(1)
     residual = weight * (x - amplitude.unsqueeze(1) * y)
     spectrum = torch.fft.rfft2(residual.unflatten(1, (height, width)), norm="ortho")
-    shell, twice = _shells(width, images.device)
+    shell, twice = shells_of(width, images.device)
     power = _by_shell((spectrum.real.square() + spectrum.imag.square()).flatten(1) * twice, shell)
     # What noise of variance 1 leaves in the weighted residual, less what the fit takes.
     whole = _by_shell(twice, shell) * weight.square().mean(1, keepdim=True)
@@ -188,7 +188,7 @@ def _to_particle(pose: Pose) -> Tensor:
     return matrix
 
 
-def _shells(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def shells_of(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(f,) shell of each component of rfft2, and how often it counts: twice but for the edges."""
     kx, ky = frequency_grid(size, device)
     shell = (torch.hypot(kx, ky) * size).round().long()
