@@ -15,6 +15,7 @@ from torch import Tensor
 from cryoalign.average import TRUSTED, class_filters
 from cryoalign.files import replacing
 from cryoalign.filters import filter_shells
+from cryoalign.interop import to_numpy
 from cryoalign.pose import Pose
 
 
@@ -82,40 +83,10 @@ class Alignment:
         trusted = (self.class_sizes >= 2 * TRUSTED) & (self.frc[:, 1:] != 0).any(1)
         return filter_shells(self.averages, class_filters(self.frc, trusted))
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
-        (input pixels), mirror (0/1), score, and the columns of `particle_quality`."""
-        frame = pd.DataFrame(
-            {
-                "index": np.arange(len(self.pose)),
-                "class_number": self.class_number.numpy(),
-                "angle": self.pose.angle.numpy(),
-                "shift_x": self.pose.shift[:, 0].numpy(),
-                "shift_y": self.pose.shift[:, 1].numpy(),
-                "mirror": self.pose.mirror.numpy().astype(np.int64),
-                "score": self.score.numpy(),
-            }
-        )
-        return pd.concat([frame, self.particle_quality], axis=1)
-
-    def class_frame(self) -> pd.DataFrame:
-        """One row per class: class_number, size, resolution, mean_score, and the columns of
-        `class_quality`."""
-        k = len(self.averages)
-        score = pd.Series(self.score.numpy()).groupby(self.class_number.numpy()).mean()
-        frame = pd.DataFrame(
-            {
-                "class_number": np.arange(1, k + 1),
-                "size": self.class_sizes.numpy(),
-                "resolution": self.resolution.numpy(),
-                "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
-            }
-        )
-        return pd.concat([frame, self.class_quality], axis=1)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to one ``.npz`` file (NumPy arrays, no pickles)."""
-        arrays = {
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The tensors by name (angle, shift, mirror; class_number … class_sizes) as arrays, which
+        share their memory where it is the host's."""
+        tensors = {
             "angle": self.pose.angle,
             "shift": self.pose.shift,
             "mirror": self.pose.mirror,
@@ -126,11 +97,48 @@ class Alignment:
             "resolution": self.resolution,
             "class_sizes": self.class_sizes,
         }
+        return {name: to_numpy(tensor) for name, tensor in tensors.items()}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
+        (input pixels), mirror (0/1), score, and the columns of `particle_quality`."""
+        array = self.to_numpy()
+        frame = pd.DataFrame(
+            {
+                "index": np.arange(len(self.pose)),
+                "class_number": array["class_number"],
+                "angle": array["angle"],
+                "shift_x": array["shift"][:, 0],
+                "shift_y": array["shift"][:, 1],
+                "mirror": array["mirror"].astype(np.int64),
+                "score": array["score"],
+            }
+        )
+        return pd.concat([frame, self.particle_quality], axis=1)
+
+    def class_frame(self) -> pd.DataFrame:
+        """One row per class: class_number, size, resolution, mean_score, and the columns of
+        `class_quality`."""
+        k = len(self.averages)
+        array = self.to_numpy()
+        score = pd.Series(array["score"]).groupby(array["class_number"]).mean()
+        frame = pd.DataFrame(
+            {
+                "class_number": np.arange(1, k + 1),
+                "size": array["class_sizes"],
+                "resolution": array["resolution"],
+                "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
+            }
+        )
+        return pd.concat([frame, self.class_quality], axis=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one ``.npz`` file (NumPy arrays, no pickles)."""
         with replacing(path) as beside, beside.open("wb") as file:
             np.savez(
                 file,  # not a name: NumPy would add a suffix of its own to that
                 allow_pickle=False,
-                **{name: value.numpy() for name, value in arrays.items()},
+                **self.to_numpy(),
                 **_columns("history", self.history),
                 **_columns("rejected", self.rejected),
                 **_columns("particle_quality", self.particle_quality),

@@ -31,8 +31,9 @@ from cryoalign.distributed import gather_over_ranks
 from cryoalign.evidence import Aligned, Scope, trials_of
 from cryoalign.filters import fourier_resize, soft_mask
 from cryoalign.geometry import transform, translate
+from cryoalign.interop import Array, as_tensor
 from cryoalign.io import image_pixel_size, read_images
-from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
+from cryoalign.particles import Images, PreparedParticles, Stack, as_stack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, pixel_error
 from cryoalign.quality import Quality, conclude
@@ -54,17 +55,21 @@ class Found(NamedTuple):
 
 
 def prepare_particles(
-    particles: Stack | Tensor,
+    particles: Stack | Array,
     images: Images | None,
     device: str,
     max_rejected: float,
     batch_size: int | None,
     progress: Progress | None,
 ) -> PreparedParticles:
-    """The usable particles of a stack or a tensor (n, size, size)."""
-    stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
+    """The usable particles of a stack or an array (n, size, size)."""
     return PreparedParticles(
-        stack, images or Images(), choose_device(device), max_rejected, batch_size, progress
+        as_stack(particles),
+        images or Images(),
+        choose_device(device),
+        max_rejected,
+        batch_size,
+        progress,
     )
 
 
@@ -201,17 +206,17 @@ def refuse_other_particles(state: MraState, prepared: PreparedParticles) -> None
         )
 
 
-def given_references(particles: PreparedParticles, references: Tensor | str | Path) -> Tensor:
-    """(k, size, size) references from a tensor or a file, in the prepared particles' box.
+def given_references(particles: PreparedParticles, references: Array | str | Path) -> Tensor:
+    """(k, size, size) references from an array or a file, in the prepared particles' box.
 
     Raises:
         ValueError: they do not fit the particles.
     """
     stack = particles.stack
-    if isinstance(references, Tensor):
-        images, pixel_size = references.detach(), None
-    else:
+    if isinstance(references, str | Path):
         images, pixel_size = read_images(references), image_pixel_size(references)
+    else:
+        images, pixel_size = as_tensor(references).detach(), None
     boxes = {stack.shape[0]: stack.pixel_size, particles.size: particles.pixel_size}
     if images.ndim != 3 or images.shape[-2] != images.shape[-1] or images.shape[-1] not in boxes:
         raise ValueError(

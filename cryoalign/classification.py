@@ -20,8 +20,9 @@ from cryoalign.ctf import Optics, optics_from_relion, phase_flip
 from cryoalign.distributed import gather_over_ranks, shard, world_size
 from cryoalign.evidence import Aligned, Scope, trials_of
 from cryoalign.filters import soft_mask
+from cryoalign.interop import Array
 from cryoalign.observations import Observations, observe
-from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
+from cryoalign.particles import Images, PreparedParticles, Stack, as_stack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose
 from cryoalign.quality import Quality, conclude, posterior_and_margin
@@ -30,7 +31,7 @@ from cryoalign.workers import map_in_order, workers_for
 
 
 def classify(
-    particles: Stack | Tensor,
+    particles: Stack | Array,
     n_classes: int,
     *,
     optics: Optics | None = None,
@@ -49,9 +50,10 @@ def classify(
     """Classify particles without references.
 
     Args:
-        particles: a stack (`io.read_particles`) or a tensor (n, size, size).
+        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
+            (`interop.Array`).
         n_classes: how many.
-        optics: the CTFs of a tensor's particles; a stack's come from its STAR file.
+        optics: the CTFs of an array's particles; a stack's come from its STAR file.
         likelihood: see `Likelihood`.
         images: how particles are prepared.
         averaging: how averages become the references of the last refinement.
@@ -73,7 +75,7 @@ def classify(
         ValueError: anything that does not fit, before work starts.
     """
     likelihood, averaging = likelihood or Likelihood(), averaging or Averaging()
-    stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
+    stack = as_stack(particles)
     if optics is None and likelihood.ctf:
         optics = optics_of(stack)
     where = choose_device(device)

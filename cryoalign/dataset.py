@@ -23,7 +23,8 @@ from cryoalign.ctf import Optics, optics_from_relion, phase_flip
 from cryoalign.distributed import shard
 from cryoalign.filters import fourier_resize, normalise, soft_mask
 from cryoalign.geometry import transform
-from cryoalign.particles import Stack
+from cryoalign.interop import Array
+from cryoalign.particles import Stack, as_stack
 from cryoalign.pose import Pose, compose, from_relion
 
 Sample = dict[str, Tensor]
@@ -61,14 +62,14 @@ class ParticleDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        stack: Stack,
+        stack: Stack | Array,
         *transforms: Transform,
         rows: Tensor | None = None,
         metadata: Mapping[str, Tensor] | None = None,
     ) -> None:
         """
         Args:
-            stack: `io.read_particles` or another.
+            stack: `io.read_particles` or another, or an array (n, h, w) (`interop.Array`).
             transforms: applied to every batch in this order.
             rows: (n,) int64, which particles; None is all. Of several processes each takes a shard.
             metadata: tensors with a row per particle of the stack; None is `metadata_of` it.
@@ -76,6 +77,7 @@ class ParticleDataset(Dataset[Sample]):
         Raises:
             ValueError: metadata of another number of particles.
         """
+        stack = as_stack(stack)
         self.stack, self.transforms = stack, transforms
         rows = torch.arange(len(stack)) if rows is None else rows
         self.rows = rows[shard(len(rows))]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cryoalign.alignment import Alignment
 from cryoalign.geometry import pixel_grid, transform
-from cryoalign.particles import Stack, TensorStack
+from cryoalign.interop import Array
+from cryoalign.particles import Stack, as_stack
 from cryoalign.pose import Pose
 from cryoalign.screen import screen
 
@@ -32,7 +33,7 @@ CACHE_BYTES = 2**30
 
 
 def features(
-    images: Tensor | Stack,
+    images: Array | Stack,
     alignment: Alignment | None = None,
     *,
     rows: Sequence[int] | np.ndarray | None = None,
@@ -45,7 +46,7 @@ def features(
     Every image gets mean 0 and deviation 1 inside a disc of ``mask_radius`` and is zero outside.
 
     Args:
-        images: (n, h, w) tensor or a stack.
+        images: (n, h, w) tensor or other array (`interop.Array`), or a stack.
         alignment: of these particles, applied to them; None takes them as they are.
         rows: which particles (0-based); default all.
         mask_radius: px; default the largest disc in the image.
@@ -64,17 +65,17 @@ def features(
         raise ValueError(f"unknown method {method!r}; use 'pca' or '2sdr'")
     if not 1 <= n_components <= BATCH // 2:
         raise ValueError(f"n_components must be from 1 to {BATCH // 2}, not {n_components}")
-    index = np.arange(len(images)) if rows is None else np.asarray(rows, dtype=np.int64)
-    if alignment is not None and len(alignment.pose) != len(images):
+    stack = as_stack(images)
+    index = np.arange(len(stack)) if rows is None else np.asarray(rows, dtype=np.int64)
+    if alignment is not None and len(alignment.pose) != len(stack):
         raise ValueError(
-            f"the alignment has {len(alignment.pose)} particles but the stack {len(images)}: "
+            f"the alignment has {len(alignment.pose)} particles but the stack {len(stack)}: "
             f"pass the stack that was aligned"
         )
     aligned = np.full(len(index), True)
     if alignment is not None:
         aligned = alignment.class_number.numpy()[index] > 0
     pose = None if alignment is None else alignment.pose
-    stack: Stack = TensorStack(images.detach()) if isinstance(images, Tensor) else images
     bad = screen(stack, rows=torch.as_tensor(index[aligned]))["index"].to_numpy()
     usable = aligned & ~np.isin(index, bad)
     if usable.sum() < 2:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cryoalign.interop import Array, as_tensor
 from cryoalign.pose import Pose
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -112,19 +113,20 @@ def sample_at(images: Tensor, places: Tensor, interpolation: Interpolation = "bi
     return values.reshape(n, *channels, *places.shape[1:-1])
 
 
-def transform(images: Tensor, pose: Pose, interpolation: Interpolation = "bicubic") -> Tensor:
+def transform(images: Array, pose: Pose, interpolation: Interpolation = "bicubic") -> Tensor:
     """Images moved by their poses: out(v') = image(v) with v' = F^mirror R(angle) (v + shift).
 
     One interpolation per image, zero from outside; differentiable in images, angle and shift.
 
     Args:
-        images: (n, h, w).
+        images: (n, h, w), a tensor or another array (`interop.Array`).
         pose: (n,).
         interpolation: see `sample`; ``python -m bench interpolation`` shows what each loses.
 
     Returns:
         (n, h, w).
     """
+    images = as_tensor(images)
     target = pixel_grid((images.shape[-2], images.shape[-1]), images)  # (h, w, 2)
     # v = L^-1 v' - shift, and L is orthogonal: rows times L are columns times its transpose.
     linear = pose.linear().to(images.dtype)  # (n, 2, 2)

@@ -25,8 +25,9 @@ from cryoalign.ctf import Optics
 from cryoalign.distributed import world_size
 from cryoalign.filters import soft_mask
 from cryoalign.generations import Isac, Job, Progress, generations, scale_of
+from cryoalign.interop import Array
 from cryoalign.ordering import order_averages
-from cryoalign.particles import Images, PreparedParticles, Stack, TensorStack, choose_device
+from cryoalign.particles import Images, PreparedParticles, Stack, as_stack, choose_device
 from cryoalign.polar import Rings
 from cryoalign.pose import Pose, compose
 from cryoalign.realign import scaled
@@ -74,7 +75,7 @@ class StableClasses:
 
 
 def classify_stable(
-    particles: Stack | Tensor,
+    particles: Stack | Array,
     *,
     optics: Optics | None = None,
     isac: Isac | None = None,
@@ -94,8 +95,9 @@ def classify_stable(
     The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
 
     Args:
-        particles: a stack (`io.read_particles`) or a tensor (n, size, size).
-        optics: the CTFs of a tensor's particles; a stack's come from its STAR file.
+        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
+            (`interop.Array`).
+        optics: the CTFs of an array's particles; a stack's come from its STAR file.
         isac: see `Isac`.
         images: how particles are prepared.
         averaging: how averages become references.
@@ -118,7 +120,7 @@ def classify_stable(
     if world_size() > 1:
         raise ValueError("ISAC (method=isac) runs in one process: start it without torchrun")
     isac, averaging = isac or Isac(), averaging or Averaging()
-    stack = TensorStack(particles) if isinstance(particles, Tensor) else particles
+    stack = as_stack(particles)
     if optics is None and isac.ctf:
         optics = optics_of(stack)
     scale = scale_of(isac, (images or Images()).box or stack.shape[0])

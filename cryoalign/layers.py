@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cryoalign.correlate import correlation_at, correlation_logsumexp, correlation_table
 from cryoalign.geometry import Interpolation, transform
 from cryoalign.implicit import fourier_shift, implicit_pose, smooth_score
+from cryoalign.interop import Array, as_tensor
 from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose
 from cryoalign.search import Search, best_poses, prepare
@@ -23,10 +24,12 @@ Gradient = Literal["score", "implicit", "soft"]
 
 
 class _FullPrecision(nn.Module):
-    """A module that autocast leaves alone; half-precision inputs become float32."""
+    """A module that autocast leaves alone; half-precision inputs become float32, arrays of other
+    libraries tensors (`interop.as_tensor`)."""
 
-    def __call__(self, *inputs: Tensor | None) -> object:
+    def __call__(self, *arrays: Array | None) -> object:
         """Cast and forward."""
+        inputs = [None if x is None else as_tensor(x) for x in arrays]
         full = (
             x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
             for x in inputs

@@ -30,8 +30,9 @@ from cryoalign.assign import Assignment
 from cryoalign.average import Averaging, ClassSums, masked
 from cryoalign.checkpoint import MraState
 from cryoalign.filters import filter_shells, low_pass_curve, radial_mean
+from cryoalign.interop import Array
 from cryoalign.matching import assign_particles, match_particles, refined, soft_sums, weigh
-from cryoalign.particles import Images, Stack
+from cryoalign.particles import Images, Stack, as_stack
 from cryoalign.pose import Pose
 from cryoalign.quality import Quality
 from cryoalign.search import Search, prepare
@@ -42,8 +43,8 @@ Soft = Callable[[Tensor, int], ClassSums]
 
 
 def align_multi_reference(
-    particles: Stack | Tensor,
-    references: Tensor | str | Path = "random",
+    particles: Stack | Array,
+    references: Array | str | Path = "random",
     *,
     n_classes: int | None = None,
     iterations: int = 20,
@@ -69,7 +70,8 @@ def align_multi_reference(
     not do so, and an empty class then has an average of zeros and no resolution.
 
     Args:
-        particles: a stack (`io.read_particles`) or a tensor (n, size, size).
+        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
+            (`interop.Array`).
         references: (k, size, size), the path of such a stack, or a way to choose them
             (`seeding.SEEDINGS`).
         n_classes: how many, unless the references say.
@@ -100,7 +102,8 @@ def align_multi_reference(
     search, averaging = search or Search(), averaging or Averaging()
     assign = assign or Assignment()
     assign.refuse_few(iterations, n_classes)
-    shape = particles.shape[-2:]
+    particles = as_stack(particles)
+    shape = particles.shape
     if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
         search.rings((images or Images()).box or shape[0])
     prepared = prepare_particles(particles, images, device, max_rejected, batch_size, progress)
@@ -160,7 +163,7 @@ class _Rules:
 
 
 def _start(
-    turns: Alternation, references: Tensor | str | Path, n_classes: int | None, seed: int
+    turns: Alternation, references: Array | str | Path, n_classes: int | None, seed: int
 ) -> MraState:
     particles = turns.particles
     n = len(particles)

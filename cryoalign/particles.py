@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cryoalign.distributed import gather_over_ranks, shard
 from cryoalign.filters import background, fourier_resize, normalise
+from cryoalign.interop import Array, as_tensor
 from cryoalign.screen import refuse_above, screen
 from cryoalign.settings import FORBID
 
@@ -23,6 +24,7 @@ CPU_BATCH = 64
 CUDA_BATCH_BYTES = 2**29
 
 
+@runtime_checkable
 class Stack(Protocol):
     """Anything particles can be read from; `io.ParticleStack` is one."""
 
@@ -37,9 +39,13 @@ class Stack(Protocol):
 
 
 class TensorStack:
-    """Particles (n, h, w) in memory, read as from a file."""
+    """Particles (n, h, w) in memory, read as from a file.
 
-    def __init__(self, images: Tensor, pixel_size: float | None = None) -> None:
+    They stay where and as they are (`interop.as_tensor`), a batch at a time becomes float32.
+    """
+
+    def __init__(self, images: Array, pixel_size: float | None = None) -> None:
+        images = as_tensor(images)
         if images.ndim != 3:
             raise ValueError(f"particles must be (n, h, w), got {tuple(images.shape)}")
         self.images, self.pixel_size = images.detach(), pixel_size
@@ -51,6 +57,11 @@ class TensorStack:
     def read(self, rows: Tensor | slice) -> Tensor:
         """(b, h, w) float32 images."""
         return self.images[rows].float()
+
+
+def as_stack(particles: Stack | Array) -> Stack:
+    """A stack as it is; images in memory, of whatever library, as one."""
+    return particles if isinstance(particles, Stack) else TensorStack(particles)
 
 
 @dataclass(frozen=True, config=FORBID)

@@ -129,7 +129,7 @@ def to_relion(pose: Pose, pixel_size: float) -> dict[str, np.ndarray]:
     angle and shift; x -> -x about the centre then follows where ``rlnIsFlip`` is 1. RELION's
     Class2D ignores that column: to it such a particle is the mirror image of its class.
     """
-    angle, shift = pose.angle.double().cpu(), pose.shift.double().cpu()
+    angle, shift = pose.angle.detach().double().cpu(), pose.shift.detach().double().cpu()
     return {
         "rlnAnglePsi": wrap_degrees(angle).numpy(),
         "rlnOriginXAngst": (shift[..., 0] * pixel_size).numpy(),

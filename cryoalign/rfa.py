@@ -30,7 +30,8 @@ from cryoalign.alternation import (
 from cryoalign.average import Averaging, masked
 from cryoalign.checkpoint import MraState
 from cryoalign.correlate import correlation_at
-from cryoalign.particles import Images, Stack
+from cryoalign.interop import Array
+from cryoalign.particles import Images, Stack, as_stack
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.quality import Quality
 from cryoalign.schedule import Schedule
@@ -40,8 +41,8 @@ STEADY_HANDS = 0.01  # share of hands that may still change where poses are at r
 
 
 def align_reference_free(
-    particles: Stack | Tensor,
-    references: Tensor | str | Path = "average",
+    particles: Stack | Array,
+    references: Array | str | Path = "average",
     *,
     schedule: Schedule | None = None,
     iterations: int = 20,
@@ -64,7 +65,8 @@ def align_reference_free(
     the resolution of the average.
 
     Args:
-        particles: a stack (`io.read_particles`) or a tensor (n, size, size).
+        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
+            (`interop.Array`).
         references: "average" begins with that of the particles as they come; or a template, a
             stack of one image or its path.
         schedule: the steps.
@@ -87,7 +89,8 @@ def align_reference_free(
         raise ValueError(f"iterations must be at least 1, not {iterations}")
     schedule, averaging = schedule or Schedule(), averaging or Averaging()
     search = schedule.widest(search or Search())
-    shape = particles.shape[-2:]
+    particles = as_stack(particles)
+    shape = particles.shape
     if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
         search.rings((images or Images()).box or shape[0])
     prepared = prepare_particles(particles, images, device, max_rejected, batch_size, progress)
@@ -112,7 +115,7 @@ class _Climb:
     iterations: int
 
     def start(
-        self, references: Tensor | str | Path, seed: int, told: Callable[[MraState], None]
+        self, references: Array | str | Path, seed: int, told: Callable[[MraState], None]
     ) -> MraState:
         """The best of the starts, after the first step; or the only one, before it."""
         firsts = self.first_references(references, seed)
@@ -128,7 +131,7 @@ class _Climb:
             told(state)
         return best[-1]
 
-    def first_references(self, references: Tensor | str | Path, seed: int) -> list[Tensor]:
+    def first_references(self, references: Array | str | Path, seed: int) -> list[Tensor]:
         """(1, size, size) of each start: the template, or averages of the particles, as they come
         and then turned at random."""
         turns, starts = self.turns, self.schedule.starts

@@ -22,6 +22,7 @@ from cryoalign.adaptive import (
 )
 from cryoalign.correlate import correlation_logsumexp, correlation_peaks, table_peaks, unravel_place
 from cryoalign.geometry import sample_at, sampling_places
+from cryoalign.interop import Array, as_tensor
 from cryoalign.kernels import cpu as cpu_kernels
 from cryoalign.kernels import images as kernel_images
 from cryoalign.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
@@ -136,12 +137,12 @@ class Match:
         return label, score, self.pose[row, label]
 
 
-def match(images: Tensor, references: Tensor, search: Search) -> Match:
+def match(images: Array, references: Array, search: Search) -> Match:
     """Search all shifts, hands and angles of every particle against every reference.
 
     Args:
-        images: (n, size, size), background zero.
-        references: (k, size, size).
+        images: (n, size, size), background zero; a tensor or another array (`interop.Array`).
+        references: (k, size, size), likewise.
         search: the grid.
 
     Returns:
@@ -151,6 +152,7 @@ def match(images: Tensor, references: Tensor, search: Search) -> Match:
         ValueError: no images or references; boxes, dtypes or devices that do not fit; rings and
             shifts that leave the box.
     """
+    images, references = as_tensor(images), as_tensor(references)
     _check_references(references)
     _check_images(images, references)
     rings = search.rings(images.shape[-1])

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryoalign"
 
 # Low to high. ``io`` as a whole lies on the ground floor.
 FLOORS = {
-    "ground": ("settings", "files", "workers", "pose", "distributed", "yaml12", "io"),
+    "ground": ("settings", "files", "workers", "interop", "pose", "distributed", "yaml12", "io"),
     "image": (
         "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
         "particles", "seeding", "synthetic", "dataset",

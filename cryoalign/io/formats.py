@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoalign.interop import Array, as_tensor
 from cryoalign.io import mrc
 from cryoalign.io import numpy as npy
 from cryoalign.io.images import ImageFile
@@ -48,14 +49,14 @@ def image_pixel_size(path: str | Path) -> float | None:
     return read_header(Path(path)).pixel_size
 
 
-def write_images(path: str | Path, images: Tensor, pixel_size: float | None = None) -> None:
+def write_images(path: str | Path, images: Array, pixel_size: float | None = None) -> None:
     """Write (n, h, w) images as float32 to a .mrcs, .mrc or .npy file, whole or not at all.
 
     ``pixel_size`` (ångström) goes into an MRC header; None leaves it unset there.
 
     Raises ValueError for another shape or suffix, FileNotFoundError if the folder is missing.
     """
-    path = Path(path)
+    path, images = Path(path), as_tensor(images)
     if images.ndim != 3 or 0 in images.shape:
         raise ValueError(f"{path}: images must be (n, h, w), not {tuple(images.shape)}")
     match path.suffix.lower():
