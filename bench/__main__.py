@@ -27,6 +27,7 @@ from bench import (
     interpolation,
     invariants,
     iteration,
+    layers,
     loader,
     memory,
     quality,
@@ -56,6 +57,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "quality": quality.run,
     "interpolation": interpolation.run,
     "loader": loader.run,
+    "layers": layers.run,
     "invariants": invariants.run,
 }
 

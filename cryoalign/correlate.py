@@ -14,7 +14,6 @@ x -> -x takes the ring angle theta to pi - theta. (Chung et al. 2020, RPC; DESIG
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,14 @@ from cryoalign.kernels import cpu as cpu_kernels
 from cryoalign.kernels import peaks as kernels
 from cryoalign.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.pose import Pose
-from cryoalign.products import RingFactors, best_hand, peaks_of, ring_factors
+from cryoalign.products import (
+    RingFactors,
+    best_hand,
+    logsumexp_gradients,
+    logsumexp_of,
+    peaks_of,
+    ring_factors,
+)
 
 # Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
 # and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
@@ -217,15 +223,9 @@ def _logsumexp_backward(
     grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `correlation_logsumexp` by particles and references, block by block again."""
-    particle_grad = torch.zeros_like(particles, memory_format=torch.contiguous_format)
-    reference_grad = torch.zeros_like(references, memory_format=torch.contiguous_format)
-    for rows, some in _blocks(particles, len(references), mirror):
-        by_particle, by_reference = _block_gradients(
-            grad[rows, some], particles[rows], references[some], temperature, mirror
-        )
-        particle_grad[rows] += by_particle
-        reference_grad[some] += by_reference
-    return particle_grad, reference_grad
+    return logsumexp_gradients(
+        grad, particles, ring_factors(references), temperature, mirror, *_blocks(particles)
+    )
 
 
 @_logsumexp_backward.register_fake
@@ -253,61 +253,19 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def _blocks(particles: Tensor, k: int, mirror: bool) -> Iterator[tuple[slice, slice]]:
-    """Particles and references of one block of the table after another."""
-    n, s, _, m = particles.shape
-    cpu = particles.device.type == "cpu"
-    # With its gradient, several times the table is alive at once.
-    pairs = max(1, (CPU_BLOCK if cpu else CUDA_BLOCK // 8) // (s * (1 + mirror) * 2 * (m - 1)))
-    k_block = max(1, min(k, pairs))
-    n_block = 1 if cpu else max(1, min(n, pairs // k_block))
-    for first in range(0, k, k_block):
-        for start in range(0, n, n_block):
-            yield slice(start, start + n_block), slice(first, first + k_block)
+def _blocks(particles: Tensor) -> tuple[int, int]:
+    """Entries of the table, and particles, at a time, where several times the table is alive."""
+    if particles.device.type == "cpu":
+        return CPU_BLOCK, 1
+    return CUDA_BLOCK // 8, max(1, len(particles))
 
 
 def _table_logsumexp(
     particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> Tensor:
     """`correlation_logsumexp` in PyTorch, on any device."""
-    n, k = len(particles), len(references)
-    out = particles.new_empty(n, k, dtype=particles.real.dtype)
-    for rows, some in _blocks(particles, k, mirror):
-        out[rows, some] = _block_logsumexp(particles[rows], references[some], temperature, mirror)
-    return out
-
-
-def _block_logsumexp(
-    particles: Tensor, references: Tensor, temperature: float, mirror: bool
-) -> Tensor:
-    """(n, k) of a block."""
-    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
-    return temperature * torch.logsumexp(table.flatten(2) / temperature, 2)
-
-
-def _block_gradients(
-    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `_block_logsumexp`: spectra of the other side, turned by every pose, weighted.
-
-    The weights' spectrum over angles does the turning.
-    """
-    table = correlation_table(particles, references, mirror)  # (n, k, s, hands, a)
-    weight = torch.softmax(table.flatten(2) / temperature, 2) * grad.unsqueeze(-1)
-    turn = torch.fft.rfft(weight.reshape(table.shape))  # (n, k, s, hands, m)
-    m, a = turn.shape[-1], table.shape[-1]
-    multiplicity = torch.full((m,), 2.0 / a, dtype=weight.dtype, device=weight.device)
-    multiplicity[0] = multiplicity[-1] = 1.0 / a
-    turn = turn * multiplicity
-    same = turn[..., 0, :]
-    by_particle = torch.einsum("nksm,krm->nsrm", same.conj_physical(), references)
-    by_reference = torch.einsum("nksm,nsrm->krm", same, particles)
-    if mirror:
-        sign = 1 - 2 * (torch.arange(m, device=turn.device) % 2)
-        other = sign * turn[..., 1, :].conj_physical()
-        by_particle += torch.einsum("nksm,krm->nsrm", other, references.conj_physical())
-        by_reference += torch.einsum("nksm,nsrm->krm", other, particles.conj_physical())
-    return by_particle, by_reference
+    factors = ring_factors(references)
+    return logsumexp_of(particles, factors, temperature, mirror, *_blocks(particles))
 
 
 def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:

@@ -11,6 +11,7 @@ maximum p over poses, d score / d p = 0, and the implicit function theorem gives
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from cryoalign.geometry import gather_sample
 from cryoalign.polar import Rings, normalised_spectra, ring_points
 from cryoalign.pose import Pose, wrap_degrees
 
-STEPS = 6  # of Newton's method; from a refined pose three reach float64's rounding
+STEPS = 6  # of Newton's method, from a grid's pose
+REFINED_STEPS = 3  # from a refined one: they reach float64's rounding
 MAX_TURN, MAX_MOVE = 2.0, 0.7  # degrees and pixels of one step
 
 
@@ -29,13 +31,33 @@ def fourier_shift(images: Tensor, shift: Tensor) -> Tensor:
 
     (torch-fourier-shift has its phases in float32: too coarse for a float64 derivative.)
     """
-    height, width = images.shape[-2:]
-    x = torch.fft.rfftfreq(width, dtype=images.dtype, device=images.device)
-    y = torch.fft.fftfreq(height, dtype=images.dtype, device=images.device)
-    shift = shift.to(images.dtype)[:, :, None, None]  # (n, 2, 1, 1)
+    return _shifted(torch.fft.rfft2(images), shift, images.shape[-1])
+
+
+def _shifted(spectra: Tensor, shift: Tensor, width: int) -> Tensor:
+    """`fourier_shift` of spectra (n, h, w // 2 + 1)."""
+    height, shift = (
+        spectra.shape[-2],
+        shift.to(spectra.real.dtype)[:, :, None, None],
+    )  # (n, 2, 1, 1)
+    x = torch.fft.rfftfreq(width, dtype=shift.dtype, device=shift.device)
+    y = torch.fft.fftfreq(height, dtype=shift.dtype, device=shift.device)
     phase = (-2 * math.pi) * (shift[:, 0] * x + shift[:, 1] * y[:, None])
-    spectra = torch.fft.rfft2(images) * torch.complex(phase.cos(), phase.sin())
-    return torch.fft.irfft2(spectra, s=(height, width))
+    moved = spectra * torch.complex(phase.cos(), phase.sin())
+    return torch.fft.irfft2(moved, s=(height, width))
+
+
+class _Pair(NamedTuple):
+    """What the score needs of particles and references, whatever the pose.
+
+    Attributes:
+        spectra: (n, h, w // 2 + 1) of particles; width: w.
+        rings: (n or 1, r, m) ring spectra of references.
+    """
+
+    spectra: Tensor
+    width: int
+    rings: Tensor
 
 
 def smooth_score(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:
@@ -51,13 +73,23 @@ def smooth_score(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -
         (n,) correlation coefficients, those of `correlate.correlation_at` but for how shifts are
         interpolated.
     """
-    points = ring_points(rings, images)[None]
-    x = normalised_spectra(gather_sample(fourier_shift(images, pose.shift), points), rings)
-    y = normalised_spectra(gather_sample(references, points), rings)
-    return turned_correlation(x, y, pose.angle, pose.mirror)
+    return _score(_pair(images, references, rings), pose, rings)
 
 
-def implicit_pose(images: Tensor, references: Tensor, start: Pose, rings: Rings) -> Pose:
+def _pair(images: Tensor, references: Tensor, rings: Rings) -> _Pair:
+    sampled = gather_sample(references, ring_points(rings, references)[None])
+    return _Pair(torch.fft.rfft2(images), images.shape[-1], normalised_spectra(sampled, rings))
+
+
+def _score(pair: _Pair, pose: Pose, rings: Rings) -> Tensor:
+    moved = _shifted(pair.spectra, pose.shift, pair.width)
+    x = normalised_spectra(gather_sample(moved, ring_points(rings, moved)[None]), rings)
+    return turned_correlation(x, pair.rings, pose.angle, pose.mirror)
+
+
+def implicit_pose(
+    images: Tensor, references: Tensor, start: Pose, rings: Rings, steps: int = STEPS
+) -> Pose:
     """The poses that maximise `smooth_score`, differentiable in images and references.
 
     Newton's method without a gradient from the start to the maximum; then one more step, which
@@ -69,38 +101,35 @@ def implicit_pose(images: Tensor, references: Tensor, start: Pose, rings: Rings)
         references: (n, h, w), or (1, h, w) shared.
         start: (n,) within a grid step of the maximum.
         rings: the rings.
+        steps: of Newton's method.
     """
     where = torch.cat([start.angle[:, None], start.shift], 1).detach().to(images.dtype)  # (n, 3)
     bound = where.new_tensor([MAX_TURN, MAX_MOVE, MAX_MOVE])
     tracked = torch.is_grad_enabled() and (images.requires_grad or references.requires_grad)
+    with torch.no_grad():
+        fixed = _pair(images, references, rings)
     with torch.enable_grad():
-        fixed = images.detach(), references.detach()
-        for _ in range(STEPS):
-            slope, hessian = _derivatives(*fixed, where, start.mirror, rings)
+        for _ in range(steps):
+            slope, hessian = _derivatives(fixed, where, start.mirror, rings)
             step = _newton(slope, hessian)
             where = where + step.clamp(-bound, bound)
-        _, hessian = _derivatives(*fixed, where, start.mirror, rings)
         if tracked:
-            slope, _ = _derivatives(images, references, where, start.mirror, rings, final=True)
+            _, hessian = _derivatives(fixed, where, start.mirror, rings)
+            slope = _slope(_pair(images, references, rings), where, start.mirror, rings)[1]
             where = where + _newton(slope, hessian)
     return Pose(wrap_degrees(where[:, 0]), where[:, 1:], start.mirror)
 
 
-def _derivatives(
-    images: Tensor,
-    references: Tensor,
-    where: Tensor,
-    mirror: Tensor,
-    rings: Rings,
-    final: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Gradient (n, 3) and Hessian (n, 3, 3) of the score by angle and shift; if ``final``, the
-    gradient alone, with a gradient by the images."""
+def _slope(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Poses (n, 3) as a leaf, and the gradient (n, 3) of the score by them, itself with one."""
     where = where.detach().requires_grad_()
-    score = smooth_score(images, references, Pose(where[:, 0], where[:, 1:], mirror), rings)
-    (slope,) = torch.autograd.grad(score.sum(), where, create_graph=True)
-    if final:
-        return slope, slope.new_zeros(0)
+    score = _score(pair, Pose(where[:, 0], where[:, 1:], mirror), rings)
+    return where, torch.autograd.grad(score.sum(), where, create_graph=True)[0]
+
+
+def _derivatives(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Gradient (n, 3) and Hessian (n, 3, 3) of the score by angle and shift."""
+    where, slope = _slope(pair, where, mirror, rings)
     rows = [torch.autograd.grad(part.sum(), where, retain_graph=True)[0] for part in slope.T]
     return slope.detach(), torch.stack(rows, 1)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cryoalign.correlate import correlation_at, correlation_logsumexp, correlation_table
 from cryoalign.geometry import Interpolation, transform
-from cryoalign.implicit import fourier_shift, implicit_pose, smooth_score
+from cryoalign.implicit import REFINED_STEPS, STEPS, fourier_shift, implicit_pose, smooth_score
 from cryoalign.interop import Array, as_tensor
-from cryoalign.polar import Rings, ring_spectra, to_polar
+from cryoalign.polar import Rings, inverse_deviation, ring_spectra, to_polar
 from cryoalign.pose import Pose
 from cryoalign.search import Search, best_poses, prepare
 
@@ -169,7 +169,8 @@ class AlignLayer(_FullPrecision):
         if self.gradient == "soft":
             pose, score = self._soft(particles, own, pose.mirror, rings)
         elif self.gradient == "implicit":
-            pose = implicit_pose(particles, own, pose, rings)
+            steps = REFINED_STEPS if self.search.refine else STEPS
+            pose = implicit_pose(particles, own, pose, rings, steps)
             score = smooth_score(particles, own, pose, rings)
         else:
             score = correlation_at(particles, own, pose, rings)
@@ -187,18 +188,32 @@ class AlignLayer(_FullPrecision):
     ) -> tuple[Pose, Tensor]:
         """Mean poses (n,) and soft scores (n,) over the grid of the chosen reference and hand."""
         shifts = self.search.shifts(particles.device).to(particles.dtype)
-        x = ring_spectra(particles, rings, shifts)  # (n, s, r, m)
-        y = ring_spectra(own, rings)[:, 0]
-        m = x.shape[-1]
-        sign = 1 - 2 * (torch.arange(m, device=x.device) % 2)
-        y = torch.where(mirror[:, None, None], sign * y.conj_physical(), y)
-        table = torch.fft.irfft((x.conj_physical() * y[:, None]).sum(2), n=2 * (m - 1))  # (n, s, a)
+        table = own_table(particles, own, mirror, shifts, rings)  # (n, s, a)
         flat = table.flatten(1) / self.temperature
         weight = flat.softmax(1).reshape(table.shape)
-        turn = torch.arange(table.shape[-1], device=x.device, dtype=table.dtype)
+        turn = torch.arange(table.shape[-1], device=table.device, dtype=table.dtype)
         turn = turn * (2 * torch.pi / table.shape[-1])
         by_angle = weight.sum(1)  # (n, a)
         angle = torch.atan2((by_angle * turn.sin()).sum(1), (by_angle * turn.cos()).sum(1))
         shift = weight.sum(2) @ shifts
         score = self.temperature * torch.logsumexp(flat, 1)
         return Pose(torch.rad2deg(angle), shift, mirror), score
+
+
+def own_table(
+    particles: Tensor, references: Tensor, mirror: Tensor, shifts: Tensor, rings: Rings
+) -> Tensor:
+    """Scores (n, s, a) of particle i with reference i in hand i: `correlation_table`'s.
+
+    A particle's mean drops out against a reference without one, and its deviation divides the
+    products: few passes over its spectra, forward and back.
+    """
+    polar = to_polar(particles, rings, shifts)  # (n, s, r, a)
+    a = polar.shape[-1]
+    weights = rings.weights(polar.device).to(polar.dtype)
+    y = ring_spectra(references, rings)[:, 0] * (weights / a).sqrt()[:, None]  # (n, r, m)
+    sign = 1 - 2 * (torch.arange(y.shape[-1], device=y.device) % 2)
+    y = torch.where(mirror[:, None, None], sign * y.conj_physical(), y)
+    products = (torch.fft.rfft(polar) * y.conj_physical()[:, None]).sum(2)  # (n, s, m)
+    scale = inverse_deviation(polar, (polar.mean(-1) * weights).sum(-1), weights)
+    return torch.fft.irfft(products.conj_physical(), n=a) * scale[..., None]

@@ -128,16 +128,22 @@ def normalised_spectra(polar: Tensor, rings: Rings) -> Tensor:
     spectra = torch.fft.rfft(polar)
     # Sums, not products with a vector: those round by how many rows there are.
     mean = (spectra[..., 0].real * weights).sum(-1) / a  # (...,)
-    power = (torch.linalg.vecdot(polar, polar) * weights).sum(-1) / a
-    variance = power - mean.square()
-    # Below this the deviation is rounding: such an image says nothing about its pose.
-    flat = variance <= 16 * torch.finfo(polar.dtype).eps * power
-    scale = torch.where(flat, 0.0, torch.where(flat, 1.0, variance).rsqrt())
+    scale = inverse_deviation(polar, mean, weights)
     factor = (weights / a).sqrt() * scale.unsqueeze(-1)  # (..., r)
     # In place on our own fresh tensor: a pass less over the largest array there is.
     pairs = torch.view_as_real(spectra).mul_(factor[..., None, None])
     pairs[..., 0, 0] -= a * mean.unsqueeze(-1) * factor
     return spectra
+
+
+def inverse_deviation(polar: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+    """(...,) 1 / sigma of polar samples (..., r, a) about their mean (...,), rings weighted (r,);
+    0 where there is no variance."""
+    power = (torch.linalg.vecdot(polar, polar) * weights).sum(-1) / polar.shape[-1]
+    variance = power - mean.square()
+    # Below this the deviation is rounding: such an image says nothing about its pose.
+    flat = variance <= 16 * torch.finfo(polar.dtype).eps * power
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, variance).rsqrt())
 
 
 def carried(rings: Rings, device: torch.device | str | None = None) -> Tensor:

@@ -1,5 +1,8 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from cryoalign.correlate import correlation_table
 from cryoalign.layers import (
@@ -10,6 +13,7 @@ from cryoalign.layers import (
     RigidWarp,
     RingSpectra,
     RotationalCorrelation,
+    own_table,
 )
 from cryoalign.polar import Rings, ring_spectra
 from cryoalign.pose import Pose, pixel_error
@@ -20,12 +24,27 @@ RINGS = Rings(1, 3, angles=8)
 SEARCH = Search(max_shift=1, last_ring=4, refine=False)
 
 
-def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
+@pytest.fixture
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
-def spectra(n: int, s: int, seed: int) -> torch.Tensor:
+def spectra(n: int, s: int, seed: int) -> Tensor:
     return ring_spectra(leaf(n, 9, 9, seed=seed).detach(), RINGS, leaf(n, s, 2).detach())
 
 
@@ -101,6 +120,19 @@ def test_a_batch_is_its_particles_one_by_one() -> None:
         torch.testing.assert_close(alone.angle[0], whole.angle[i], rtol=0, atol=1e-6)
 
 
+def test_scores_with_the_own_reference_are_the_tables() -> None:
+    images, references = leaf(3, 15, 15).detach(), leaf(3, 15, 15, seed=1).detach()
+    images[1] = 2.0  # flat: its scores are 0
+    shifts, rings = leaf(4, 2, seed=2).detach(), Rings(1, 4, angles=16)
+    mirror = torch.tensor([False, True, True])
+    table = correlation_table(
+        ring_spectra(images, rings, shifts), ring_spectra(references, rings)[:, 0]
+    )
+    expected = torch.stack([table[i, i, :, int(hand)] for i, hand in enumerate(mirror)])
+    got = own_table(images, references, mirror, shifts, rings)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_vmap_over_sets_of_references() -> None:
     x, y = SPECTRA[0].detach(), spectra(6, 1, 5)[:, 0].unflatten(0, (3, 2))
     got = torch.vmap(lambda y: correlation_table(x, y))(y)
@@ -121,3 +153,80 @@ def test_what_does_not_fit_is_refused() -> None:
         AlignLayer(SEARCH, "hard")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive"):
         AlignLayer(SEARCH, "soft", 0.0)
+
+
+def moved(name: str, device: torch.device) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A case on another device: module, inputs, and those that have a gradient."""
+    layer, inputs = CASES[name]
+    there = [x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]
+    return layer, there, [x for x in there if x.requires_grad]
+
+
+def gradients(layer: nn.Module, inputs: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(layer(*inputs).abs().square().sum(), leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str, gpu: torch.device) -> None:
+    """Gradients, values of the CPU, and Inductor's code, in float64."""
+    layer, inputs, leaves = moved(name, gpu)
+    assert torch.autograd.gradcheck(layer, inputs, nondet_tol=1e-9)
+    expected = CASES[name][0](*CASES[name][1]).detach()
+    got = layer(*inputs)
+    torch.testing.assert_close(got.detach().cpu(), expected, rtol=1e-9, atol=1e-9)
+    compiled = torch.compile(layer)
+    torch.testing.assert_close(compiled(*inputs), got, rtol=1e-9, atol=1e-9)
+    for a, b in zip(
+        gradients(compiled, inputs, leaves), gradients(layer, inputs, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_repeats_itself(name: str, gpu: torch.device, deterministic: None) -> None:
+    """In PyTorch's deterministic mode every backward gives the same bits."""
+    layer, inputs, _ = moved(name, gpu)
+    assert torch.autograd.gradcheck(layer, inputs, nondet_tol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", ["score", "soft", "implicit"])
+def test_align_layer_on_a_gpu(gradient, gpu: torch.device, deterministic: None) -> None:
+    """Repeats its gradients bit for bit, and they are the CPU's."""
+    made = simulate(64, 3, size=48, snr=1.0, max_shift=2.0, seed=1)
+    search = Search(max_shift=2, last_ring=18, mode="exhaustive")
+    layer = AlignLayer(search, gradient, temperature=0.01)
+
+    def run(device: torch.device | str) -> tuple[Tensor, ...]:
+        inputs = [x.double().to(device).requires_grad_() for x in (made.images, made.views)]
+        out = layer(*inputs)
+        loss = out.score.sum() + out.images.square().mean()
+        return out.label, out.angle, out.shift, *torch.autograd.grad(loss, inputs)
+
+    once, again = run(gpu), run(gpu)
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(once, run("cpu"), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", ["score", "soft", "implicit"])
+def test_mixed_precision_on_a_gpu(gradient, gpu: torch.device) -> None:
+    """An AlignLayer below a convolution in bf16: it aligns, and the convolution learns."""
+    made = simulate(64, 2, size=48, snr=1.0, max_shift=2.0, seed=1)
+    torch.manual_seed(0)
+    below = nn.Conv2d(1, 1, 3, padding=1, bias=False).to(gpu)
+    with torch.no_grad():
+        below.weight.zero_()[0, 0, 1, 1] = 1.0
+    layer = AlignLayer(Search(max_shift=2, last_ring=18), gradient)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = layer(below(made.images.to(gpu)[:, None])[:, 0], made.views.to(gpu))
+        loss = (1 - out.score).mean()
+    assert out.score.dtype == out.images.dtype == torch.float32
+    assert torch.equal(out.label.cpu(), made.class_number - 1)
+    loss.backward()
+    assert below.weight.grad.isfinite().all()
+    assert below.weight.grad.abs().max() > 0
