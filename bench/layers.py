@@ -60,7 +60,7 @@ def run(
     ways: dict[str, tuple[Score, int]] = {"plain": (plainly, chunk)}
     for gradient in ("score", "implicit", "soft"):
         ways[f"AlignLayer {gradient}"] = (aligned(AlignLayer(search, gradient)), n)  # type: ignore[arg-type]
-    ways["PoseMarginal"] = (softly, min(n, 512))
+    ways["PoseMarginal"] = (softly, 8 if where.type == "cpu" else 512)
 
     stages: dict[str, Callable[[], object]] = {}
     for name, (score, some) in ways.items():

@@ -20,6 +20,7 @@ from cryoalign.polar import Rings, inverse_deviation, ring_spectra, to_polar
 from cryoalign.pose import Pose
 from cryoalign.search import Search, best_poses, prepare
 
+CPU_CHUNK = 2**22  # samples on rings, at all shifts
 Gradient = Literal["score", "implicit", "soft"]
 
 
@@ -188,7 +189,13 @@ class AlignLayer(_FullPrecision):
     ) -> tuple[Pose, Tensor]:
         """Mean poses (n,) and soft scores (n,) over the grid of the chosen reference and hand."""
         shifts = self.search.shifts(particles.device).to(particles.dtype)
-        table = own_table(particles, own, mirror, shifts, rings)  # (n, s, a)
+        chunk = len(particles)
+        if particles.device.type == "cpu":  # what is made of a few particles stays in cache
+            samples = len(shifts) * len(rings.radii()) * rings.n_angles
+            chunk = max(1, min(chunk, CPU_CHUNK // samples))
+        parts = zip(particles.split(chunk), own.split(chunk), mirror.split(chunk), strict=True)
+        tables = [own_table(some, theirs, hand, shifts, rings) for some, theirs, hand in parts]
+        table = torch.cat(tables)  # (n, s, a)
         flat = table.flatten(1) / self.temperature
         weight = flat.softmax(1).reshape(table.shape)
         turn = torch.arange(table.shape[-1], device=table.device, dtype=table.dtype)
