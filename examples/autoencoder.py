@@ -352,7 +352,7 @@ def draw(
     panels[2].set(xlabel="epoch", ylim=(0, 1.02), title="latent neighbours of one view, held out")
     panels[2].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panels[2].spines[["top", "right"]].set_visible(False)
-    panels[2].legend(frameon=False, loc="lower right", fontsize=9)
+    panels[2].legend(frameon=False, loc=(0.5, 0.19), fontsize=9)
     show_views(below, data, models[True], decoded)
     return figure
 
@@ -374,7 +374,7 @@ def show_views(
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for i, (panel, image) in enumerate(zip(line, images, strict=True)):
             low, high = (image if name == "particle" else views[i]).aminmax()
-            panel.imshow(image, cmap="gray", vmin=low, vmax=high)
+            panel.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
             panel.set(xticks=[], yticks=[])
             for spine in panel.spines.values():
                 spine.set(color=COLORS(i % 10), linewidth=2)
