@@ -35,6 +35,7 @@ from bench import (
     rfa,
     scaling,
     search,
+    stream,
 )
 from bench.result import RESULTS, Result, compare, record
 
@@ -57,6 +58,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "quality": quality.run,
     "interpolation": interpolation.run,
     "loader": loader.run,
+    "stream": stream.run,
     "layers": layers.run,
     "invariants": invariants.run,
 }

@@ -4,6 +4,8 @@
     dataset = ParticleDataset(stack, Normalise(40), PhaseFlip(), Mask(36))
     loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=2)
 
+From a stack that memory does not hold, on a disk that is slow to seek: `stream.ParticleStream`.
+
 A sample is a dict: ``image`` (h, w), ``index`` (row of the stack) and what the stack's STAR file
 tells, ``defocus_u`` … ``pixel_size`` (`ctf.Optics`) and ``angle``, ``shift``, ``mirror``
 (`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a dict of
@@ -105,9 +107,16 @@ class ParticleDataset(Dataset[Sample]):
 
     def read(self, indices: Sequence[int] | Tensor) -> Sample:
         """A batch: the samples of some indices into `rows`, stacked and transformed."""
+        return self.transformed(self.raw(indices))
+
+    def raw(self, indices: Sequence[int] | Tensor) -> Sample:
+        """A batch as the stack has it."""
         rows = self.rows[torch.as_tensor(indices)]
         batch = {"image": self.stack.read(rows), "index": rows}
-        batch |= {name: value[rows] for name, value in self.metadata.items()}
+        return batch | {name: value[rows] for name, value in self.metadata.items()}
+
+    def transformed(self, batch: Sample) -> Sample:
+        """A batch after all transforms."""
         for change in self.transforms:
             batch = change(batch)
         return batch

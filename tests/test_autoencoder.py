@@ -3,6 +3,7 @@ import torch
 from cryoalign import Pose, simulate, transform
 from cryoalign.schema import load_settings
 from examples.autoencoder import (
+    YAML,
     Autoencoder,
     Settings,
     align_pairs,

@@ -11,7 +11,7 @@ FLOORS = {
     "ground": ("settings", "files", "workers", "interop", "pose", "distributed", "yaml12", "io"),
     "image": (
         "geometry", "filters", "ctf", "frc", "screen", "polar", "kernels", "average",
-        "particles", "seeding", "synthetic", "dataset",
+        "particles", "seeding", "synthetic", "dataset", "stream",
     ),
     "correlate": (
         "products", "correlate", "fourier_rings", "observations", "steerable", "invariants",
