@@ -70,7 +70,9 @@ def run(
         task = _task(known, min(n, len(known.view)))
         pure = _without_noise(task.first(clean))
         named: Row = {"set": known.name, "aligner": f"cryoalign, K = {len(known.views)}"}
-        rows.append(named | {"given": "nothing"} | _measure(_anywhere(max_shift), task, pure))
+        _, ours = _on_own_view(ALIGNERS[0], max_shift)(task)
+        row = _measure(_anywhere(max_shift), task, pure, ours)
+        rows.append(named | {"given": "nothing"} | row)
         for aligner in ALIGNERS:
             named = {"set": known.name, "aligner": aligner.name}
             if aligner.package not in installed | {"cryoalign"}:
@@ -78,7 +80,7 @@ def run(
                 rows.append(dict.fromkeys(rows[0]) | named)
                 continue
             some = task.first(-(-len(task.view) // aligner.share))
-            row = _measure(_on_own_view(aligner, max_shift), some, pure)
+            row = _measure(_on_own_view(aligner, max_shift), some, pure, ours)
             _check(aligner, row, max_shift)
             rows.append(named | {"given": "view, hand"} | row)
         bound = expected_medians(known.views, task.view)
@@ -128,13 +130,16 @@ def _on_own_view(aligner: Aligner, max_shift: float) -> Find:
     return find
 
 
-def _measure(find: Find, task: Task, pure: Task) -> Row:
+def _measure(find: Find, task: Task, pure: Task, ours: Pose) -> Row:
+    """A row without its names; ``ours``: cryoalign's poses (K = 1), of these particles and more."""
     clean = _scores(pure, *find(pure))
     with threadpool_limits(torch.get_num_threads()):  # NumPy's and ASPIRE's threads too
         started = time.perf_counter()
         found = find(task)
         seconds = time.perf_counter() - started
     row: Row = {"n": len(task.view)} | _scores(task, *found)
+    same = _scores(task, task.view, ours[: len(task.view)])
+    row |= {f"cryoalign's {name} of these n": same[name] for name in ("angle °", "shift px")}
     row["ms / particle"] = 1e3 * seconds / len(task.view)
     return row | {f"noise-free {name}": value for name, value in clean.items()}
 
