@@ -8,7 +8,6 @@ test, and every run tests them again on noise-free particles.
 from __future__ import annotations
 
 import importlib.util
-import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -151,8 +150,8 @@ def _scores(task: Task, label: Tensor, pose: Pose) -> Row:
     some = bool(right.any())
     return {
         "right %": 100 * float(right.double().mean()),
-        "angle °": float(angle[right].median()) if some else math.nan,
-        "shift px": float(shift[right].median()) if some else math.nan,
+        "angle °": float(angle[right].median()) if some else None,
+        "shift px": float(shift[right].median()) if some else None,
     }
 
 
@@ -161,6 +160,6 @@ def _check(aligner: Aligner, row: Row, max_shift: float) -> None:
     if aligner.wide and not row["noise-free right %"] > 75:
         raise RuntimeError(
             f"{aligner.name} finds {row['noise-free right %']:.0f} % of the noise-free poses: "
-            "either its convention is another than bench/aligners.py takes it for, or shifts are "
+            "its convention is another than bench/aligners.py takes it for, or shifts are "
             f"larger than max_shift {max_shift:g} px"
         )

@@ -1,5 +1,6 @@
 """The bench's own arithmetic: bound, agreement, truth files, plain formulation, command."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import accuracy, classes, coverage, plain
+from bench import accuracy, classes, coverage, peers, plain
 from bench.__main__ import ENTRIES, main, parser
 from bench.agreement import agreement
+from bench.aligners import ALIGNERS, Aligner, align_cryoalign
 from bench.bound import expected_medians, pose_covariance
 from bench.data import read_set
 from bench.result import Result, record
@@ -201,3 +203,48 @@ def test_coverage_covers():
     for row in rows:
         for name in ("angle", "x", "y"):
             assert 90 < row[f"{name} covered"] < 99  # 95, three binomial deviations of 300, 1 more
+
+
+SMALL = {"n": 60, "views": 3, "size": 48, "snr": (0.3,), "clean": 8}
+
+
+def test_peers_that_are_absent_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.peers.importlib.util.find_spec", lambda name: None)
+    made = peers.run(**SMALL)
+    assert len(made.rows) == 1 + len(ALIGNERS)
+    free, own, *absent = made.rows
+    for row in (free, own):  # half the particles were mirrored
+        assert row["right %"] == row["noise-free right %"] == 100
+        assert row["angle °"] < 1
+        assert row["noise-free shift px"] < 0.05
+    assert {row["given"] for row in absent} == {
+        "kornia is not installed",
+        "aspire is not installed",
+    }
+    assert all(row.keys() == free.keys() and row["n"] is None for row in absent)
+    assert "pip install" in made.notes[-1]
+
+
+def test_a_peer_of_another_convention_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def other_way(images: torch.Tensor, reference: torch.Tensor, max_shift: float) -> Pose:
+        pose = align_cryoalign(images, reference, max_shift)
+        return Pose(-pose.angle, pose.shift, pose.mirror)
+
+    peer = Aligner("other way", "cryoalign", other_way)
+    monkeypatch.setattr("bench.peers.ALIGNERS", (ALIGNERS[0], peer))
+    with pytest.raises(RuntimeError, match="its convention is another"):
+        peers.run(**SMALL)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("package", ["kornia", "aspire"])
+def test_peers_find_poses(package: str, monkeypatch: pytest.MonkeyPatch):
+    """Their conventions: noise-free poses to their grids, which `peers.run` asks for too."""
+    if importlib.util.find_spec(package) is None:  # importing ASPIRE would leave a log folder
+        pytest.skip(f"{package} is not installed")
+    some = (ALIGNERS[0], *(peer for peer in ALIGNERS if peer.package == package and peer.wide))
+    monkeypatch.setattr("bench.peers.ALIGNERS", some)
+    for row in peers.run(**SMALL).rows[1:]:
+        # Their grids: angles every degree, Reddy-Chatterji's every 7.5 in 48 px.
+        assert row["noise-free angle °"] < (7.5 if "Reddy" in row["aligner"] else 1.0)
+        assert row["noise-free shift px"] < (1.0 if package == "aspire" else 0.1)
