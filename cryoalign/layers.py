@@ -16,11 +16,11 @@ from cryoalign.correlate import correlation_at, correlation_logsumexp, correlati
 from cryoalign.geometry import Interpolation, transform
 from cryoalign.implicit import REFINED_STEPS, STEPS, fourier_shift, implicit_pose, smooth_score
 from cryoalign.interop import Array, as_tensor
-from cryoalign.polar import Rings, inverse_deviation, ring_spectra, to_polar
+from cryoalign.pairs import CPU_CHUNK, best_pairs, pair_table, pairs_at_a_time
+from cryoalign.polar import Rings, ring_spectra, to_polar
 from cryoalign.pose import Pose
 from cryoalign.search import Search, best_poses, prepare
 
-CPU_CHUNK = 2**22  # samples on rings, at all shifts
 Gradient = Literal["score", "implicit", "soft"]
 
 
@@ -133,7 +133,9 @@ class Aligned(NamedTuple):
 class AlignLayer(_FullPrecision):
     """Particles and references to poses, aligned particles and scores.
 
-    The search chooses reference, hand and pose, without a gradient. Then, by ``gradient``:
+    Every particle goes to its best reference; or, ``paired``, particle i to reference i, as inside
+    an autoencoder. The search chooses reference, hand and pose, without a gradient. Then, by
+    ``gradient``:
 
     - ``score``: the pose is a constant, and the score there is differentiable. Without
       ``search.refine`` its gradient is that of the maximum over the grid.
@@ -144,13 +146,19 @@ class AlignLayer(_FullPrecision):
     """
 
     def __init__(
-        self, search: Search, gradient: Gradient = "score", temperature: float = 0.01
+        self,
+        search: Search,
+        gradient: Gradient = "score",
+        temperature: float = 0.01,
+        paired: bool = False,
     ) -> None:
         """
         Args:
-            search: what poses are tried, and whether the best is refined below the grid.
+            search: what poses are tried, and whether the best is refined below the grid. Pairs are
+                searched exhaustively, whatever its mode.
             gradient: see above.
             temperature: of ``soft``, in units of the score.
+            paired: each particle has a reference of its own.
 
         Raises:
             ValueError: an unknown gradient; a temperature that is not positive.
@@ -161,9 +169,15 @@ class AlignLayer(_FullPrecision):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.search, self.gradient, self.temperature = search, gradient, temperature
+        self.paired = paired
 
     def forward(self, particles: Tensor, references: Tensor) -> Aligned:
-        """Align particles (n, size, size), background zero, to references (k, size, size)."""
+        """Align particles (n, size, size), background zero, to references (k, size, size).
+
+        Raises:
+            ValueError: boxes, dtypes or devices that do not fit; none of either; of pairs, k is not
+                n.
+        """
         label, pose = self._choose(particles, references)
         own = references[label]
         rings = self.search.rings(particles.shape[-1])
@@ -181,6 +195,9 @@ class AlignLayer(_FullPrecision):
     @torch.compiler.disable
     @torch.no_grad()
     def _choose(self, particles: Tensor, references: Tensor) -> tuple[Tensor, Pose]:
+        if self.paired:
+            pose, _ = best_pairs(particles, references, self.search)
+            return torch.arange(len(particles), device=particles.device), pose
         label, pose, _ = best_poses(particles, prepare(references, self.search))
         return label, pose.to(particles.dtype)
 
@@ -191,11 +208,11 @@ class AlignLayer(_FullPrecision):
         shifts = self.search.shifts(particles.device).to(particles.dtype)
         chunk = len(particles)
         if particles.device.type == "cpu":  # what is made of a few particles stays in cache
-            samples = len(shifts) * len(rings.radii()) * rings.n_angles
-            chunk = max(1, min(chunk, CPU_CHUNK // samples))
-        parts = zip(particles.split(chunk), own.split(chunk), mirror.split(chunk), strict=True)
-        tables = [own_table(some, theirs, hand, shifts, rings) for some, theirs, hand in parts]
-        table = torch.cat(tables)  # (n, s, a)
+            chunk = pairs_at_a_time(CPU_CHUNK, shifts, rings)
+        hand = mirror[:, None]
+        parts = zip(particles.split(chunk), own.split(chunk), hand.split(chunk), strict=True)
+        tables = [pair_table(some, theirs, h, shifts, rings) for some, theirs, h in parts]
+        table = torch.cat(tables)[:, :, 0]  # (n, s, a)
         flat = table.flatten(1) / self.temperature
         weight = flat.softmax(1).reshape(table.shape)
         turn = torch.arange(table.shape[-1], device=table.device, dtype=table.dtype)
@@ -205,22 +222,3 @@ class AlignLayer(_FullPrecision):
         shift = weight.sum(2) @ shifts
         score = self.temperature * torch.logsumexp(flat, 1)
         return Pose(torch.rad2deg(angle), shift, mirror), score
-
-
-def own_table(
-    particles: Tensor, references: Tensor, mirror: Tensor, shifts: Tensor, rings: Rings
-) -> Tensor:
-    """Scores (n, s, a) of particle i with reference i in hand i: `correlation_table`'s.
-
-    A particle's mean drops out against a reference without one, and its deviation divides the
-    products: few passes over its spectra, forward and back.
-    """
-    polar = to_polar(particles, rings, shifts)  # (n, s, r, a)
-    a = polar.shape[-1]
-    weights = rings.weights(polar.device).to(polar.dtype)
-    y = ring_spectra(references, rings)[:, 0] * (weights / a).sqrt()[:, None]  # (n, r, m)
-    sign = 1 - 2 * (torch.arange(y.shape[-1], device=y.device) % 2)
-    y = torch.where(mirror[:, None, None], sign * y.conj_physical(), y)
-    products = (torch.fft.rfft(polar) * y.conj_physical()[:, None]).sum(2)  # (n, s, m)
-    scale = inverse_deviation(polar, (polar.mean(-1) * weights).sum(-1), weights)
-    return torch.fft.irfft(products.conj_physical(), n=a) * scale[..., None]

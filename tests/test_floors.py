@@ -18,7 +18,7 @@ FLOORS = {
     ),
     "search": (
         "refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence",
-        "implicit",
+        "implicit", "pairs",
     ),
     "align": (
         "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra",

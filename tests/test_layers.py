@@ -13,7 +13,6 @@ from cryoalign.layers import (
     RigidWarp,
     RingSpectra,
     RotationalCorrelation,
-    own_table,
 )
 from cryoalign.polar import Rings, ring_spectra
 from cryoalign.pose import Pose, pixel_error
@@ -120,17 +119,26 @@ def test_a_batch_is_its_particles_one_by_one() -> None:
         torch.testing.assert_close(alone.angle[0], whole.angle[i], rtol=0, atol=1e-6)
 
 
-def test_scores_with_the_own_reference_are_the_tables() -> None:
-    images, references = leaf(3, 15, 15).detach(), leaf(3, 15, 15, seed=1).detach()
-    images[1] = 2.0  # flat: its scores are 0
-    shifts, rings = leaf(4, 2, seed=2).detach(), Rings(1, 4, angles=16)
-    mirror = torch.tensor([False, True, True])
-    table = correlation_table(
-        ring_spectra(images, rings, shifts), ring_spectra(references, rings)[:, 0]
-    )
-    expected = torch.stack([table[i, i, :, int(hand)] for i, hand in enumerate(mirror)])
-    got = own_table(images, references, mirror, shifts, rings)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("gradient", ["score", "soft", "implicit"])
+def test_pairs_are_aligned_as_if_alone(gradient) -> None:
+    made = simulate(6, 3, size=36, snr=1.0, max_shift=1.0, seed=3)
+    search = Search(max_shift=1, last_ring=14, mode="exhaustive")
+    views = made.views[made.class_number - 1].double()
+    images = made.images.double()
+    paired = AlignLayer(search, gradient, 0.01, paired=True)
+    leaves = images.clone().requires_grad_(), views.clone().requires_grad_()
+    found = paired(*leaves)
+    slopes = torch.autograd.grad(found.score.sum(), leaves)
+    for i in range(6):
+        own = images[i : i + 1].requires_grad_(), views[i : i + 1].requires_grad_()
+        alone = AlignLayer(search, gradient, 0.01)(*own)
+        for name in ("images", "score", "angle", "shift", "mirror"):
+            torch.testing.assert_close(getattr(found, name)[i], getattr(alone, name)[0])
+        for all_of, one in zip(slopes, torch.autograd.grad(alone.score.sum(), own), strict=True):
+            torch.testing.assert_close(all_of[i], one[0])
+    assert found.label.tolist() == list(range(6))
+    with pytest.raises(ValueError, match="a reference for each image"):
+        paired(images, views[:2])
 
 
 def test_vmap_over_sets_of_references() -> None:
