@@ -106,7 +106,7 @@ def _add_option(command: argparse.ArgumentParser, name: str, kind: Any, default:
     if several or isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]  # tuple[int, ...] and Path | None
     shown = " ".join(map(str, default)) if several else default
-    if default is not None:
+    if default is not None and default != ():
         explanation += f" (default {shown})"
     command.add_argument(
         flag, type=kind, nargs="+" if several else None, default=default, help=explanation

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from bench.bound import expected_medians
-from bench.data import KnownSet, known_sets
+import torch
+from torch import Tensor
+
+from bench.bound import draws, expected_medians, joint_covariance
+from bench.data import KnownSet, enlarged_sets, known_sets
 from bench.result import Result, Row
+from cryoalign.ctf import phase_flip
+from cryoalign.joint import SOLVERS, Parameter, refine_jointly
 from cryoalign.mra import align_multi_reference
-from cryoalign.pose import wrap_degrees
+from cryoalign.particles import TensorStack
+from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search import Search
 
 
 def run(
-    data: Annotated[Path | None, "PREFIX of .mrcs, _views.mrcs, _truth.npz; else simulate"] = None,
+    data: Annotated[
+        tuple[Path, ...], "PREFIXes of .mrcs, _views.mrcs, _truth.npz; else simulate"
+    ] = (),
     snr: Annotated[tuple[float, ...], "of the simulated sets"] = (0.1, 0.05),
     n: Annotated[int, "simulated particles"] = 2000,
     views: Annotated[int, "simulated views"] = 20,
@@ -24,14 +33,26 @@ def run(
     last_ring: Annotated[int | None, "outermost ring, px; else the largest that fits"] = None,
     max_shift: Annotated[float, "largest trial shift, px"] = 3.0,
     device: Annotated[str, "cpu or cuda"] = "cpu",
+    joint: Annotated[bool, "go on from there to magnification and defocus, by likelihood"] = False,
 ) -> Result:
     """Errors with the true views as references, against the Cramér-Rao bound.
 
     One iteration of align_multi_reference. Errors are plain differences from the true poses, no
     class's mean is removed; angle and shift errors are those of particles with the right class
     and hand. The bound is for white noise over the whole box with an unknown amplitude.
+
+    With ``joint`` refine_jointly starts from those poses (of phase-flipped particles), each solver
+    in turn, without priors: simulated particles have a magnification of their own, N(1, 1 %), and
+    a CTF whose defocus is known to N(0, 300 Å); those of files have what their files say.
     """
     search = Search(max_shift=max_shift, last_ring=last_ring)
+    if joint:
+        sets = (
+            known_sets(data, snr, n, views, size, seed)
+            if data
+            else enlarged_sets(snr, n, views, size, seed)
+        )
+        return _joint_result(sets, search, device)
     rows = [_row(known, search, device) for known in known_sets(data, snr, n, views, size, seed)]
     notes = ["bound: the median error of an estimate that meets the Cramér-Rao bound"]
     return Result(rows, notes)
@@ -62,3 +83,86 @@ def _row(known: KnownSet, search: Search, device: str) -> Row:
         "shift / bound": float(shift) / bound.shift,
         "seconds": seconds,
     }
+
+
+GROUPS = {"angle °": [0], "shift px": [1, 2], "magnification %": [3], "defocus Å": [4]}
+"""Which columns a figure is made of."""
+
+
+def _joint_result(sets: list[KnownSet], search: Search, device: str) -> Result:
+    rows = [row for known in sets for row in _joint_rows(known, search, device)]
+    notes = [
+        "bound: the median error of an estimate that meets the Cramér-Rao bound with all that the "
+        "row refines unknown",
+        "rms / bound: root mean square of errors, each over its particle's bound",
+        "a row's particles: those of right class and hand",
+    ]
+    return Result(rows, notes)
+
+
+def _joint_rows(known: KnownSet, search: Search, device: str) -> list[Row]:
+    images = known.particles.read(torch.arange(len(known.view)))
+    plain = images if known.optics is None else phase_flip(images, known.optics)
+    stack = TensorStack(plain, known.particles.pixel_size)
+    found = align_multi_reference(stack, known.views, iterations=1, search=search, device=device)
+    label, start = found.class_number - 1, found.pose
+    right = (label == known.view) & (start.mirror == known.pose.mirror)
+    parameters: tuple[Parameter, ...] = ("angle", "shift", "magnification", "defocus")
+    parameters = parameters if known.optics is not None else parameters[:3]
+    columns = tuple(range(5 if known.optics is not None else 4))
+    bound = joint_covariance(known.views, known.view, known.pose, _true_optics(known), columns)
+    measure: dict[str, Any] = {"set": known.name, "right %": 100 * float(right.double().mean())}
+    to = torch.device(device)
+    on_device = (images.to(to), known.views.to(to), label.to(to), start.to(to))
+    rows = [measure | {"method": "search", "ms": None} | _errors(known, start, None, bound, right)]
+    for solver in SOLVERS:
+        started = time.perf_counter()
+        refined = refine_jointly(
+            *on_device, parameters=parameters, optics=known.optics, solver=solver
+        )
+        pose = refined.pose.to("cpu")  # waits for a GPU
+        each = 1e3 * (time.perf_counter() - started) / len(images)
+        others = torch.stack([refined.magnification, refined.defocus_offset], 1).cpu()
+        errors = _errors(known, pose, others, bound, right)
+        rows.append(measure | {"method": solver, "ms": each} | errors)
+    return rows
+
+
+def _true_optics(known: KnownSet) -> Any:
+    """The optics with what they lack."""
+    optics, offset = known.optics, known.defocus_offset
+    if optics is None or offset is None:
+        return optics
+    return replace(optics, defocus_u=optics.defocus_u + offset, defocus_v=optics.defocus_v + offset)
+
+
+def _errors(
+    known: KnownSet, pose: Pose, others: Tensor | None, bound: Tensor, right: Tensor
+) -> Row:
+    """Errors of the parameters that were refined, against their bounds (n, p, p)."""
+    truth = known.pose
+    turn = wrap_degrees(pose.angle.double() - truth.angle.double())
+    error = torch.cat([turn[:, None], pose.shift.double() - truth.shift.double()], 1)
+    if others is not None:
+        n = len(right)
+        growth = torch.ones(n) if known.magnification is None else known.magnification
+        offset = torch.zeros(n) if known.defocus_offset is None else known.defocus_offset
+        more = others.double() - torch.stack([growth.double(), offset.double()], 1)
+        error = torch.cat([error, more], 1)[:, : bound.shape[1]]
+    error, bound = error[right], bound[right]
+    normal = error / bound.diagonal(dim1=1, dim2=2).sqrt()[:, : error.shape[1]]
+    best = draws(bound)
+    row: Row = {}
+    for name, group in GROUPS.items():
+        what, unit = name.split()
+        scale = 100 if unit == "%" else 1
+        median = rms = least = None
+        if max(group) < bound.shape[1]:
+            least = scale * float(best[:, group].norm(dim=1).median())
+        if max(group) < error.shape[1]:
+            median = scale * float(error[:, group].norm(dim=1).median())
+            rms = float(normal[:, group].square().mean().sqrt())
+        row[name], row[f"{what} bound {unit}"] = median, least
+        row[f"{what} / bound"] = median / least if median is not None and least else None
+        row[f"{what} rms / bound"] = rms
+    return row

@@ -65,8 +65,9 @@ class Record:
     result: Result
 
     def file_name(self) -> str:
-        """``<entry>.json``, ``<entry>-cuda.json`` on a GPU."""
-        return f"{self.entry}{'-cuda' * (self.options.get('device') == 'cuda')}.json"
+        """``<entry>.json``, with ``-joint`` and ``-cuda`` (on a GPU) where so measured."""
+        joint = "-joint" * bool(self.options.get("joint"))
+        return f"{self.entry}{joint}{'-cuda' * (self.options.get('device') == 'cuda')}.json"
 
     def show(self, console: Console) -> None:
         """Print everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch_ctf import calculate_ctf_2d
+from torch_ctf import calculate_ctf_2d, calculate_relativistic_electron_wavelength
 
 ANGSTROM_PER_MICROMETRE = 1e4
 
@@ -110,6 +111,26 @@ def ctf_2d(optics: Optics, size: int) -> Tensor:
         optics: of n particles; ``pixel_size`` that of the images of ``size`` pixels.
         size: box, pixels.
     """
+    return _calculate(optics, size)
+
+
+def complex_ctf(optics: Optics, size: int) -> Tensor:
+    """(n, size, size // 2 + 1) complex exp(i phase), whose imaginary part is `ctf_2d`.
+
+    More defocus adds ``defocus_phase`` radians an Å to the phase.
+    """
+    return _calculate(optics, size, return_complex_ctf=True)
+
+
+def defocus_phase(optics: Optics, size: int) -> Tensor:
+    """(n, size, size // 2 + 1) pi * wavelength * k^2: radians of `complex_ctf` per Å of defocus."""
+    wavelength = calculate_relativistic_electron_wavelength(optics.voltage * 1e3) * 1e10  # Å
+    kx, ky = (torch.fft.rfftfreq(size), torch.fft.fftfreq(size)[:, None])  # cycles/px
+    square = (kx.square() + ky.square()).to(optics.voltage.device)
+    return (math.pi * wavelength / optics.pixel_size.square())[:, None, None] * square
+
+
+def _calculate(optics: Optics, size: int, return_complex_ctf: bool = False) -> Tensor:
     u, v = optics.defocus_u, optics.defocus_v
     # The library writes into its defocus argument: it gets a fresh tensor.
     return calculate_ctf_2d(
@@ -124,6 +145,7 @@ def ctf_2d(optics: Optics, size: int) -> Tensor:
         image_shape=(size, size),
         rfft=True,
         fftshift=False,
+        return_complex_ctf=return_complex_ctf,
     )
 
 

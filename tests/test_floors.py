@@ -17,8 +17,8 @@ FLOORS = {
         "products", "correlate", "fourier_rings", "observations", "steerable", "invariants",
     ),
     "search": (
-        "refine", "uncertainty", "adaptive", "search", "expectation", "band", "evidence",
-        "implicit", "pairs",
+        "refine", "solvers", "forward", "joint", "uncertainty", "adaptive", "search", "expectation",
+        "band", "evidence", "implicit", "pairs",
     ),
     "align": (
         "assign", "alignment", "checkpoint", "quality", "alternation", "matching", "mra",
