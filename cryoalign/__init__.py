@@ -20,6 +20,7 @@ from cryoalign.generations import Isac
 from cryoalign.geometry import transform
 from cryoalign.io import read_images, read_particles, write_images
 from cryoalign.isac import StableClasses, classify_stable
+from cryoalign.joint import refine_jointly
 from cryoalign.mra import align_multi_reference
 from cryoalign.particles import Images
 from cryoalign.polar import Rings, ring_spectra, to_polar
@@ -58,6 +59,7 @@ __all__ = [
     "pose_covariance",
     "read_images",
     "read_particles",
+    "refine_jointly",
     "ring_spectra",
     "simulate",
     "to_polar",

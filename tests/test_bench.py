@@ -136,6 +136,17 @@ def test_accuracy_meets_the_bound_on_a_small_set():
     assert 0.8 < row["shift / bound"] < 1.25
 
 
+def test_joint_accuracy_meets_the_bound_on_a_small_set():
+    rows = accuracy.run(n=200, views=3, size=48, snr=(0.3,), joint=True).rows
+    assert [row["method"] for row in rows] == ["search", "gauss-newton", "lbfgs"]
+    for row in rows[1:]:
+        assert row["right %"] == 100
+        for what in ("angle", "shift", "magnification", "defocus"):
+            # 200 errors: 5 % of a root mean square; three of those, and 10 % for second order.
+            assert 0.8 < row[f"{what} rms / bound"] < 1.25
+    assert rows[0]["shift rms / bound"] > 1.3  # the CTF is in the bound, not in the search
+
+
 def test_nothing_is_kept_unless_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

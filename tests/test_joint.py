@@ -192,6 +192,19 @@ def small_set(n: int = 12, size: int = 32, level: float = 0.2) -> dict:
     }
 
 
+@pytest.mark.parametrize("solver", ["gauss-newton", "lbfgs"])
+def test_no_step_lowers_the_score(solver: str) -> None:
+    """Of noise alone, where Gauss-Newton's model of the loss is worst."""
+    given = small_set()
+    generator = torch.Generator().manual_seed(3)
+    given["particles"] = torch.randn(12, 32, 32, generator=generator, dtype=torch.float64)
+    scores = [refine_jointly(**given, solver=solver, steps=steps).score for steps in range(8)]
+    # Where it is negative there is nothing to follow: all such are one loss.
+    rise = torch.stack(scores).clamp(min=0).diff(dim=0)
+    assert (rise >= 0).all()
+    assert (rise.sum(0) > 0.01).double().mean() > 0.3
+
+
 def test_solvers_end_at_one_optimum() -> None:
     given = small_set()
     one, other = (refine_jointly(**given, solver=s) for s in ("gauss-newton", "lbfgs"))
