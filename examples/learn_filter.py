@@ -331,12 +331,17 @@ def experiment(settings: Settings, seed: int) -> Result:
         found = right(model.filter(), tests[0], views[0], settings)
         return float(found[:, 0].mean())
 
+    first_mask = model.filter().mask.detach()
     curve = [accuracy()]
     for loss in train_filter(model, train, views[0], settings, seed):
         curve.append(accuracy())
         print(f"seed {seed}, loss {loss:.3f}: new particles {100 * curve[-1]:.1f} %", flush=True)
     with torch.no_grad():
-        filters["learnt"] = replace(model.filter(), ctf_power=model.ctf_power.item())
+        filters["learnt"] = learnt = replace(model.filter(), ctf_power=model.ctf_power.item())
+    # What the parts are worth: the mask it started from, and one gain for both sides.
+    shared = (learnt.particle_gain * learnt.reference_gain).sqrt()
+    filters["learnt, first mask"] = replace(learnt, mask=first_mask)
+    filters["learnt, one gain"] = replace(learnt, particle_gain=shared, reference_gain=shared)
     rows = []
     for name, test, references in zip(TESTS, tests, views[1:], strict=True):
         found = {key: right(f, test, references, settings) for key, f in filters.items()}
@@ -411,18 +416,18 @@ def draw(results: list[Result], settings: Settings) -> Figure:
         xlabel="epoch", ylabel="class right (%)", title=f"{TESTS[0].capitalize()} while learning"
     )
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-    filters = [*BY_HAND, "learnt"]
-    for i, key in enumerate(filters):
+    for i, key in enumerate([*BY_HAND, "learnt"]):
         rows = table[table["filter"] == key].groupby("test", sort=False).class_right
-        place = [j + 0.2 * (i - 1.5) for j in range(len(TESTS))]
         colour, _, label = STYLES[key]
-        by_test.bar(place, 100 * rows.mean(), 0.19, color=colour, alpha=0.85, label=label)
-        for x, (_, values) in zip(place, rows, strict=True):
-            by_test.plot([x] * len(values), 100 * values, ".", color=INK, markersize=4)
-    low = 100 * table.class_right.min()
+        for j, (_, values) in enumerate(rows):
+            x = j + 0.2 * (i - 1.5)
+            by_test.plot([x] * len(values), 100 * values, "o", color=colour, alpha=0.5, ms=5)
+            mean = 100 * values.mean()
+            by_test.plot([x - 0.08, x + 0.08], [mean] * 2, color=colour, lw=3,
+                         label="_" if j else f"{label}, mean")  # fmt: skip
     by_test.set(
-        xticks=range(len(TESTS)), xticklabels=TESTS, ylim=(10 * (low // 10 - 1), 100),
-        ylabel="class right (%)", title="Not seen in training (dots: seeds)",
+        xticks=range(len(TESTS)), xticklabels=TESTS,
+        ylabel="class right (%)", title="Not seen in training (a dot a seed)",
     )  # fmt: skip
     for axes in (by_k, by_r, by_epoch, by_test):
         axes.grid(alpha=0.2)
