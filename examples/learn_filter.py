@@ -27,8 +27,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pandas.api.typing import SeriesGroupBy
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -278,12 +280,14 @@ class Result:
             class_right over the best filter by hand *in that test* with its paired standard error.
         curve: class_right of new particles before training and after every epoch.
         weights: what particle times reference is weighted by, (size // 2,) at 1, 2 … 1/box.
+        ratio: (size // 2,) the references' learnt gain over the particles', mean 1.
         masks: (last_ring + 1,) by radius.
     """
 
     rows: pd.DataFrame
     curve: list[float]
     weights: dict[str, Tensor]
+    ratio: Tensor
     masks: dict[str, Tensor]
 
 
@@ -358,7 +362,9 @@ def experiment(settings: Settings, seed: int) -> Result:
     centre, last = settings.size // 2, model.last_ring
     masks = {key: f.mask[centre, centre : centre + last + 1] for key, f in filters.items()}
     print(f"seed {seed}: particles multiplied by |CTF| to the power {model.ctf_power.item():.2f}")
-    return Result(pd.DataFrame(rows, columns=columns), curve, weights, masks)
+    ratio = (learnt.reference_gain / learnt.particle_gain)[1:]
+    table = pd.DataFrame(rows, columns=columns)
+    return Result(table, curve, weights, ratio / ratio.mean(), masks)
 
 
 def shell_means(values: Tensor) -> Tensor:
@@ -387,53 +393,66 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def draw(results: list[Result], settings: Settings) -> Figure:
-    """Filter, mask, accuracy by epoch, accuracy by test."""
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
-    (by_k, by_r), (by_epoch, by_test) = figure.subplots(2, 2)
+    """Filter, gains, mask; accuracy by epoch and by test; what the parts are worth."""
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    (by_k, split, by_r), (by_epoch, by_test, parts) = figure.subplots(2, 3)
     frequency = torch.arange(1, settings.size // 2 + 1) / settings.size
-    for key, (colour, style, label) in STYLES.items():
-        for i, result in enumerate(results[: None if key == "learnt" else 1]):
+    table = pd.concat([result.rows for result in results])
+    for i, result in enumerate(results):
+        for key, (colour, style, label) in STYLES.items():
+            if key != "learnt" and i:
+                continue
             label = "_" if i else label
             values = result.weights[key] / result.weights[key].mean()
             by_k.plot(frequency, values, style, color=colour, label=label)
             if key in ("whitened", "tuned", "learnt"):
                 by_r.plot(result.masks[key], style, color=colour, label=label)
-    by_k.set(
-        xlabel="spatial frequency (cycles/px)", ylabel="particle × reference weight, mean 1",
-        title="Filter: what every frequency counts",
-    )  # fmt: skip
+        split.plot(frequency, result.ratio, color=ORANGE, label="_" if i else "learnt")
+        curve = [100 * share for share in result.curve]
+        by_epoch.plot(curve, ".-", color=ORANGE, label="_" if i else "learnt")
+    split.axhline(1, color=INK, linestyle=":", label="by hand: the same for both")
     by_r.axvspan(0, settings.radius, color=GREY, alpha=0.25, label="the molecule")
-    by_r.set(xlabel="radius (px)", ylabel="mask", ylim=(0, 1.05), title="Mask", xlim=(0, None))
-    table = pd.concat([r.rows for r in results])
-    first = table[table.test == TESTS[0]].groupby("filter").class_right.mean() * 100
-    for key in BY_HAND:
-        colour, style, label = STYLES[key]
-        by_epoch.axhline(first[key], color=colour, linestyle=style, label=f"{label}, mean")
-    for i, result in enumerate(results):
-        curve = [100 * a for a in result.curve]
-        by_epoch.plot(curve, ".-", color=ORANGE, label="_" if i else "learnt, one line a seed")
-    by_epoch.set(
-        xlabel="epoch", ylabel="class right (%)", title=f"{TESTS[0].capitalize()} while learning"
-    )
-    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     for i, key in enumerate([*BY_HAND, "learnt"]):
+        colour, style, label = STYLES[key]
         rows = table[table["filter"] == key].groupby("test", sort=False).class_right
-        colour, _, label = STYLES[key]
-        for j, (_, values) in enumerate(rows):
-            x = j + 0.2 * (i - 1.5)
-            by_test.plot([x] * len(values), 100 * values, "o", color=colour, alpha=0.5, ms=5)
-            mean = 100 * values.mean()
-            by_test.plot([x - 0.08, x + 0.08], [mean] * 2, color=colour, lw=3,
-                         label="_" if j else f"{label}, mean")  # fmt: skip
-    by_test.set(
-        xticks=range(len(TESTS)), xticklabels=TESTS,
-        ylabel="class right (%)", title="Not seen in training (a dot a seed)",
-    )  # fmt: skip
-    for axes in (by_k, by_r, by_epoch, by_test):
+        if key in BY_HAND:
+            mean = 100 * float(rows.mean()[TESTS[0]])
+            by_epoch.axhline(mean, color=colour, linestyle=style, label=f"{label}, mean")
+        _dots(by_test, rows, 0.2 * (i - 1.5), colour, "_")
+    colours = {"learnt": ORANGE, "learnt, first mask": BLUE, "learnt, one gain": GREY}
+    for i, (key, colour) in enumerate(colours.items()):
+        rows = table[table["filter"] == key].groupby("test", sort=False).gain
+        _dots(parts, rows, 0.2 * (i - 1), colour, key)
+    parts.axhline(0, color=INK, linewidth=1)
+    for axes, title, x, y in (
+        (by_k, "What a frequency counts (by hand: first seed)", 0, "particle × reference, mean 1"),
+        (split, "References' gain over the particles'", 0, "ratio, mean 1"),
+        (by_r, "Mask (by hand: first seed)", "radius (px)", "mask"),
+        (by_epoch, "New particles while learning", "epoch", "class right (%)"),
+        (by_test, "After training (dots: seeds; colours as left)", "", "class right (%)"),
+        (parts, "Gain over the best by hand", "", "class right (% points)"),
+    ):
+        axes.set(title=title, xlabel="spatial frequency (cycles/px)" if x == 0 else x, ylabel=y)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+        if axes in (by_test, parts):
+            axes.set_xticks(range(len(TESTS)), TESTS)
+        if axes is not by_test:
+            axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    by_r.set(xlim=(0, None), ylim=(0, 1.05))
+    for axes in (by_k, split):  # room for the legend
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _dots(axes: Axes, rows: SeriesGroupBy, offset: float, colour: str, label: str) -> None:
+    """A dot for every seed and a bar at their mean, in per cent, by test."""
+    for place, (_, values) in enumerate(rows):
+        x, mean = place + offset, 100 * values.mean()
+        axes.plot([x] * len(values), 100 * values, "o", color=colour, alpha=0.5, ms=5)
+        axes.plot([x - 0.08, x + 0.08], [mean] * 2, color=colour, lw=3, label=label)
+        label = "_"
 
 
 def main(overrides: Sequence[str] = ()) -> pd.DataFrame:
