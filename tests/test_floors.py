@@ -28,7 +28,7 @@ FLOORS = {
         "merge", "climb", "classification", "stability", "realign", "ordering", "generations",
         "isac",
     ),
-    "look": ("export", "plot", "report"),
+    "look": ("export", "estimators", "plot", "report"),
     "run": ("schema", "config", "check", "doctor", "progress", "results", "run", "cli", "__main__"),
     "package": ("__init__",),
 }  # fmt: skip
