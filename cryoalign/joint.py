@@ -204,7 +204,8 @@ def _point(unknowns: Tensor, data: Observed, task: _Task) -> Point:
     share = moments[:, 1] / mm[:, None]
     rest = moments - share[:, :, None] * moments[:, 1, None]
     score = xm / (xx * mm).clamp(min=tiny).sqrt()
-    explained = score.clamp(0, 1).square()
+    # Signed: an amplitude below zero is worse than none, so that there is a way up.
+    explained = score.clamp(-1, 1) * score.abs().clamp(max=1)
     free = task.frame.numbers - 1 - len(task.refined)
     eps = torch.finfo(data.spectra.dtype).eps
     left = xx * (1 - explained).clamp(min=eps)

@@ -199,10 +199,10 @@ def test_no_step_lowers_the_score(solver: str) -> None:
     generator = torch.Generator().manual_seed(3)
     given["particles"] = torch.randn(12, 32, 32, generator=generator, dtype=torch.float64)
     scores = [refine_jointly(**given, solver=solver, steps=steps).score for steps in range(8)]
-    # Where it is negative there is nothing to follow: all such are one loss.
-    rise = torch.stack(scores).clamp(min=0).diff(dim=0)
-    assert (rise >= 0).all()
-    assert (rise.sum(0) > 0.01).double().mean() > 0.3
+    rise = torch.stack(scores).diff(dim=0)
+    assert (rise >= -1e-12).all()
+    assert (scores[0] < 0).any()  # from there too
+    assert (rise.sum(0) > 0.01).all()
 
 
 def test_solvers_end_at_one_optimum() -> None:
