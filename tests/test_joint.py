@@ -316,3 +316,31 @@ def test_what_cannot_be_known_is_infinite() -> None:
 def test_input_that_does_not_fit_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refine_jointly(**(small_set() | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["gauss-newton", "lbfgs"])
+def test_a_gpu_finds_the_same(solver) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    image, several = reference(32), truths(20)
+    noise = np.random.default_rng(1).normal(0, 0.5, (20, 32, 32))
+    images = torch.tensor(np.stack([particle(image, t) for t in several]) + noise)
+    found = {}
+    for device in ("cpu", "cuda"):
+        optics = Optics(*(x.to(device) for x in vars(optics_of(several)).values()))
+        found[device] = refine_jointly(
+            images.to(device), torch.tensor(image)[None].to(device),
+            torch.zeros(20, dtype=torch.int64, device=device), pose_of(several, grid=True).to(device),
+            parameters=ALL, optics=optics, magnification_sd=0.01, defocus_sd=200.0, solver=solver,
+        )  # fmt: skip
+    host, card = found["cpu"], found["cuda"]
+    deviation = host.covariance.diagonal(dim1=1, dim2=2).sqrt()
+    apart = np.abs(errors(host, several) - errors(_on_host(card), several))
+    assert (torch.from_numpy(apart) < 1e-2 * deviation).all()
+    torch.testing.assert_close(card.covariance.cpu(), host.covariance, rtol=1e-3, atol=1e-9)
+
+
+def _on_host(found: Refined) -> Refined:
+    values = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(found).items()}
+    return Refined(**values | {"pose": found.pose.to("cpu")})
