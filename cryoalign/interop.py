@@ -98,9 +98,8 @@ def _from_cuda(images: SupportsCuda) -> Tensor:
     interface = images.__cuda_array_interface__
     _refuse_backwards(interface.get("strides"))
     _need_gpu()
-    stream = interface.get("stream")
-    if stream is not None:  # PyTorch does not look at it; 1 and 2 are handles that CUDA knows
-        torch.cuda.ExternalStream(stream).synchronize()
+    if interface.get("stream") is not None:  # PyTorch does not look at it: wait for all of them
+        torch.cuda.synchronize()
     tensor = torch.as_tensor(images, device="cuda")
     if tensor.numel() and tensor.data_ptr() != interface["data"][0]:
         raise ValueError(

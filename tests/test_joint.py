@@ -330,8 +330,10 @@ def test_a_gpu_finds_the_same(solver) -> None:
     for device in ("cpu", "cuda"):
         optics = Optics(*(x.to(device) for x in vars(optics_of(several)).values()))
         found[device] = refine_jointly(
-            images.to(device), torch.tensor(image)[None].to(device),
-            torch.zeros(20, dtype=torch.int64, device=device), pose_of(several, grid=True).to(device),
+            images.to(device),
+            torch.tensor(image)[None].to(device),
+            torch.zeros(20, dtype=torch.int64, device=device),
+            pose_of(several, grid=True).to(device),
             parameters=ALL, optics=optics, magnification_sd=0.01, defocus_sd=200.0, solver=solver,
         )  # fmt: skip
     host, card = found["cpu"], found["cuda"]
