@@ -262,7 +262,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ValueError: not YAML, or unknown keys, wrong types, ranges or combinations: all of them,
             each with its place.
     """
-    return load_settings(RunConfig, path, overrides)
+    return load_settings(RunConfig, path, overrides, "`cryoalign run --help`")
 
 
 def save_config(path: str | Path, config: RunConfig) -> None:

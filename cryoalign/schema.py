@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
@@ -26,9 +27,15 @@ Value = Any  # of a YAML scalar, list or mapping
 
 
 def load_settings(
-    schema: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()
+    schema: type[Settings],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    help_words: str = "--help",
 ) -> Settings:
-    """Read any settings class; `config.load_config` tells the arguments and what is raised."""
+    """Read any settings class; `config.load_config` tells the arguments and what is raised.
+
+    ``help_words`` is what a user types for the list of keys.
+    """
     fields = dict(known_keys(schema))
     problems: list[str] = []
     values: dict[str, Value] = {}
@@ -36,7 +43,7 @@ def load_settings(
     words = [_read_word(word, fields, problems) for word in overrides]
     file = {} if path is None else _read_file(Path(path))
     for place, given in ((str(path), file), *(("command line", w) for w in words)):
-        for key, value in _flatten(given, fields, place, problems):
+        for key, value in _flatten(given, fields, place, problems, help_words):
             values[key], places[key] = value, place
     settings: Settings | None = None
     try:
@@ -57,11 +64,36 @@ def load_settings(
     return settings
 
 
+def settings_from_words(
+    schema: type[Settings], default: Path, words: Sequence[str], doc: str | None
+) -> Settings:
+    """The settings of a script told by ``[SETTINGS.yaml] [key=value ...]``.
+
+    Args:
+        schema: settings class.
+        default: file that is read if the first word is none.
+        words: of the command line, without the script's name.
+        doc: what the script does; ``-h`` or ``--help`` prints it and all keys.
+
+    Raises:
+        SystemExit: after help (code 0), and after what is wrong with the settings was told (2).
+    """
+    if {"-h", "--help"} & set(words):
+        print(f"{(doc or '').strip()}\n\nkeys (name, type, default, meaning):\n{describe(schema)}")
+        raise SystemExit(0)
+    given = bool(words) and "=" not in words[0]
+    try:
+        return load_settings(schema, words[0] if given else default, words[given:])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def describe(schema: type) -> str:
     """A table of all keys, one to a line: key, type and limits, default, description."""
     rows = []
     for key, field in known_keys(schema):
-        default = "required" if field.is_required() else json.dumps(field.default)
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
         rows.append((key, _type_words(field), default.strip('"'), field.description or ""))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
@@ -111,7 +143,11 @@ def _read_word(word: str, fields: dict[str, FieldInfo], problems: list[str]) -> 
 
 
 def _flatten(
-    given: dict[str, Value], fields: dict[str, FieldInfo], place: str, problems: list[str]
+    given: dict[str, Value],
+    fields: dict[str, FieldInfo],
+    place: str,
+    problems: list[str],
+    help_words: str,
 ) -> Iterator[tuple[str, Value]]:
     """Known dotted keys and their values; what is not known becomes a problem."""
     sections = {key.partition(".")[0] for key in fields if "." in key}
@@ -119,27 +155,25 @@ def _flatten(
         key = str(name)
         if key in sections and isinstance(value, dict):
             inner = {f"{key}.{leaf}": v for leaf, v in value.items()}
-            yield from _flatten(inner, fields, place, problems)
+            yield from _flatten(inner, fields, place, problems, help_words)
         elif key in sections:
             if value is not None:  # an empty section is one whose lines are all comments
                 problems.append(f"{place}: {key}: should hold keys of its own, got {_got(value)}")
         elif key not in fields:
-            problems.append(f"{place}: unknown key {key}; {_suggestion(key, fields)}")
+            problems.append(f"{place}: unknown key {key}; {_suggestion(key, fields, help_words)}")
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{place}: {key}: should be a finite number, got {value}")
         else:
             yield key, value
 
 
-def _suggestion(key: str, fields: dict[str, FieldInfo]) -> str:
+def _suggestion(key: str, fields: dict[str, FieldInfo], help_words: str) -> str:
     by_leaf: dict[str, list[str]] = {}
     for name in fields:
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
     leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1)
     close = by_leaf[leaf[0]] if leaf else difflib.get_close_matches(key, fields, 1, 0.8)
-    return (
-        f"did you mean {' or '.join(close)}?" if close else "`cryoalign run --help` lists the keys"
-    )
+    return f"did you mean {' or '.join(close)}?" if close else f"{help_words} lists the keys"
 
 
 def _nest(values: dict[str, Value]) -> dict[str, Value]:
@@ -160,6 +194,8 @@ _WANTED = {
     "float_type": "should be a number",
     "string_type": "should be text (quote it)",
     "path_type": "should be a path (quote it)",
+    "tuple_type": "should be a list like [1, 2]",
+    "too_short": "should have more values",
 }
 
 
@@ -170,9 +206,7 @@ def _key(detail: ErrorDetails) -> str:
 
 def _in_words(detail: ErrorDetails, values: dict[str, Value], places: dict[str, str]) -> str:
     key = _key(detail)
-    if not key or (detail["type"] == "value_error" and key not in values):  # of a whole section
-        return detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error" and key not in values:  # of a section: it names its keys
+    if not key or (detail["type"] == "value_error" and key not in values):  # of a section
         return detail["msg"].removeprefix("Value error, ")
     if values.get(key) is None:  # absent, or null where nothing is not enough
         return f"{key} is missing; add {key}=... or put it into the file"
@@ -187,8 +221,10 @@ def _got(value: Value) -> str:
         return json.dumps(value)
     if isinstance(value, str):
         return f"the text {value!r}"
-    if isinstance(value, dict | list):
-        return "a section" if isinstance(value, dict) else "a list"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "a section"
     return str(value)
 
 
@@ -200,7 +236,7 @@ def _kinds(field: FieldInfo) -> tuple[Any, ...]:
 
 def _type_words(field: FieldInfo) -> str:
     names = {int: "whole", float: "number", bool: "true/false", str: "text", Path: "path"}
-    names[tuple[float, ...]] = "numbers"
+    names |= {tuple[float, ...]: "numbers", tuple[int, ...]: "whole numbers"}
     words: list[str] = []
     for kind in _kinds(field):
         if get_origin(kind) is Literal:

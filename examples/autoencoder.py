@@ -13,7 +13,7 @@ The operator chooses poses without a gradient, PyTorch scores and moves at the c
 of it trains by ``loss.backward()``. With ``align`` off the same network, as many parameters, is an
 ordinary autoencoder: the baseline.
 
-python examples/autoencoder.py [SETTINGS.yaml] [KEY=VALUE ...]    writes autoencoder.png
+python examples/autoencoder.py [SETTINGS.yaml] [key=value ...]    writes autoencoder.png; --help
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cryoalign.filters import filter_shells, low_pass_curve, soft_mask
 from cryoalign.layers import RingSpectra
 from cryoalign.particles import TensorStack
 from cryoalign.refine import refine
-from cryoalign.schema import load_settings
+from cryoalign.schema import settings_from_words
 from cryoalign.settings import FORBID
 from cryoalign.synthetic import Simulation
 
@@ -70,8 +70,19 @@ class Settings:
     batch_size: int = Field(default=64, ge=2, description="particles of a step")
     learning_rate: float = Field(default=0.012, gt=0, description="the highest, of one cycle")
     workers: int = Field(default=0, ge=0, description="processes that read particles")
-    seeds: int = Field(default=3, ge=1, description="runs; each with particles of its own")
+    seeds: tuple[int, ...] = Field(
+        default=(0, 1, 2), min_length=1, description="runs; each with particles of its own"
+    )
     output: Path = Field(default=Path("autoencoder.png"), description="the picture")
+
+    def __post_init__(self) -> None:
+        if self.n_train < self.batch_size:
+            raise ValueError(
+                f"n_train {self.n_train} should be at least batch_size {self.batch_size}: "
+                "only whole batches are trained with"
+            )
+        if (self.size - 1) // 2 - round(2 * self.max_shift) < 1:
+            raise ValueError(f"max_shift {self.max_shift} leaves no ring in {self.size} px")
 
     @property
     def shifts(self) -> Tensor:
@@ -312,12 +323,11 @@ def train(
 
 def main(words: list[str]) -> dict[bool, list[Scores]]:
     """Train with and without alignment; `Scores` by ``align`` and seed."""
-    given = bool(words) and "=" not in words[0]
-    settings = load_settings(Settings, words[0] if given else YAML, words[given:])
+    settings = settings_from_words(Settings, YAML, words, __doc__)
     scores: dict[bool, list[Scores]] = {False: [], True: []}
     curves: dict[bool, list[list[float]]] = {False: [], True: []}
     shown: tuple[Data, dict[bool, Autoencoder]] | None = None
-    for seed in range(settings.seeds):
+    for seed in settings.seeds:
         data, models = make_data(settings, seed), {}
         for align, name in NAMES.items():
             models[align], curve = train(settings, data, align, seed)
@@ -352,7 +362,7 @@ def draw(
     panels[2].set(xlabel="epoch", ylim=(0, 1.02), title="latent neighbours of one view, held out")
     panels[2].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panels[2].spines[["top", "right"]].set_visible(False)
-    panels[2].legend(frameon=False, loc=(0.5, 0.19), fontsize=9)
+    panels[2].legend(frameon=False, loc="best", fontsize=9)
     show_views(below, data, models[True], decoded)
     return figure
 

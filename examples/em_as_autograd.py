@@ -111,15 +111,16 @@ def draw(
 ) -> None:
     """References of both, in polar coordinates, and the log-likelihood of both."""
     figure = plt.figure(figsize=(12, 4), layout="constrained")
+    discs, right = figure.subfigures(1, 2)
     edge = torch.linspace(0, 2 * torch.pi, rings.n_angles + 1)
     radii = torch.arange(rings.first_ring, rings.last_ring + 2) - 0.5
     for row, (name, z) in enumerate([("autograd", trained), ("closed form", by_hand)]):
         y = z / multiplicity(z).sqrt() / rings.weights().sqrt()[:, None]
         for column, image in enumerate(torch.fft.irfft(y, n=rings.n_angles)):
-            axes = figure.add_subplot(2, 6, 6 * row + column + 1, projection="polar")
+            axes = discs.add_subplot(2, 3, 3 * row + column + 1, projection="polar")
             axes.pcolormesh(edge.numpy(), radii.numpy(), image.numpy(), cmap="gray")
             axes.set(xticks=[], yticks=[], theta_direction=-1, title=f"{name} {column + 1}")
-    axes = figure.add_subplot(1, 2, 2)
+    axes = right.subplots()
     ours, theirs = zip(*curves, strict=True)
     axes.plot(ours, label="autograd", linewidth=4, alpha=0.4)
     axes.plot(theirs, "--", label="closed form")

@@ -11,7 +11,7 @@ the score being the search's own normalised correlation (`layers.RingSpectra`, `
 the loss is the cross-entropy. What was learnt is then a filter like any other: it is judged by the
 ordinary search (`best_poses`) on new particles, on views and on a molecule that training never saw.
 
-python examples/learn_filter.py [KEY=VALUE ...]    settings: learn_filter.yaml; writes a picture
+python examples/learn_filter.py [SETTINGS.yaml] [key=value ...]    writes learn-filter.png; --help
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from cryoalign.geometry import radius_grid
 from cryoalign.layers import PoseMarginal, RingSpectra
 from cryoalign.observations import noise_spectrum, ring_index
 from cryoalign.plot import BLUE, GREY, INK, ORANGE
-from cryoalign.schema import load_settings
+from cryoalign.schema import settings_from_words
 from cryoalign.search import best_poses, prepare
 from cryoalign.settings import FORBID
 from cryoalign.synthetic import Phantom, phantom, project, spread_views
 
+YAML = Path(__file__).with_suffix(".yaml")
 KNOTS = 9
 EDGE = 4.0  # px, soft edge of hand-made masks
 TESTS = ("new particles", "new views", "another molecule")
@@ -64,7 +65,9 @@ STYLES = {
 class Settings:
     """All that the example can be told."""
 
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), description="one experiment each")
+    seeds: tuple[int, ...] = Field(
+        default=(0, 1, 2), min_length=1, description="one experiment each"
+    )
     n_classes: int = Field(default=12, ge=2, description="views in training, and as many new ones")
     n_train: int = Field(default=1500, ge=50, description="particles whose class is known")
     n_test: int = Field(default=2000, ge=50, description="particles of each of the three tests")
@@ -80,6 +83,9 @@ class Settings:
     learning_rate: float = Field(default=0.1, gt=0, description="of Adam, at its height")
     temperature: float = Field(default=0.01, gt=0, description="T of the soft maximum over poses")
     output: Path | None = Field(default=Path("learn-filter.png"), description="picture; null: none")
+
+    def __post_init__(self) -> None:
+        Search(max_shift=self.max_shift).rings(self.size)  # refuses shifts that leave no ring
 
 
 @plain_dataclass(frozen=True)
@@ -455,9 +461,9 @@ def _dots(axes: Axes, rows: SeriesGroupBy, offset: float, colour: str, label: st
         label = "_"
 
 
-def main(overrides: Sequence[str] = ()) -> pd.DataFrame:
+def main(words: Sequence[str] = ()) -> pd.DataFrame:
     """Run all seeds; returns the table of `Result.rows`."""
-    settings = load_settings(Settings, Path(__file__).with_suffix(".yaml"), overrides)
+    settings = settings_from_words(Settings, YAML, words, __doc__)
     results = [experiment(settings, seed) for seed in settings.seeds]
     table = pd.concat([result.rows for result in results], ignore_index=True)
     print("\nper cent; gain: over the best by hand in that test, error: of that, paired")
@@ -471,7 +477,4 @@ def main(overrides: Sequence[str] = ()) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(str(error))
+    main(sys.argv[1:])

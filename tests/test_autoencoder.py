@@ -12,7 +12,7 @@ from examples.autoencoder import (
     make_data,
 )
 
-TINY = Settings(n_train=8, n_test=12, n_views=2, size=33, angles=64, templates=5)
+TINY = Settings(n_train=8, n_test=12, n_views=2, size=33, angles=64, templates=5, batch_size=8)
 
 
 def test_latents_are_those_of_the_turned_and_mirrored_particle() -> None:
@@ -63,7 +63,7 @@ def test_the_reconstruction_lies_as_the_particle_does() -> None:
 
 def test_alignment_inside_beats_the_plain_autoencoder(tmp_path) -> None:
     words = [
-        *("n_train=400", "n_test=100", "n_views=3", "size=32", "snr=0.5", "epochs=5", "seeds=1"),
+        *("n_train=400", "n_test=100", "n_views=3", "size=32", "snr=0.5", "epochs=5", "seeds=[0]"),
         *("templates=16", f"output={tmp_path / 'picture.png'}"),
     ]
     (without,), (inside,) = main(words).values()

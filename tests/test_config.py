@@ -14,7 +14,7 @@ from cryoalign.isac import classify_stable
 from cryoalign.mra import align_multi_reference
 from cryoalign.rfa import align_reference_free
 from cryoalign.schedule import Schedule
-from cryoalign.schema import describe, known_keys
+from cryoalign.schema import describe, known_keys, settings_from_words
 from cryoalign.synthetic import simulate
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
@@ -263,3 +263,30 @@ def test_a_schedule_is_read_from_lists_and_from_words_of_sparx():
     one = load_config(None, [*words, "schedule.max_shift=2", "schedule.shift_step=1"])
     assert one.schedule.max_shift == (2.0,)
     assert told.widest_search().max_shift == 3
+
+
+def test_a_script_tells_its_keys_and_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    default, other = tmp_path / "default.yaml", tmp_path / "other.yaml"
+    default.write_text("n_particles: 7\noutput: a.mrcs\n")
+    other.write_text("n_particles: 8\noutput: a.mrcs\n")
+
+    def read(*words: str) -> SimulateConfig:
+        return settings_from_words(SimulateConfig, default, words, "What it does.")
+
+    assert read().n_particles == 7
+    assert read(str(other)).n_particles == 8
+    assert read(str(other), "n_particles=9").n_particles == 9
+    for words, code, told in (
+        (["--help"], 0, "What it does."),
+        (["n_particles=5", "-h"], 0, "n_particles"),
+        (["qqq=1"], 2, "unknown key qqq; --help lists the keys"),
+        (["n_particles=5", str(other)], 2, "should be key=value"),
+        (["missing.yaml"], 2, "no such configuration file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            read(*words)
+        assert stopped.value.code == code
+        printed = capsys.readouterr()
+        assert told in (printed.err if code else printed.out)

@@ -58,9 +58,10 @@ def test_the_script_runs_from_its_settings(tmp_path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-def test_settings_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match="did you mean n_train"):
+def test_settings_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
         main(["n_trian=10"])
+    assert "did you mean n_train" in capsys.readouterr().err
 
 
 def test_the_defaults_stand_in_the_yaml() -> None:

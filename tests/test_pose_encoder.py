@@ -19,7 +19,7 @@ from examples.pose_encoder import (
 
 TINY = Settings(
     n_train=1000, n_test=64, n_views=6, size=48, snr=0.3, max_shift=4.0, box=24, hidden=128,
-    epochs=6, batch_size=50, more_views=(), low_snr=None, seeds=1,
+    epochs=6, batch_size=50, more_views=(), low_snr=None, seeds=(0,),
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_it_learns_where_particles_are_without_being_told() -> None:
 
 
 def test_the_example_draws_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["seeds=1", "n_train=100", "n_test=20", "n_views=4", "size=48", "max_shift=2"]
+    words = ["seeds=[0]", "n_train=100", "n_test=20", "n_views=4", "size=48", "max_shift=2"]
     words += ["epochs=1", "batch_size=50", "more_views=[3]", f"output={tmp_path / 'picture.png'}"]
     table = main(words)
     assert {"encoder", "encoder, refined", "search"} <= set(table.method)
