@@ -446,8 +446,8 @@ def draw(results: list[Result], settings: Settings) -> Figure:
         if axes is not by_test:
             axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     by_r.set(xlim=(0, None), ylim=(0, 1.05))
-    for axes in (by_k, split):  # room for the legend
-        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    for axes, room in ((by_k, 1.5), (split, 1.3)):  # for the legends
+        axes.set_ylim(0, room * axes.get_ylim()[1])
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

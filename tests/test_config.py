@@ -269,20 +269,20 @@ def test_a_script_tells_its_keys_and_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     default, other = tmp_path / "default.yaml", tmp_path / "other.yaml"
-    default.write_text("n_particles: 7\noutput: a.mrcs\n")
-    other.write_text("n_particles: 8\noutput: a.mrcs\n")
+    default.write_text("n: 7\n")
+    other.write_text("n: 8\n")
 
     def read(*words: str) -> SimulateConfig:
         return settings_from_words(SimulateConfig, default, words, "What it does.")
 
-    assert read().n_particles == 7
-    assert read(str(other)).n_particles == 8
-    assert read(str(other), "n_particles=9").n_particles == 9
+    assert read().n == 7
+    assert read(str(other)).n == 8
+    assert read(str(other), "n=9").n == 9
     for words, code, told in (
         (["--help"], 0, "What it does."),
-        (["n_particles=5", "-h"], 0, "n_particles"),
+        (["n=5", "-h"], 0, "n_classes  whole ≥ 1"),
         (["qqq=1"], 2, "unknown key qqq; --help lists the keys"),
-        (["n_particles=5", str(other)], 2, "should be key=value"),
+        (["n=5", str(other)], 2, "should be key=value"),
         (["missing.yaml"], 2, "no such configuration file"),
     ):
         with pytest.raises(SystemExit) as stopped:
