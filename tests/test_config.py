@@ -280,7 +280,7 @@ def test_a_script_tells_its_keys_and_what_is_wrong(
     assert read(str(other), "n=9").n == 9
     for words, code, told in (
         (["--help"], 0, "What it does."),
-        (["n=5", "-h"], 0, "n_classes  whole ≥ 1"),
+        (["n=5", "-h"], 0, "views of the phantom"),
         (["qqq=1"], 2, "unknown key qqq; --help lists the keys"),
         (["n=5", str(other)], 2, "should be key=value"),
         (["missing.yaml"], 2, "no such configuration file"),
