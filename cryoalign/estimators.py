@@ -188,6 +188,11 @@ class _Classes(ClusterMixin, _Aligner):
         labels[particles.rows] = found.label
         return labels
 
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]  # which ClusterMixin empties
+        return tags
+
 
 class MultiReferenceAligner(_Classes):
     """`align_multi_reference` as an estimator; parameters are its own, n_classes to device."""
