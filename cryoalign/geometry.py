@@ -125,8 +125,13 @@ def transform(images: Array, pose: Pose, interpolation: Interpolation = "bicubic
 
     Returns:
         (n, h, w).
+
+    Raises:
+        ValueError: images of whole numbers.
     """
     images = as_tensor(images)
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: use .float()")
     target = pixel_grid((images.shape[-2], images.shape[-1]), images)  # (h, w, 2)
     # v = L^-1 v' - shift, and L is orthogonal: rows times L are columns times its transpose.
     linear = pose.linear().to(images.dtype)  # (n, 2, 2)

@@ -87,6 +87,7 @@ def _score(pair: _Pair, pose: Pose, rings: Rings) -> Tensor:
     return turned_correlation(x, pair.rings, pose.angle, pose.mirror)
 
 
+@torch.compiler.disable  # which knows no second derivatives
 def implicit_pose(
     images: Tensor, references: Tensor, start: Pose, rings: Rings, steps: int = STEPS
 ) -> Pose:
@@ -138,7 +139,11 @@ def _newton(slope: Tensor, hessian: Tensor) -> Tensor:
     """(n, 3) steps to the maximum; along the slope's sign in bounded length where there is none."""
     scale = hessian.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-12).rsqrt()  # (n, 3) units
     scaled = scale[:, :, None] * hessian * scale[:, None, :]
-    peak = torch.linalg.eigvalsh(scaled).amax(1) < 0
-    safe = torch.where(peak[:, None, None], scaled, -torch.eye(3).to(scaled))
+    downhill = -torch.eye(3).to(scaled)
+    # A particle with NaN has no maximum, and must not end the others' decomposition.
+    finite = scaled.isfinite().all(2).all(1) & slope.isfinite().all(1)
+    safe = torch.where(finite[:, None, None], scaled, downhill)
+    peak = finite & (torch.linalg.eigvalsh(safe).amax(1) < 0)
+    safe = torch.where(peak[:, None, None], scaled, downhill)
     step = -scale * torch.linalg.solve(safe, (scale * slope)[..., None])[..., 0]
     return torch.where(peak[:, None], step, 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cryoalign.ctf import Optics
 from cryoalign.forward import COLUMNS, Frame, Observed, frame_of, model, observed
+from cryoalign.interop import Array, as_tensor
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.refine import check_labels
 from cryoalign.solvers import Point, gauss_newton, lbfgs
@@ -81,10 +82,11 @@ class _Task(NamedTuple):
     centre: Tensor
 
 
+@torch.no_grad()
 def refine_jointly(
-    particles: Tensor,
-    references: Tensor,
-    label: Tensor,
+    particles: Array,
+    references: Array,
+    label: Array,
     pose: Pose,
     *,
     parameters: Sequence[Parameter] = ("angle", "shift"),
@@ -127,6 +129,7 @@ def refine_jointly(
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit.
     """
+    particles, references, label = (as_tensor(each) for each in (particles, references, label))
     _check(particles, references, label, pose, optics)
     refined = _columns(parameters, optics, magnification_sd, defocus_sd)
     if solver not in SOLVERS or steps < 0:
@@ -237,9 +240,11 @@ def _covariance(information: Tensor, known: Tensor) -> Tensor:
     diagonal = information.diagonal(dim1=1, dim2=2)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     unit = scale[:, :, None] * information * scale[:, None, :]
-    known = known & (diagonal > 0).all(1)
-    known = known & (torch.linalg.eigvalsh(unit)[:, 0] > LEAST_TOLD)
-    safe = torch.where(known[:, None, None], unit, torch.eye(unit.shape[1]).to(unit))
+    known = known & (diagonal > 0).all(1) & unit.isfinite().all(2).all(1)
+    one = torch.eye(unit.shape[1]).to(unit)
+    safe = torch.where(known[:, None, None], unit, one)
+    known = known & (torch.linalg.eigvalsh(safe)[:, 0] > LEAST_TOLD)
+    safe = torch.where(known[:, None, None], unit, one)
     inverse = scale[:, :, None] * torch.linalg.inv(safe) * scale[:, None, :]
     unknown = torch.diag(torch.full((unit.shape[1],), math.inf)).to(unit)
     return torch.where(known[:, None, None], inverse, unknown)

@@ -7,7 +7,7 @@ samples (half-precision *inputs* are taken, and cast). docs/layers.md has the ta
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,26 @@ class _FullPrecision(nn.Module):
     """A module that autocast leaves alone; half-precision inputs become float32, arrays of other
     libraries tensors (`interop.as_tensor`)."""
 
-    def __call__(self, *arrays: Array | None) -> object:
+    def __call__(self, *arrays: Array | None, **named: Array | None) -> object:
         """Cast and forward."""
-        inputs = [None if x is None else as_tensor(x) for x in arrays]
-        full = (
-            x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
-            for x in inputs
-        )
-        first = next(x for x in inputs if x is not None)
+        inputs = [_full(x) for x in arrays]
+        others = {name: _full(x) for name, x in named.items()}
+        first = next(x for x in (*inputs, *others.values()) if x is not None)
         with torch.autocast(first.device.type, enabled=False):
-            return super().__call__(*full)
+            return super().__call__(*inputs, **others)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        own = (f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_" and k != "training")
+        return ", ".join(own)
+
+
+def _full(array: Array | None) -> Tensor | None:
+    """A tensor, float32 if it was of half precision."""
+    if array is None:
+        return None
+    tensor = as_tensor(array)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class PolarTransform(_FullPrecision):
@@ -58,6 +68,8 @@ class RigidWarp(_FullPrecision):
 
     def __init__(self, interpolation: Interpolation = "bicubic") -> None:
         super().__init__()
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation {interpolation!r}: use bilinear or bicubic")
         self.interpolation: Interpolation = interpolation
 
     def forward(self, images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
@@ -161,10 +173,13 @@ class AlignLayer(_FullPrecision):
             paired: each particle has a reference of its own.
 
         Raises:
+            TypeError: search is none.
             ValueError: an unknown gradient; a temperature that is not positive.
         """
         super().__init__()
-        if gradient not in ("score", "implicit", "soft"):
+        if not isinstance(search, Search):
+            raise TypeError(f"search is a {type(search).__name__}: give a Search(...)")
+        if gradient not in get_args(Gradient):
             raise ValueError(f"gradient {gradient!r}: use score, implicit or soft")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")

@@ -301,8 +301,12 @@ def _check_references(references: Tensor) -> None:
         raise ValueError(f"references must be (k, size, size), got {tuple(references.shape)}")
     if not len(references):
         raise ValueError("no references to match with")
-    if not references.is_floating_point():
+    if references.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"references are {references.dtype}: use .float()")
+    # On a GPU this would have to be waited for: there a reference with NaN takes all particles.
+    if references.device.type == "cpu" and not references.isfinite().all():
+        bad = (~references.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+        raise ValueError(f"references {bad[:10]} hold NaN or infinity: leave them out")
 
 
 def _check_images(images: Tensor, references: Tensor) -> None:

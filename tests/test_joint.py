@@ -318,6 +318,24 @@ def test_input_that_does_not_fit_is_refused(change: dict, message: str) -> None:
         refine_jointly(**(small_set() | change))
 
 
+@pytest.mark.parametrize("solver", ["gauss-newton", "lbfgs"])
+def test_a_spoilt_particle_spoils_no_other(solver) -> None:
+    image, several = reference(32), truths(3)
+    images = np.stack([particle(image, t) for t in several])
+    label, start = np.zeros(3, dtype=np.int64), pose_of(several, grid=True)
+    given = {"parameters": ALL, "optics": optics_of(several), "solver": solver}
+    whole = refine_jointly(images, image[None], label, start, **given)
+    images[1, 5, 5] = np.nan
+    found = refine_jointly(images, image[None], label, start, **given)
+    assert found.score[1].isnan()
+    assert found.covariance[1].diagonal().isinf().all()
+    for row in (0, 2):
+        torch.testing.assert_close(found.pose.shift[row], whole.pose.shift[row])
+        torch.testing.assert_close(found.covariance[row], whole.covariance[row])
+    grown = torch.from_numpy(image)[None].requires_grad_()
+    assert not refine_jointly(images, grown, label, start, **given).score.requires_grad
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["gauss-newton", "lbfgs"])
 def test_a_gpu_finds_the_same(solver) -> None:

@@ -156,7 +156,43 @@ def test_half_precision_is_taken_and_left_outside(dtype) -> None:
     torch.testing.assert_close(got, ring_spectra(images.float(), RINGS))
 
 
+@pytest.mark.parametrize("gradient", ["score", "soft", "implicit"])
+def test_a_spoilt_particle_spoils_no_other(gradient) -> None:
+    made = simulate(6, 2, size=36, snr=1.0, max_shift=1.0, seed=2)
+    layer = AlignLayer(Search(max_shift=1, last_ring=14), gradient)
+    whole = layer(made.images, made.views)
+    images = made.images.clone()
+    images[2, 18, 20] = torch.nan
+    spoilt = layer(particles=images, references=made.views)
+    assert spoilt.score[2].isnan()
+    for name in ("score", "angle", "shift", "label"):
+        torch.testing.assert_close(
+            *(torch.cat([getattr(x, name)[:2], getattr(x, name)[3:]]) for x in (spoilt, whole)),
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+    views = made.views.clone()
+    views[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"references \[1\] hold NaN"):
+        layer(made.images, views)
+
+
+@pytest.mark.parametrize("gradient", ["score", "soft", "implicit"])
+def test_align_layer_compiles(gradient) -> None:
+    made = simulate(4, 2, size=36, snr=1.0, max_shift=1.0, seed=2)
+    layer = AlignLayer(Search(max_shift=1, last_ring=14), gradient)
+    slopes = []
+    for each in (layer, torch.compile(layer, backend="aot_eager")):
+        images = made.images.clone().requires_grad_()
+        out = each(images, made.views)
+        slopes.append(torch.autograd.grad(out.score.sum() + out.images.square().sum(), images)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="use bilinear or bicubic"):
+        RigidWarp("nearest")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="give a Search"):
+        AlignLayer(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use score, implicit or soft"):
         AlignLayer(SEARCH, "hard")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive"):
