@@ -223,9 +223,10 @@ def _logsumexp_backward(
     grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `correlation_logsumexp` by particles and references, block by block again."""
-    return logsumexp_gradients(
-        grad, particles, ring_factors(references), temperature, mirror, *_blocks(particles)
-    )
+    with torch.autocast(grad.device.type, enabled=False):  # products of matrices, in full
+        return logsumexp_gradients(
+            grad, particles, ring_factors(references), temperature, mirror, *_blocks(particles)
+        )
 
 
 @_logsumexp_backward.register_fake

@@ -24,6 +24,7 @@ from cryoalign.pose import Pose, wrap_degrees
 STEPS = 6  # of Newton's method, from a grid's pose
 REFINED_STEPS = 3  # from a refined one: they reach float64's rounding
 MAX_TURN, MAX_MOVE = 2.0, 0.7  # degrees and pixels of one step
+ENDED = 1e-2  # of these; a step so short is the last
 
 
 def fourier_shift(images: Tensor, shift: Tensor) -> Tensor:
@@ -93,9 +94,10 @@ def implicit_pose(
 ) -> Pose:
     """The poses that maximise `smooth_score`, differentiable in images and references.
 
-    Newton's method without a gradient from the start to the maximum; then one more step, which
-    moves nothing and whose gradient is the theorem's. Where the Hessian is not negative
-    definite there is no maximum to follow: that pose is a constant.
+    Newton's method without a gradient from the start to the maximum; then one more step, not
+    taken, whose gradient is the theorem's. Where the Hessian is not negative definite, or steps
+    have not become short, there is no maximum to follow: that pose is a constant. First
+    derivatives only: in second ones the Hessian counts as a constant.
 
     Args:
         images: (n, h, w).
@@ -117,7 +119,10 @@ def implicit_pose(
         if tracked:
             _, hessian = _derivatives(fixed, where, start.mirror, rings)
             slope = _slope(_pair(images, references, rings), where, start.mirror, rings)[1]
-            where = where + _newton(slope, hessian)
+            step = _newton(slope, hessian)
+            # Where Newton's method has not ended, the theorem does not hold: there a constant.
+            ended = (step.detach().abs() < ENDED * bound).all(1, keepdim=True)
+            where = where + torch.where(ended, step - step.detach(), 0.0)
     return Pose(wrap_degrees(where[:, 0]), where[:, 1:], start.mirror)
 
 
@@ -136,7 +141,7 @@ def _derivatives(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tu
 
 
 def _newton(slope: Tensor, hessian: Tensor) -> Tensor:
-    """(n, 3) steps to the maximum; along the slope's sign in bounded length where there is none."""
+    """(n, 3) steps to the maximum; zero where there is none."""
     scale = hessian.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-12).rsqrt()  # (n, 3) units
     scaled = scale[:, :, None] * hessian * scale[:, None, :]
     downhill = -torch.eye(3).to(scaled)

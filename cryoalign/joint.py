@@ -221,6 +221,7 @@ def _point(unknowns: Tensor, data: Observed, task: _Task) -> Point:
     amplitude = xm / mm
     # Where it is not positive, the derivatives still say how the correlation grows.
     scale = torch.maximum(amplitude, LEAST_AMPLITUDE * (xx / mm).sqrt())
+    scale = torch.where(moments[:, 1, 1] > tiny, scale, 0.0)  # an empty model tells nothing
     variance = variance.clamp(min=tiny)
     precision = task.precision[task.refined]
     away = unknowns[:, task.refined] - task.centre[task.refined]

@@ -1,13 +1,14 @@
 """The stages from pixels to score as small modules, each over one function of this package.
 
 All keep the dtype of what they are given, float64 included. Under autocast they compute in float32
-whatever the surroundings do: transforms have no bf16, and a correlation is a sum over thousands of
-samples (half-precision *inputs* are taken, and cast). docs/layers.md has the table.
+whatever the surroundings do (backward is to be called outside of it, as PyTorch says): transforms
+have no bf16, and a correlation is a sum over thousands of samples (half-precision *inputs* are
+taken, and cast). docs/layers.md has the table.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class _FullPrecision(nn.Module):
     """A module that autocast leaves alone; half-precision inputs become float32, arrays of other
     libraries tensors (`interop.as_tensor`)."""
 
-    def __call__(self, *arrays: Array | None, **named: Array | None) -> object:
+    def __call__(self, *arrays: Array | None, **named: Array | None) -> Any:
         """Cast and forward."""
         inputs = [_full(x) for x in arrays]
         others = {name: _full(x) for name, x in named.items()}
@@ -98,7 +99,7 @@ class RingSpectra(_FullPrecision):
         return ring_spectra(images, self.rings, shifts)
 
 
-class RotationalCorrelation(nn.Module):
+class RotationalCorrelation(_FullPrecision):
     """Spectra (n, s, r, m) and references' (k, r, m) to every score (n, k, s, hands, a); see
     `correlate.correlation_table`."""
 
@@ -111,7 +112,7 @@ class RotationalCorrelation(nn.Module):
         return correlation_table(particles, references, self.mirror)
 
 
-class PoseMarginal(nn.Module):
+class PoseMarginal(_FullPrecision):
     """Spectra (n, s, r, m) and references' (k, r, m) to the soft maximum over all poses (n, k);
     see `correlate.correlation_logsumexp`."""
 
@@ -153,8 +154,9 @@ class AlignLayer(_FullPrecision):
       ``search.refine`` its gradient is that of the maximum over the grid.
     - ``implicit``: the pose is the maximum of the smooth score near by and itself has a gradient
       (`implicit.implicit_pose`), which the aligned images carry on.
-    - ``soft``: pose and score are means over the shifts and angles of the chosen reference and
-      hand with weights exp(score / temperature); blunter, and smooth across peaks.
+    - ``soft``: the pose is the mean over the shifts and angles of the chosen reference and hand
+      with weights exp(score / temperature), and the score T log sum exp(score / T), above the
+      best one by T log of how many count; blunter, and smooth across peaks.
     """
 
     def __init__(

@@ -166,7 +166,7 @@ def _blocks(
     k_block = math.ceil(k / math.ceil(k / most)) if k else 1
     n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together))
     # One workspace for all blocks: fresh memory costs more than what is done in it.
-    widest = max(k_block, LEAST) if k > 2 else k_block
+    widest = k_block if k == k_block <= 2 else max(k_block, LEAST)  # as `_tables` pads them
     room = particles.new_empty(m * 2 * n_block * s * 2 * widest, dtype=particles.real.dtype)
     for start in range(0, n, n_block):
         rows = slice(start, start + n_block)

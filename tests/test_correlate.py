@@ -9,6 +9,8 @@ from cryoalign.correlate import (
     correlation_logsumexp,
     correlation_peaks,
     correlation_table,
+    ring_factors,
+    table_peaks,
     unravel_place,
 )
 from cryoalign.polar import Rings, ring_spectra
@@ -194,6 +196,18 @@ def test_logsumexp_is_the_tables(mirror, block, monkeypatch) -> None:
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("block", [1, 200, 2**20])
+def test_few_references_in_small_blocks(k, block, monkeypatch) -> None:
+    monkeypatch.setattr(correlate, "CPU_BLOCK", block)
+    x, y = _spectra(2, k, 3, 4, 9, dtype=torch.complex128)
+    table = correlation_table(x, y).flatten(2)
+    score, place = table_peaks(x, ring_factors(y))
+    torch.testing.assert_close(score, table.amax(2))
+    torch.testing.assert_close(table.gather(2, place[..., None])[..., 0], score)
+    torch.testing.assert_close(correlation_logsumexp(x, y, 0.1), _soft(x, y, 0.1, True))
 
 
 def test_logsumexp_goes_to_the_peak() -> None:

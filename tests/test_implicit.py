@@ -89,6 +89,35 @@ def test_without_a_maximum_the_pose_is_a_constant() -> None:
     assert torch.equal(found.angle, start.angle)
 
 
+@pytest.mark.parametrize("steps", [6, 1])
+def test_a_gradient_moves_no_pose(steps) -> None:
+    """At an SNR where Newton's method does not always end; what has not is a constant."""
+    made = simulate(80, 1, size=28, snr=0.02, max_shift=1.5, seed=4)
+    images, start = made.images.double(), near(made.pose.to(torch.float64))
+    plain = implicit_pose(images, made.views.double(), start, RINGS, steps)
+    leaf = images.clone().requires_grad_()
+    found = implicit_pose(leaf, made.views.double(), start, RINGS, steps)
+    assert torch.equal(found.angle, plain.angle)
+    assert torch.equal(found.shift, plain.shift)
+    (gradient,) = torch.autograd.grad(found.angle.sum() + found.shift.sum(), leaf)
+    size = gradient.flatten(1).norm(dim=1)
+    assert (size == 0).any()
+    if steps == 6:
+        assert size.max() < 100 * size[size > 0].median()
+
+
+def test_a_saddle_is_no_maximum() -> None:
+    """Turned half a peak away the score's Hessian is not negative definite: nothing moves."""
+    images, references, truth = pair()
+    flat = Pose(truth.angle + 60, truth.shift + 2, truth.mirror)
+    leaf = images.clone().requires_grad_()
+    found = implicit_pose(leaf, -references, Pose(truth.angle, truth.shift, truth.mirror), RINGS)
+    assert torch.equal(found.shift.detach(), truth.shift)  # the minimum of the negative's score
+    (gradient,) = torch.autograd.grad(found.shift.sum(), leaf)
+    assert not gradient.any()
+    assert implicit_pose(images, references, flat, RINGS).angle.abs().max() <= 180
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_gathered_samples_are_those_of_grid_sample(interpolation) -> None:
     images, _, pose = pair()

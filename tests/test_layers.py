@@ -20,6 +20,7 @@ from cryoalign.search import Search
 from cryoalign.synthetic import simulate
 
 RINGS = Rings(1, 3, angles=8)
+SOFT = Search(max_shift=1, last_ring=14)
 SEARCH = Search(max_shift=1, last_ring=4, refine=False)
 
 
@@ -186,6 +187,20 @@ def test_align_layer_compiles(gradient) -> None:
         out = each(images, made.views)
         slopes.append(torch.autograd.grad(out.score.sum() + out.images.square().sum(), images)[0])
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
+
+
+def test_the_soft_score_is_a_log_sum_over_the_grid() -> None:
+    made = simulate(3, 2, size=36, snr=1.0, max_shift=1.0, seed=2)
+    images, views = made.images.double(), made.views.double()
+    found = AlignLayer(SOFT, "soft", 0.05)(images, views)
+    rings = SOFT.rings(36)
+    x, y = ring_spectra(images, rings, SOFT.shifts().double()), ring_spectra(views, rings)[:, 0]
+    table = correlation_table(x, y)
+    own = torch.stack(
+        [table[i, k, :, int(found.mirror[i])] for i, k in enumerate(found.label.tolist())]
+    )
+    expected = 0.05 * (own / 0.05).flatten(1).logsumexp(1)
+    torch.testing.assert_close(found.score, expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
