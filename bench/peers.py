@@ -27,7 +27,7 @@ from cryoalign.geometry import transform
 from cryoalign.pose import Pose, compose, wrap_degrees
 from cryoalign.search import Search, best_poses, prepare
 
-INSTALL = "pip install --constraint constraints.txt kornia aspire"
+INSTALL = "pip install --constraint constraints.txt '.[peers]'"
 
 
 class Task(NamedTuple):

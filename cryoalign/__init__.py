@@ -9,6 +9,8 @@
 Every stage is a function of tensors; the modules, in reading order, are listed in docs/design.md.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from cryoalign.alignment import Alignment
 from cryoalign.assign import Assignment
 from cryoalign.average import Averaging
@@ -31,6 +33,11 @@ from cryoalign.schedule import Schedule
 from cryoalign.search import Search, match
 from cryoalign.synthetic import simulate
 from cryoalign.uncertainty import pose_covariance
+
+try:
+    __version__ = version("cryoalign")
+except PackageNotFoundError:
+    __version__ = "(not installed)"
 
 __all__ = [
     "Alignment",

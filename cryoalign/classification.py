@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 
 import pandas as pd
 import torch
@@ -80,10 +81,10 @@ def classify(
         optics = optics_of(stack)
     where = choose_device(device)
     prepared = PreparedParticles(stack, images or Images(), where, max_rejected, batch_size)
-    if not 1 <= n_classes <= len(prepared) // 2:
+    if not isinstance(n_classes, Integral) or not 1 <= n_classes <= len(prepared) // 2:
         raise ValueError(
-            f"n_classes must be from 1 to half of the {len(prepared)} usable particles, not "
-            f"{n_classes}"
+            f"n_classes must be a whole number from 1 to half of the {len(prepared)} usable "
+            f"particles, not {n_classes}"
         )
     if len(prepared) < world_size():
         raise ValueError(

@@ -6,17 +6,20 @@
 
 From a stack that memory does not hold, on a disk that is slow to seek: `stream.ParticleStream`.
 
-A sample is a dict: ``image`` (h, w), ``index`` (row of the stack) and what the stack's STAR file
-tells, ``defocus_u`` … ``pixel_size`` (`ctf.Optics`) and ``angle``, ``shift``, ``mirror``
-(`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a dict of
+A sample is a dict: ``image`` (h, w) float32, ``index`` (row of the stack) and what the stack's
+STAR file tells, ``defocus_u`` … ``pixel_size`` (`ctf.Optics`) and ``angle``, ``shift``,
+``mirror`` (`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a dict of
 tensors with one row each), so that ``DataLoader`` workers read and transform a batch at a time.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -66,23 +69,32 @@ class ParticleDataset(Dataset[Sample]):
         self,
         stack: Stack | Array,
         *transforms: Transform,
-        rows: Tensor | None = None,
+        rows: Tensor | np.ndarray | Sequence[int] | None = None,
         metadata: Mapping[str, Tensor] | None = None,
     ) -> None:
         """
         Args:
-            stack: `io.read_particles` or another, or an array (n, h, w) (`interop.Array`).
+            stack: `io.read_particles` or another, or an array (n, h, w) (`interop.Array`), of
+                any real type: samples are float32, those of float64 too.
             transforms: applied to every batch in this order.
-            rows: (n,) int64, which particles; None is all. Of several processes each takes a shard.
+            rows: which particles, whole numbers from 0, or a mask of bools, one per particle of
+                the stack; None is all. Of several processes each takes a shard.
             metadata: tensors with a row per particle of the stack; None is `metadata_of` it.
 
         Raises:
-            ValueError: metadata of another number of particles.
+            TypeError: a path, or a transform that is no function.
+            ValueError: rows that the stack does not have; metadata of another number of particles.
         """
         stack = as_stack(stack)
+        for change in transforms:
+            if not callable(change) or isinstance(change, type):
+                raise TypeError(
+                    f"{change!r} is no transform: give functions of a batch one after the other, "
+                    "ParticleDataset(stack, Normalise(40), Mask(36)), or a list as *transforms"
+                )
         self.stack, self.transforms = stack, transforms
-        rows = torch.arange(len(stack)) if rows is None else rows
-        self.rows = rows[shard(len(rows))]
+        chosen = torch.arange(len(stack)) if rows is None else _row_numbers(rows, len(stack))
+        self.rows = chosen[shard(len(chosen))]
         self.metadata = dict(metadata_of(stack) if metadata is None else metadata)
         for name, values in self.metadata.items():
             if len(values) != len(stack):
@@ -96,6 +108,12 @@ class ParticleDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample of one of `rows`; negative indices count from the end."""
+        try:
+            index = operator.index(index)
+        except TypeError as error:
+            raise TypeError(
+                f"{index!r} is no index of one sample: dataset.read(range(0, 3)) reads several"
+            ) from error
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.__getitems__([index])[0]
@@ -122,11 +140,37 @@ class ParticleDataset(Dataset[Sample]):
         return batch
 
 
+def _row_numbers(rows: Tensor | np.ndarray | Sequence[int], n: int) -> Tensor:
+    """(m,) int64 row numbers, of numbers or of a mask, checked against n particles."""
+    numbers = rows.cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+    if numbers.ndim != 1:
+        raise ValueError(f"rows have shape {tuple(numbers.shape)}: give one axis, (n,)")
+    if numbers.dtype == torch.bool:
+        if len(numbers) != n:
+            raise ValueError(f"rows are a mask of {len(numbers)}, the stack has {n} particles")
+        return numbers.nonzero().squeeze(1)
+    if len(numbers) and (numbers.is_floating_point() or numbers.is_complex()):
+        raise TypeError(f"rows are {numbers.dtype}: give whole numbers, or a mask of bools")
+    numbers = numbers.long()
+    outside = numbers[(numbers < 0) | (numbers >= n)]
+    if len(outside):
+        raise ValueError(f"row {int(outside[0])} is not in the stack: rows are 0 to {n - 1}")
+    return numbers
+
+
+def _need(fits: bool, what: str, value: float) -> None:
+    if not fits:
+        raise ValueError(f"{what}, not {value}")
+
+
 @dataclass(frozen=True)
 class Normalise:
     """Background beyond ``radius`` pixels to mean 0 and deviation 1 (`filters.normalise`)."""
 
     radius: float
+
+    def __post_init__(self) -> None:
+        _need(self.radius > 0, "Normalise: radius must be above 0 px", self.radius)
 
     def __call__(self, batch: Sample) -> Sample:
         return {**batch, "image": normalise(batch["image"], self.radius)}
@@ -139,6 +183,10 @@ class Mask:
     radius: float
     edge: float = 4.0
 
+    def __post_init__(self) -> None:
+        _need(self.radius > 0, "Mask: radius must be above 0 px", self.radius)
+        _need(self.edge >= 0, "Mask: edge must be at least 0 px", self.edge)
+
     def __call__(self, batch: Sample) -> Sample:
         images = batch["image"]
         mask = soft_mask(images.shape[-1], self.radius, self.edge, images.device)
@@ -150,6 +198,10 @@ class FourierCrop:
     """Images resampled to a box of ``size`` pixels; pixel size and shifts follow."""
 
     size: int
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.size, Integral) and self.size > 0
+        _need(whole, "FourierCrop: size must be a whole number of pixels above 0", self.size)
 
     def __call__(self, batch: Sample) -> Sample:
         scale = batch["image"].shape[-1] / self.size
@@ -187,6 +239,9 @@ class RandomPose:
 
     max_shift: float = 0.0
     mirror: bool = True
+
+    def __post_init__(self) -> None:
+        _need(self.max_shift >= 0, "RandomPose: max_shift must be at least 0 px", self.max_shift)
 
     def __call__(self, batch: Sample) -> Sample:
         images = batch["image"]

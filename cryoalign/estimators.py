@@ -5,8 +5,9 @@
     aligner = MultiReferenceAligner(n_classes=10, random_state=0)
     Pipeline([("align", aligner), ("pca", PCA(20)), ("kmeans", KMeans(10))]).fit_predict(X)
 
-X is a table (n, size * size), a row per particle, or a stack (n, size, size) of an array that
-`interop.as_tensor` takes. Pixels must be finite; a constant image is set aside: its label is -1,
+X is a table (n, size * size), a row per particle, or images (n, size, size): an array that
+`interop.as_tensor` takes, a nested list, or a stack of `io.read_particles`, which is read into
+memory whole. Pixels must be finite; a constant image is set aside: its label is -1,
 its aligned image zero. Settings are those of the functions (`align_multi_reference`, …), frozen
 dataclasses, whole values to ``set_params`` and ``GridSearchCV``.
 
@@ -41,14 +42,23 @@ from cryoalign.assign import Assignment
 from cryoalign.average import Averaging, masked
 from cryoalign.classification import classify
 from cryoalign.climb import Likelihood
+from cryoalign.dataset import ParticleDataset
 from cryoalign.filters import soft_mask
 from cryoalign.geometry import radius_grid, transform
 from cryoalign.interop import Array, SupportsCuda, SupportsDLPack, as_tensor, to_numpy
 from cryoalign.mra import align_multi_reference
-from cryoalign.particles import Images, PreparedParticles, TensorStack, choose_device
+from cryoalign.particles import (
+    Images,
+    PreparedParticles,
+    Stack,
+    TensorStack,
+    as_stack,
+    choose_device,
+)
 from cryoalign.rfa import align_reference_free
 from cryoalign.schedule import Schedule
 from cryoalign.search import Search, prepare
+from cryoalign.seeding import SEEDINGS
 
 
 class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, metaclass=ABCMeta):
@@ -116,6 +126,12 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
 
     def _images(self, X: Any, reset: bool) -> Tensor:
         """(n, size, size) of a checked X, on whatever device it is."""
+        if isinstance(X, Stack):
+            X = X.read(torch.arange(len(X)))
+        elif isinstance(X, list | tuple) and len(X) and np.ndim(X[0]) == 2:
+            X = np.asarray(X)
+        elif isinstance(X, str | Path | ParticleDataset):
+            as_stack(X)  # type: ignore[arg-type]  # raises, and says what to give
         if not isinstance(X, np.ndarray) and isinstance(X, Tensor | SupportsDLPack | SupportsCuda):
             X = as_tensor(X).detach()
             X = X if X.is_cuda else X.numpy()
@@ -195,11 +211,13 @@ class _Classes(ClusterMixin, _Aligner):
 
 
 class MultiReferenceAligner(_Classes):
-    """`align_multi_reference` as an estimator; parameters are its own, n_classes to device."""
+    """`align_multi_reference` as an estimator; parameters are its own, n_classes to device.
+
+    n_classes None is as many as references are given, or 8 where they are chosen by a word."""
 
     def __init__(
         self,
-        n_classes: int | None = 8,
+        n_classes: int | None = None,
         *,
         references: Array | str | Path = "random",
         iterations: int = 20,
@@ -223,8 +241,10 @@ class MultiReferenceAligner(_Classes):
         self.batch_size = batch_size
 
     def _align(self, images: Tensor, seed: int) -> Alignment:
+        chosen = isinstance(self.references, str) and self.references in SEEDINGS
+        n_classes = 8 if self.n_classes is None and chosen else self.n_classes
         return align_multi_reference(
-            images, self.references, n_classes=self.n_classes, iterations=self.iterations,
+            images, self.references, n_classes=n_classes, iterations=self.iterations,
             assign=self.assign, search=self.search, images=self.images, averaging=self.averaging,
             seed=seed, device=self.device, batch_size=self.batch_size,
         )  # fmt: skip

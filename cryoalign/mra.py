@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -168,10 +169,10 @@ def _start(
     particles = turns.particles
     n = len(particles)
     if isinstance(references, str) and references in SEEDINGS:
-        if n_classes is None or not 1 <= n_classes <= n:
+        if not isinstance(n_classes, Integral) or not 1 <= n_classes <= n:
             raise ValueError(
-                f"n_classes must be from 1 to the {n} usable particles when references are chosen "
-                f"by {references!r}; got {n_classes}"
+                f"n_classes must be a whole number from 1 to the {n} usable particles when "
+                f"references are chosen by {references!r}; got {n_classes}"
             )
         images = seed_references(particles, references, n_classes, seed)
     else:

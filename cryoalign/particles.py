@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
@@ -60,7 +61,20 @@ class TensorStack:
 
 
 def as_stack(particles: Stack | Array) -> Stack:
-    """A stack as it is; images in memory, of whatever library, as one."""
+    """A stack as it is; images in memory, of whatever library, as one.
+
+    Raises:
+        TypeError: neither; a path and a `ParticleDataset` are told what to give.
+    """
+    if isinstance(particles, str | Path):
+        raise TypeError(
+            f"particles are a path, {str(particles)!r}: give cryoalign.read_particles(path)"
+        )
+    if isinstance(getattr(particles, "stack", None), Stack):
+        raise TypeError(
+            f"particles are a {type(particles).__name__}: give the stack that it reads, "
+            "dataset.stack (all its rows, without the dataset's transforms)"
+        )
     return particles if isinstance(particles, Stack) else TensorStack(particles)
 
 

@@ -60,8 +60,14 @@ class ParticleStream(IterableDataset[Sample]):
             seed: of the order, which also depends on the epoch, the process and the worker.
 
         Raises:
+            TypeError: no `ParticleDataset`.
             ValueError: ``block`` or ``window`` below 1.
         """
+        if not isinstance(dataset, ParticleDataset):
+            raise TypeError(
+                f"a stream is made of a ParticleDataset, not of a {type(dataset).__name__}: "
+                "ParticleStream(ParticleDataset(read_particles(path)))"
+            )
         if block < 1 or window < 1:
             raise ValueError(f"block and window must be at least 1, not {block} and {window}")
         self.dataset, self.block, self.window = dataset, block, window

@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -97,3 +98,58 @@ def test_what_does_not_fit_is_refused() -> None:
         ParticleDataset(stack, PhaseFlip())[0]
     with pytest.raises(IndexError, match="sample 3 of 3"):
         ParticleDataset(stack)[3]
+    with pytest.raises(TypeError, match="reads several"):
+        ParticleDataset(stack)[0:2]  # type: ignore[index]
+    with pytest.raises(TypeError, match="read_particles"):
+        ParticleDataset("particles.star")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dataset\.stack"):
+        ParticleDataset(ParticleDataset(stack))  # type: ignore[arg-type]
+    for wrong in ([Normalise(3)], Normalise):
+        with pytest.raises(TypeError, match="is no transform"):
+            ParticleDataset(stack, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (np.array([0, 3]), ValueError, "row 3 is not in the stack: rows are 0 to 2"),
+        ([-1], ValueError, "row -1"),
+        (np.ones(2, bool), ValueError, "mask of 2, the stack has 3"),
+        (torch.tensor([0.0, 1.0]), TypeError, "whole numbers"),
+        (np.zeros((2, 2), int), ValueError, "one axis"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, error, words) -> None:
+    with pytest.raises(error, match=words):
+        ParticleDataset(torch.zeros(3, 8, 8), rows=rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.array([1, 2]), np.array([2, 1], np.int32)[::-1], [1, 2], range(1, 3),
+        np.array([False, True, True]), torch.tensor([False, True, True]),
+    ],
+)  # fmt: skip
+def test_rows_are_numbers_or_a_mask(rows) -> None:
+    dataset = ParticleDataset(np.arange(48.0).reshape(3, 4, 4), rows=rows)
+    batch = next(iter(DataLoader(dataset, batch_size=2)))
+    assert batch["index"].tolist() == [1, 2]
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"][:, 0, 0].tolist() == [16.0, 32.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Normalise(-1), "radius must be above 0 px, not -1"),
+        (lambda: Mask(0), "radius must be above 0 px"),
+        (lambda: Mask(3, -1), "edge must be at least 0 px"),
+        (lambda: FourierCrop(0), "size must be a whole number"),
+        (lambda: FourierCrop(7.5), "not 7.5"),
+        (lambda: RandomPose(-1), "max_shift must be at least 0"),
+    ],
+)
+def test_transforms_refuse_what_they_cannot_do(make, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()

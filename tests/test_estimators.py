@@ -29,6 +29,7 @@ from cryoalign.estimators import (
     ReferenceFreeAligner,
 )
 from cryoalign.filters import filter_shells, low_pass_curve, soft_mask
+from cryoalign.particles import TensorStack
 from cryoalign.synthetic import simulate
 from examples.pipeline import main as pipeline_example
 
@@ -158,6 +159,8 @@ def test_aligned_particles_lie_alike(fitted: MultiReferenceAligner) -> None:
     [
         lambda x: x.reshape(len(x), -1),
         torch.from_numpy,
+        TensorStack,
+        lambda x: x.tolist(),
         lambda x: pd.DataFrame(x.reshape(len(x), -1)).rename(columns=str),
     ],
 )
@@ -225,6 +228,18 @@ def test_bad_input_is_named(fitted: MultiReferenceAligner) -> None:
     spoilt[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         fitted.predict(spoilt)
+    with pytest.raises(TypeError, match="read_particles"):
+        clone(fitted).fit("particles.star")
+    for aligner in (MultiReferenceAligner(2.5), LikelihoodClassifier(2.5)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"n_classes must be a whole number .* 2\.5"):
+            aligner.fit(IMAGES[:20])
+
+
+def test_as_many_classes_as_references() -> None:
+    given = MultiReferenceAligner(references=DATA.views.numpy(), search=SEARCH, iterations=1)
+    assert matched(given.fit(IMAGES).labels_, LABELS) > 0.95
+    assert len(given.averages_) == 3
+    assert len(MultiReferenceAligner(iterations=1).fit(IMAGES).averages_) == 8
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

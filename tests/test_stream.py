@@ -42,6 +42,11 @@ def order(loader: DataLoader) -> list[int]:
     return torch.cat([batch["index"] for batch in loader]).tolist()
 
 
+def test_a_stack_is_no_dataset() -> None:
+    with pytest.raises(TypeError, match=r"ParticleStream\(ParticleDataset\("):
+        ParticleStream(TensorStack(IMAGES))  # type: ignore[arg-type]
+
+
 def test_samples_are_the_datasets_and_reads_are_blocks() -> None:
     found = stream()
     samples = list(found)
