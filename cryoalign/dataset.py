@@ -8,8 +8,9 @@ From a stack that memory does not hold, on a disk that is slow to seek: `stream.
 
 A sample is a dict: ``image`` (h, w) float32, ``index`` (row of the stack) and what the stack's
 STAR file tells, ``defocus_u`` … ``pixel_size`` (`ctf.Optics`) and ``angle``, ``shift``,
-``mirror`` (`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a dict of
-tensors with one row each), so that ``DataLoader`` workers read and transform a batch at a time.
+``mirror`` (`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a
+dict of tensors with one row each), so that ``DataLoader`` workers read and transform a batch at a
+time.
 """
 
 from __future__ import annotations

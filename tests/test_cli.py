@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+import cryoalign
 from cryoalign import cli
 from cryoalign.cli import main
 
@@ -87,7 +88,7 @@ def test_help_lists_every_key_and_version_is_told(capsys):
     for words, expected in (
         (["run", "--help"], ["search.last_ring", "averaging.centre", "overwrite"]),
         (["simulate", "--help"], ["pixel_size", "snr"]),
-        (["--version"], ["cryoalign "]),
+        (["--version"], [f"cryoalign {cryoalign.__version__}"]),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
