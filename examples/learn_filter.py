@@ -248,28 +248,32 @@ def by_hand(train: Particles, views: Tensor, settings: Settings) -> dict[str, Fi
     """Three filters as one would make them; what is free is chosen by accuracy on ``train``.
 
     "defaults": phases flipped, nothing else. "whitened": by the measured noise, the best of three
-    disc radii. "tuned": whitened, and the best of 36: radius, high-pass, low-pass, phases flipped
-    or multiplied by the CTF.
+    disc radii. "tuned": whitened, and the best of 72: radius, high-pass, low-pass, phases flipped
+    or multiplied by the CTF, references as they are or by the particles' mean |CTF|.
     """
     size, radius = settings.size, settings.radius
     largest = Search(max_shift=settings.max_shift).rings(size).last_ring
     white = measured_noise(train, settings).rsqrt()
     flat, shells = torch.ones_like(white), torch.arange(len(white))
 
-    def disc(reach: float, high: float, low: float, power: float) -> Filter:
+    mean = shell_means(train.ctf.abs())
+    contrast = torch.cat([mean[:1], mean])[shells.clamp(max=size // 2)]
+
+    def disc(reach: float, high: float, low: float, power: float, seen: bool) -> Filter:
         fall = low_pass_curve(size, low) if low < 0.5 else torch.ones(size // 2 + 1)
         band = fall * (1 - low_pass_curve(size, high)) if high > 0 else fall
         gain = white * band[shells.clamp(max=size // 2)]
         last = min(largest, math.ceil(reach + EDGE))
-        return Filter(gain, gain, power, soft_mask(size, reach, EDGE), last)
+        others = gain * contrast if seen else gain
+        return Filter(gain, others, power, soft_mask(size, reach, EDGE), last)
 
     reaches = [radius - 2, radius + 1, radius + 4]
-    options = itertools.product(reaches, [0, 0.04, 0.08], [0.4, 0.5], [0, 1])
+    options = itertools.product(reaches, [0, 0.04, 0.08], [0.4, 0.5], [0, 1], [False, True])
     choices = {key: disc(*key) for key in options}
     score = {
         key: float(right(f, train, views, settings)[:, 0].mean()) for key, f in choices.items()
     }
-    plain = [key for key in choices if key[1:] == (0, 0.5, 0)]
+    plain = [key for key in choices if key[1:] == (0, 0.5, 0, False)]
     return {
         "defaults": Filter(flat, flat, 0.0, torch.ones(size, size), largest),
         "whitened": choices[max(plain, key=score.__getitem__)],

@@ -55,7 +55,8 @@ from cryoalign.synthetic import Simulation
 from cryoalign.workers import keep_freed_memory
 
 YAML = Path(__file__).with_suffix(".yaml")
-CHUNK = 32  # particles whose scores are made at a time: they stay in the cache
+TRIAL_STEPS = (2.0, 3.0, 4.0)  # px between shifts that are tried in place of the network's
+CHUNK = 96  # shifts whose scores are made at a time: they stay in the cache
 LOW_STEPS, FINE_STEPS = 2, 1  # of Gauss-Newton, at the network's resolution and at full
 WORSE = 1.0  # per cent: with so many fewer right than the search, training does not pay
 FINAL, FINAL_MARGIN = 2, 1.0  # of the refined, how many are refined at full resolution too
@@ -196,7 +197,8 @@ class PoseEncoder(nn.Module):
         The angle is the mean over q of its class, hand and centre, which is finer than the grid.
         Trial shifts (1, s, 2) may take the place of the predicted ones.
         """
-        parts = [self._predict(part, shifts) for part in small.split(CHUNK)]
+        each = self.settings.heads if shifts is None else shifts.shape[1]
+        parts = [self._predict(part, shifts) for part in small.split(max(1, CHUNK // each))]
         labels, poses, scores = zip(*parts, strict=True)
         return Found(torch.cat(labels), Pose.cat(poses), torch.cat(scores))
 
@@ -333,9 +335,9 @@ def searches(references: Tensor, settings: Settings, exhaustive: bool) -> dict[s
     return found
 
 
-def trial_shifts(settings: Settings) -> Tensor:
-    """(1, s, 2) shifts of a search in place of the network's, 2 px apart, in its pixels."""
-    count = max(1, round(settings.max_shift))
+def trial_shifts(settings: Settings, step: float) -> Tensor:
+    """(1, s, 2) shifts of a search in place of the network's, ``step`` px apart, in its pixels."""
+    count = max(1, round(2 * settings.max_shift / step))
     axis = (torch.arange(count) - (count - 1) / 2) * (2 * settings.max_shift / count)
     return torch.cartesian_prod(axis, axis)[None] * (settings.box / settings.size)
 
@@ -401,7 +403,9 @@ def run(
     for name in [each for each in found if each.startswith("search")]:
         methods[f"encoder, then {name}"] = partial(aligner.align_with, found[name])
     methods |= found
-    methods["trial shifts instead"] = partial(aligner.align, shifts=trial_shifts(settings))
+    for step in TRIAL_STEPS:
+        shifts = trial_shifts(settings, step)
+        methods[f"trial shifts, {step:g} px"] = partial(aligner.align, shifts=shifts)
     methods["no shift instead"] = partial(aligner.align, shifts=torch.zeros(1, 1, 2))
     if other is not None:
         stranger = PoseEncoder(data.views, settings)
@@ -517,7 +521,7 @@ COLOURS = {
     "encoder": "#f6ad55",
     "encoder, refined": plot.ORANGE,
     "encoder, then search": "#9c4221",
-    "trial shifts instead": plot.BLUE,
+    "trial shifts, 3 px": plot.BLUE,
 }
 
 

@@ -87,5 +87,5 @@ def test_the_example_draws_and_tells(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (searched["right %"] > 60).all()
     printed = capsys.readouterr().out
     assert "training takes" in printed
-    assert "trial shifts instead / this" in printed
+    assert "trial shifts, 3 px / this" in printed
     assert (tmp_path / "picture.png").stat().st_size > 10_000
