@@ -56,6 +56,7 @@ from cryoalign.workers import keep_freed_memory
 
 YAML = Path(__file__).with_suffix(".yaml")
 TRIAL_STEPS = (2.0, 3.0, 4.0)  # px between shifts that are tried in place of the network's
+DOUBT_STEP = 2.0  # of the trial shifts for doubtful particles
 CHUNK = 96  # shifts whose scores are made at a time: they stay in the cache
 LOW_STEPS, FINE_STEPS = 2, 1  # of Gauss-Newton, at the network's resolution and at full
 WORSE = 1.0  # per cent: with so many fewer right than the search, training does not pay
@@ -402,6 +403,8 @@ def run(
     methods: dict[str, Method] = {"encoder": aligner.predict, "encoder, refined": aligner.align}
     for name in [each for each in found if each.startswith("search")]:
         methods[f"encoder, then {name}"] = partial(aligner.align_with, found[name])
+    tried = partial(aligner.align, shifts=trial_shifts(settings, DOUBT_STEP))
+    methods["encoder, then trials"] = partial(aligner.align_with, tried)
     methods |= found
     for step in TRIAL_STEPS:
         shifts = trial_shifts(settings, step)
@@ -521,6 +524,7 @@ COLOURS = {
     "encoder": "#f6ad55",
     "encoder, refined": plot.ORANGE,
     "encoder, then search": "#9c4221",
+    "encoder, then trials": "#2f855a",
     "trial shifts, 3 px": plot.BLUE,
 }
 
