@@ -420,7 +420,7 @@ def draw(results: list[Result], settings: Settings) -> Figure:
         split.plot(frequency, result.ratio, color=ORANGE, label="_" if i else "learnt")
         curve = [100 * share for share in result.curve]
         by_epoch.plot(curve, ".-", color=ORANGE, label="_" if i else "learnt")
-    split.axhline(1, color=INK, linestyle=":", label="by hand: the same for both")
+    split.axhline(1, color=INK, linestyle=":", label="one gain for both")
     by_r.axvspan(0, settings.radius, color=GREY, alpha=0.25, label="the molecule")
     for i, key in enumerate([*BY_HAND, "learnt"]):
         colour, style, label = STYLES[key]
