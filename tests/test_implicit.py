@@ -106,8 +106,8 @@ def test_a_gradient_moves_no_pose(steps) -> None:
         assert size.max() < 100 * size[size > 0].median()
 
 
-def test_a_saddle_is_no_maximum() -> None:
-    """Turned half a peak away the score's Hessian is not negative definite: nothing moves."""
+def test_a_minimum_is_no_maximum() -> None:
+    """At the minimum of a negative's score the pose stays, and is a constant."""
     images, references, truth = pair()
     flat = Pose(truth.angle + 60, truth.shift + 2, truth.mirror)
     leaf = images.clone().requires_grad_()
