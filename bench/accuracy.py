@@ -13,12 +13,12 @@ from torch import Tensor
 from bench.bound import draws, expected_medians, joint_covariance
 from bench.data import KnownSet, enlarged_sets, known_sets
 from bench.result import Result, Row
-from cryoalign.ctf import phase_flip
-from cryoalign.joint import SOLVERS, Parameter, refine_jointly
-from cryoalign.mra import align_multi_reference
-from cryoalign.particles import TensorStack
+from cryoalign.images.ctf import phase_flip
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.prepare import TensorStack
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search import Search
+from cryoalign.search.joint_refinement import SOLVERS, Parameter, refine_jointly
+from cryoalign.search.match import Search
 
 
 def run(

@@ -14,8 +14,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryoalign.average import displacement
 from cryoalign.pose import Pose, compose, wrap_degrees
+from cryoalign.results.averages import displacement
 
 
 class Agreement(NamedTuple):

@@ -11,13 +11,13 @@ import torch
 from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row, with_means
-from cryoalign.assign import Assignment
-from cryoalign.classification import PhaseFlipped, optics_of
 from cryoalign.io import read_particles
-from cryoalign.mra import align_multi_reference
-from cryoalign.particles import Stack, TensorStack
-from cryoalign.search import Search
-from cryoalign.synthetic import simulate
+from cryoalign.methods.assignment import Assignment
+from cryoalign.methods.classify.classify import PhaseFlipped, optics_of
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.prepare import Stack, TensorStack
+from cryoalign.particles.simulate import simulate
+from cryoalign.search.match import Search
 
 STRATEGIES = {
     "best": Assignment(),

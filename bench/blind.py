@@ -9,8 +9,8 @@ from typing import Annotated
 from bench.agreement import agreement
 from bench.data import known_sets
 from bench.result import Result, Row
-from cryoalign.mra import align_multi_reference
-from cryoalign.search import Search
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.search.match import Search
 
 
 def run(

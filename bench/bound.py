@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryoalign.ctf import Optics, complex_ctf, defocus_phase
-from cryoalign.filters import frequency_grid
-from cryoalign.geometry import pixel_grid
+from cryoalign.images.ctf import Optics, complex_ctf, defocus_phase
+from cryoalign.images.fourier import frequency_grid
+from cryoalign.images.geometry import pixel_grid
 from cryoalign.pose import Pose
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row, with_means
-from cryoalign.classification import classify, optics_of
-from cryoalign.climb import Likelihood
 from cryoalign.io import read_particles
-from cryoalign.particles import TensorStack
+from cryoalign.methods.classify.classify import classify, optics_of
+from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose
-from cryoalign.synthetic import simulate
 
 
 def run(

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoalign.ctf import Optics, ctf_2d, optics_from_relion
+from cryoalign.images.ctf import Optics, ctf_2d, optics_from_relion
 from cryoalign.io import read_images, read_particles
 from cryoalign.io.formats import image_pixel_size
 from cryoalign.io.star import read_star
-from cryoalign.particles import Stack, TensorStack
+from cryoalign.particles.prepare import Stack, TensorStack
+from cryoalign.particles.simulate import Phantom, phantom, project, simulate, spread_views
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.synthetic import Phantom, phantom, project, simulate, spread_views
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bench import plain
 from bench.result import Result, Row
-from cryoalign.kernels import peaks, status
-from cryoalign.kernels.peaks import Layout, Packed
-from cryoalign.polar import Rings, ring_spectra
-from cryoalign.search import Search
-from cryoalign.synthetic import simulate
+from cryoalign.images.polar import Rings, ring_spectra
+from cryoalign.operators.kernels import peaks, status
+from cryoalign.operators.kernels.peaks import Layout, Packed
+from cryoalign.particles.simulate import simulate
+from cryoalign.search.match import Search
 
 # Entries of the plain formulation's table at a time.
 PLAIN_TABLE = 2**28

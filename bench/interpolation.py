@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.filters import fourier_resize, soft_mask
-from cryoalign.geometry import Interpolation, pixel_grid, sample, transform
+from cryoalign.images.fourier import fourier_resize, soft_mask
+from cryoalign.images.geometry import Interpolation, pixel_grid, sample, transform
+from cryoalign.particles.simulate import phantom, project, spread_views
 from cryoalign.pose import Pose
-from cryoalign.synthetic import phantom, project, spread_views
 
 SHELLS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
 """Where the loss is read, in parts of the Nyquist frequency (within ±1/40 of it)."""

@@ -11,9 +11,9 @@ from bench import plain
 from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.mra import align_multi_reference
-from cryoalign.particles import choose_device
-from cryoalign.search import Search
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.prepare import choose_device
+from cryoalign.search.match import Search
 
 
 def run(

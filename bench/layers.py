@@ -12,10 +12,10 @@ from bench import plain
 from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.layers import AlignLayer, PoseMarginal, RingSpectra
-from cryoalign.particles import choose_device
-from cryoalign.polar import reference_spectra
-from cryoalign.search import Search
+from cryoalign.images.polar import reference_spectra
+from cryoalign.learn.layers import AlignLayer, PoseMarginal, RingSpectra
+from cryoalign.particles.prepare import choose_device
+from cryoalign.search.match import Search
 
 Score = Callable[[Tensor, Tensor], Tensor]  # particles (n, h, w), references (k, h, w) to (n,)
 

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.result import Result, Row
-from cryoalign.dataset import Mask, Normalise, ParticleDataset
 from cryoalign.io import read_particles
-from cryoalign.synthetic import simulate, write_simulation
+from cryoalign.learn.dataset import Mask, Normalise, ParticleDataset
+from cryoalign.particles.simulate import simulate, write_simulation
 
 
 def run(

@@ -14,9 +14,9 @@ import torch
 
 from bench.result import Result, Row
 from cryoalign.io import read_particles, write_images
-from cryoalign.mra import align_multi_reference
-from cryoalign.search import Search
-from cryoalign.synthetic import simulate
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.simulate import simulate
+from cryoalign.search.match import Search
 
 MEGA = 1e6
 

@@ -22,10 +22,10 @@ from bench.aligners import ALIGNERS, Aligner
 from bench.bound import expected_medians
 from bench.data import KnownSet, known_sets
 from bench.result import Result, Row
-from cryoalign.filters import normalise
-from cryoalign.geometry import transform
+from cryoalign.images.fourier import normalise
+from cryoalign.images.geometry import transform
 from cryoalign.pose import Pose, compose, wrap_degrees
-from cryoalign.search import Search, best_poses, prepare
+from cryoalign.search.match import Search, best_poses, prepare
 
 INSTALL = "pip install --constraint constraints.txt '.[peers]'"
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from bench.agreement import pose_errors
 from bench.data import truth_of
 from bench.result import Result, Row
-from cryoalign.alignment import Alignment
-from cryoalign.classification import classify
-from cryoalign.climb import Likelihood
 from cryoalign.io import read_particles
-from cryoalign.quality import effective_classes
-from cryoalign.report import flags
+from cryoalign.methods.classify.classify import classify
+from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.report.page import flags
+from cryoalign.results.alignment import Alignment
+from cryoalign.results.quality import effective_classes
 
 SIDES = 1.959964  # deviations on either side hold 95 % of a normal distribution
 

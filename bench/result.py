@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cryoalign.files import replacing
-from cryoalign.kernels import cpu
+from cryoalign.operators.kernels import cpu
+from cryoalign.runtime.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

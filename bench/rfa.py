@@ -10,11 +10,11 @@ from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row, with_means
 from cryoalign.io import read_particles
-from cryoalign.particles import TensorStack
-from cryoalign.rfa import align_reference_free
-from cryoalign.schedule import Schedule
-from cryoalign.search import Search
-from cryoalign.synthetic import simulate
+from cryoalign.methods.rfa import align_reference_free
+from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.simulate import simulate
+from cryoalign.search.match import Search
+from cryoalign.search.schedule import Schedule
 
 
 def run(

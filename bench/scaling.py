@@ -10,10 +10,10 @@ from bench import plain
 from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.particles import choose_device
-from cryoalign.polar import reference_spectra
-from cryoalign.refine import refine
-from cryoalign.search import Search, best_match
+from cryoalign.images.polar import reference_spectra
+from cryoalign.particles.prepare import choose_device
+from cryoalign.search.match import Search, best_match
+from cryoalign.search.refine import refine
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from bench.adaptive import SPARX
 from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.average import class_sums
-from cryoalign.correlate import correlation_peaks
-from cryoalign.kernels import CRYOALIGN_NO_KERNELS, cpu
-from cryoalign.particles import choose_device
-from cryoalign.polar import normalised_spectra, reference_spectra, to_polar
-from cryoalign.refine import refine
-from cryoalign.search import Search, best_match, match_spectra
+from cryoalign.images.polar import normalised_spectra, reference_spectra, to_polar
+from cryoalign.operators.correlation import correlation_peaks
+from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, cpu
+from cryoalign.particles.prepare import choose_device
+from cryoalign.results.averages import class_sums
+from cryoalign.search.match import Search, best_match, match_spectra
+from cryoalign.search.refine import refine
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
 CPU_CHUNKS, CUDA_CHUNKS = (8, 2), (2048, 512)

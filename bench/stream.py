@@ -19,9 +19,9 @@ JOB = """
 import json, resource, sys, time
 import torch
 from torch.utils.data import DataLoader
-from cryoalign.dataset import Normalise, ParticleDataset
+from cryoalign.learn.dataset import Normalise, ParticleDataset
 from cryoalign.io import read_particles
-from cryoalign.stream import ParticleStream
+from cryoalign.learn.stream import ParticleStream
 
 path, how, block, window = json.loads(sys.argv[1])
 torch.set_num_threads(1)

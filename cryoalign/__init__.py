@@ -11,28 +11,28 @@ Every stage is a function of tensors; the modules, in reading order, are listed 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cryoalign.alignment import Alignment
-from cryoalign.assign import Assignment
-from cryoalign.average import Averaging
-from cryoalign.classification import classify
-from cryoalign.climb import Likelihood
-from cryoalign.correlate import correlation_at, correlation_peaks, correlation_table
-from cryoalign.dataset import ParticleDataset
-from cryoalign.generations import Isac
-from cryoalign.geometry import transform
+from cryoalign.images.geometry import transform
+from cryoalign.images.polar import Rings, ring_spectra, to_polar
 from cryoalign.io import read_images, read_particles, write_images
-from cryoalign.isac import StableClasses, classify_stable
-from cryoalign.joint import refine_jointly
-from cryoalign.mra import align_multi_reference
-from cryoalign.particles import Images
-from cryoalign.polar import Rings, ring_spectra, to_polar
+from cryoalign.learn.dataset import ParticleDataset
+from cryoalign.methods.assignment import Assignment
+from cryoalign.methods.classify.classify import classify
+from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.isac.generations import Isac
+from cryoalign.methods.isac.isac import StableClasses, classify_stable
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.methods.rfa import align_reference_free
+from cryoalign.operators.correlation import correlation_at, correlation_peaks, correlation_table
+from cryoalign.particles.prepare import Images
+from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, compose, pixel_error
-from cryoalign.quality import Quality
-from cryoalign.rfa import align_reference_free
-from cryoalign.schedule import Schedule
-from cryoalign.search import Search, match
-from cryoalign.synthetic import simulate
-from cryoalign.uncertainty import pose_covariance
+from cryoalign.results.alignment import Alignment
+from cryoalign.results.averages import Averaging
+from cryoalign.results.pose_errors import pose_covariance
+from cryoalign.results.quality import Quality
+from cryoalign.search.joint_refinement import refine_jointly
+from cryoalign.search.match import Search, match
+from cryoalign.search.schedule import Schedule
 
 try:
     __version__ = version("cryoalign")

@@ -2,7 +2,7 @@
 
 import sys
 
-from cryoalign.cli import main
+from cryoalign.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

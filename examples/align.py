@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cryoalign import Search, align_multi_reference, plot, read_particles, simulate
+from cryoalign import Search, align_multi_reference, read_particles, simulate
+from cryoalign.report import figures as plot
 
 
 def main(

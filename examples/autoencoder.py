@@ -34,17 +34,18 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cryoalign import Pose, Rings, correlation_table, plot, simulate, transform
-from cryoalign.correlate import correlation_peaks, turned_correlation, unravel_place
-from cryoalign.dataset import Normalise, ParticleDataset, RandomPose
-from cryoalign.export import embed, neighbour_purity
-from cryoalign.filters import filter_shells, low_pass_curve, soft_mask
-from cryoalign.layers import RingSpectra
-from cryoalign.particles import TensorStack
-from cryoalign.refine import refine
-from cryoalign.schema import settings_from_words
-from cryoalign.settings import FORBID
-from cryoalign.synthetic import Simulation
+from cryoalign import Pose, Rings, correlation_table, simulate, transform
+from cryoalign.app.schema import settings_from_words
+from cryoalign.images.fourier import filter_shells, low_pass_curve, soft_mask
+from cryoalign.learn.dataset import Normalise, ParticleDataset, RandomPose
+from cryoalign.learn.layers import RingSpectra
+from cryoalign.operators.correlation import correlation_peaks, turned_correlation, unravel_place
+from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.simulate import Simulation
+from cryoalign.report import figures as plot
+from cryoalign.report.embedding import embed, neighbour_purity
+from cryoalign.runtime.settings import FORBID
+from cryoalign.search.refine import refine
 
 YAML = Path(__file__).with_suffix(".yaml")
 NAMES = {False: "without alignment", True: "alignment inside"}

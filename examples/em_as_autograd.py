@@ -20,8 +20,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryoalign import Rings, correlation_table, plot, ring_spectra, simulate
-from cryoalign.correlate import correlation_logsumexp
+from cryoalign import Rings, correlation_table, ring_spectra, simulate
+from cryoalign.operators.correlation import correlation_logsumexp
+from cryoalign.report import figures as plot
 
 
 def multiplicity(spectra: Tensor) -> Tensor:

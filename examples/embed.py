@@ -10,8 +10,9 @@ from pathlib import Path
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from cryoalign import align_multi_reference, plot, simulate
-from cryoalign.export import embed, features, neighbour_purity
+from cryoalign import align_multi_reference, simulate
+from cryoalign.report import figures as plot
+from cryoalign.report.embedding import embed, features, neighbour_purity
 
 
 def main(output: Path = Path("embed-example.png"), n: int = 400) -> None:

@@ -35,17 +35,18 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from cryoalign import Pose, Rings, Search, plot
-from cryoalign.ctf import Optics, ctf_2d
-from cryoalign.filters import filter_shells, low_pass_curve, normalise, soft_mask
-from cryoalign.geometry import radius_grid
-from cryoalign.layers import PoseMarginal, RingSpectra
-from cryoalign.observations import noise_spectrum, ring_index
-from cryoalign.plot import BLUE, GREY, INK, ORANGE
-from cryoalign.schema import settings_from_words
-from cryoalign.search import best_poses, prepare
-from cryoalign.settings import FORBID
-from cryoalign.synthetic import Phantom, phantom, project, spread_views
+from cryoalign import Pose, Rings, Search
+from cryoalign.app.schema import settings_from_words
+from cryoalign.images.ctf import Optics, ctf_2d
+from cryoalign.images.fourier import filter_shells, low_pass_curve, normalise, soft_mask
+from cryoalign.images.geometry import radius_grid
+from cryoalign.learn.layers import PoseMarginal, RingSpectra
+from cryoalign.methods.classify.whitening import noise_spectrum, ring_index
+from cryoalign.particles.simulate import Phantom, phantom, project, spread_views
+from cryoalign.report import figures as plot
+from cryoalign.report.figures import BLUE, GREY, INK, ORANGE
+from cryoalign.runtime.settings import FORBID
+from cryoalign.search.match import best_poses, prepare
 
 YAML = Path(__file__).with_suffix(".yaml")
 KNOTS = 9

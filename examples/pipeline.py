@@ -13,7 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 
 from cryoalign import Search, simulate
-from cryoalign.estimators import MultiReferenceAligner
+from cryoalign.learn.estimators import MultiReferenceAligner
 
 
 def main(n: int = 600) -> tuple[float, float]:

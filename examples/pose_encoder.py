@@ -39,20 +39,21 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cryoalign import Pose, Rings, Search, plot, simulate
-from cryoalign.adaptive import reduce
-from cryoalign.dataset import ParticleDataset, RandomPose
-from cryoalign.kernels import CRYOALIGN_NO_KERNELS, cpu
-from cryoalign.layers import RingSpectra, RotationalCorrelation
-from cryoalign.particles import TensorStack
-from cryoalign.polar import reference_spectra
+from cryoalign import Pose, Rings, Search, simulate
+from cryoalign.app.schema import settings_from_words
+from cryoalign.images.polar import reference_spectra
+from cryoalign.learn.dataset import ParticleDataset, RandomPose
+from cryoalign.learn.layers import RingSpectra, RotationalCorrelation
+from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, cpu
+from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.simulate import Simulation
 from cryoalign.pose import wrap_degrees
-from cryoalign.refine import refine_on, templates_of
-from cryoalign.schema import settings_from_words
-from cryoalign.search import best_poses, prepare
-from cryoalign.settings import FORBID
-from cryoalign.synthetic import Simulation
-from cryoalign.workers import keep_freed_memory
+from cryoalign.report import figures as plot
+from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.threads import keep_freed_memory
+from cryoalign.search.coarse_to_fine import reduce
+from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.refine import refine_on, templates_of
 
 YAML = Path(__file__).with_suffix(".yaml")
 TRIAL_STEPS = (2.0, 3.0, 4.0)  # px between shifts that are tried in place of the network's

@@ -9,7 +9,7 @@ import mrcfile
 import numpy as np
 import pytest
 
-from cryoalign.kernels import CRYOALIGN_NO_KERNELS
+from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,10 +1,13 @@
-"""The formulas of the design in slow float64 loops: the judge of every faster voice."""
+"""The formulas of the design in slow float64 loops: they judge every faster implementation."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import torch
+
+from cryoalign.images.ctf import Optics
 
 
 def bilinear(image: np.ndarray, x: float, y: float) -> float:
@@ -56,3 +59,33 @@ def correlation(
                 total += radius * x[i, at % angles] * y[i, j]
         out[turn] = total / area
     return out
+
+
+def some_optics(n: int = 5, pixel_size: float = 3.6, seed: int = 0) -> Optics:
+    """Random CTFs with astigmatism, at 300 kV."""
+    rng = np.random.default_rng(seed)
+    u = torch.from_numpy(rng.uniform(1e4, 3e4, n)).float()
+    v = u - torch.from_numpy(rng.uniform(0, 2000, n)).float()
+    angle = torch.from_numpy(rng.uniform(0, 180, n)).float()
+    full = torch.full((n,), 300.0)
+    return Optics(u, v, angle, full, full * 0.009, full / 3000, full * 0, full * 0 + pixel_size)
+
+
+def ctf(optics: Optics, size: int) -> torch.Tensor:
+    """sin(chi + asin(amplitude)), chi in RELION's convention, in float64."""
+    volts = optics.voltage.double()[:, None, None] * 1e3
+    wavelength = 12.2643247 / (volts * (1 + volts * 0.978466e-6)).sqrt()
+    apix = float(optics.pixel_size[0])
+    ky = torch.fft.fftfreq(size, apix, dtype=torch.float64)[:, None]
+    kx = torch.fft.rfftfreq(size, apix, dtype=torch.float64)[None]
+    k2, theta = kx**2 + ky**2, torch.atan2(ky, kx.expand(size, -1))
+    u, v, angle, cs, amplitude = (
+        value.double()[:, None, None]
+        for value in (
+            optics.defocus_u, optics.defocus_v, optics.defocus_angle,
+            optics.spherical_aberration, optics.amplitude_contrast,
+        )
+    )  # fmt: skip
+    defocus = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (theta - torch.deg2rad(angle)))
+    chi = torch.pi * wavelength * defocus * k2 - torch.pi / 2 * cs * 1e7 * wavelength**3 * k2**2
+    return torch.sin(chi + torch.asin(amplitude))

@@ -87,8 +87,9 @@ def _tables(a: Path, b: Path, table: str, numbers: np.ndarray) -> list[str]:
     ours, theirs = (pd.read_csv(x / table, float_precision="round_trip") for x in (a, b))
     if table == "classes.csv":
         theirs = theirs.iloc[numbers[1:] - 1].reset_index(drop=True)
-        ours, theirs = (t.drop(columns=["class_number", "rank"], errors="ignore")
-                        for t in (ours, theirs))
+        ours, theirs = (
+            t.drop(columns=["class_number", "rank"], errors="ignore") for t in (ours, theirs)
+        )
     elif "class_number" in ours:
         ours = ours.assign(class_number=numbers[ours["class_number"]])
     if len(ours) != len(theirs):

@@ -12,7 +12,7 @@ import scipy.ndimage
 import starfile
 import torch
 
-from cryoalign.geometry import transform
+from cryoalign.images.geometry import transform
 from cryoalign.pose import Pose, compose, from_relion, pixel_error, to_relion, wrap_degrees
 
 SEED = 20240611

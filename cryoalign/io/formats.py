@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoalign.interop import Array, as_tensor
 from cryoalign.io import mrc
 from cryoalign.io import numpy as npy
 from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem, input_error
+from cryoalign.runtime.arrays import Array, as_tensor
 
 _HEADERS = {".mrc": mrc.read_header, ".mrcs": mrc.read_header, ".npy": npy.read_header}
 

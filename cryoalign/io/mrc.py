@@ -11,9 +11,9 @@ from mrcfile.dtypes import HEADER_DTYPE
 from mrcfile.utils import byte_order_from_machine_stamp, dtype_from_mode
 from torch import Tensor
 
-from cryoalign.files import replacing
 from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem, input_error
+from cryoalign.runtime.files import replacing
 
 MODES = (0, 1, 2, 6, 12)  # int8, int16, float32, uint16, float16; 3 and 4 are transforms
 _IMOD_STAMP = 1146047817  # "IMOD" as a number: the file's flags tell signed from unsigned bytes

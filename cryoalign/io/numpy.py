@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from cryoalign.files import replacing
 from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem, input_error
+from cryoalign.runtime.files import replacing
 
 
 def read_header(path: Path) -> ImageFile:

@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 import starfile
 
-from cryoalign.files import replacing
 from cryoalign.io.problems import LISTED, Problem, input_error
+from cryoalign.runtime.files import replacing
 
 Block = pd.DataFrame | dict[str, Any]
 

@@ -1,0 +1,159 @@
+"""Preflight: all that is wrong with an input, told from its rows and headers in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cryoalign.app.run_folder import EMBEDDED
+from cryoalign.io.images import ImageFile
+from cryoalign.io.problems import Problem
+from cryoalign.io.survey import Survey, survey
+from cryoalign.methods.isac.generations import Isac, scale_of
+from cryoalign.search.match import Search
+
+# Memory of a run, fitted to the peaks of six (64 to 176 px, 500 to 5000 particles, 3 to 5 classes
+# on 2 cores): within 10 %.
+_PROGRAM = 560 * 2**20  # Python, its libraries, the search's chunks
+_IMAGES = 1500  # images' worth of batches, weights and derivatives
+_COPIES = 4  # of the particles that the t-SNE maps show
+_RESULT = 200  # bytes of pose, class, score and seeds per particle
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What ``check_stack`` found.
+
+    Attributes:
+        path: the input.
+        problems: all that must be put right before a run.
+        n_particles: rows or images; 0 if they cannot be told.
+        shape: (h, w) of the images in the first stack, None if none can be read.
+        pixel_size: ångström, None if not known.
+        stacks: headers of the stacks that can be read.
+        memory_bytes: estimated peak of a run with one process on a CPU.
+    """
+
+    path: Path
+    problems: tuple[Problem, ...]
+    n_particles: int
+    shape: tuple[int, int] | None
+    pixel_size: float | None
+    stacks: tuple[ImageFile, ...]
+    memory_bytes: int
+
+    def render(self) -> RenderableType:
+        """For ``rich.console.Console.print``: the facts, then a table of the problems."""
+        pixel = "not known" if self.pixel_size is None else f"{self.pixel_size:.4g} Å"
+        size = "not known" if self.shape is None else f"{self.shape[0]} x {self.shape[1]} px"
+        stored = sum(stack.nbytes for stack in self.stacks)
+        facts = Text(
+            f"{self.path}\n  particles    {self.n_particles}\n  image size   {size}\n"
+            f"  pixel size   {pixel}\n"
+            f"  stacks       {len(self.stacks)} ({stored / 1e9:.3g} GB on disk)\n"
+            f"  memory       about {self.memory_bytes / 1e9:.2g} GB for a run with one process\n"
+        )
+        if not self.problems:
+            return Group(facts, Text("no problems found", style="bold green"))
+        table = Table(box=box.SIMPLE_HEAD, title_justify="left", show_lines=True)
+        for column in ("file", "row", "problem", "remedy"):
+            table.add_column(column, overflow="fold")
+        for problem in self.problems:
+            row = "" if problem.row is None else str(problem.row)
+            table.add_row(*map(Text, (str(problem.file), row, problem.what, problem.remedy)))
+        count = Text(f"{len(self.problems)} problem(s); rows count from 1", style="bold red")
+        return Group(facts, count, table)
+
+
+def check_stack(
+    path: str | PathLike[str],
+    *,
+    last_ring: int | None = None,
+    max_shift: float | None = None,
+    size: int | None = None,
+    isac: Isac | None = None,
+    searches: bool = True,
+    root: str | PathLike[str] | None = None,
+    allow_outside: bool = False,
+) -> CheckReport:
+    """List all that would stop a run on these particles; reads no pixel and never raises for them.
+
+    Args:
+        path: a STAR file, .mrcs, .mrc or .npy.
+        last_ring, max_shift: the search's, in pixels; None is ``Search``'s default.
+        size: box that the particles will be down-sampled to, pixels; None keeps theirs.
+        isac: ISAC's settings, whose radius and shifts must fit too; None does not ask.
+        searches: whether the method uses ``Search``, whose rings must then fit.
+        root, allow_outside: where stacks may lie, as in ``read_particles``.
+    """
+    path = Path(path)
+    found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
+    problems = [*found.problems, *_geometry_problems(found, size)]
+    if searches:
+        problems += _search_problems(found, last_ring, max_shift, size)
+    if isac is not None and found.shape is not None:
+        problems += _isac_problems(found, isac, size or found.shape[1])
+    n = len(found.star.particles) if found.star is not None else len(found.file_of)
+    return CheckReport(
+        path=path,
+        problems=tuple(problems),
+        n_particles=n,
+        shape=found.shape,
+        pixel_size=found.pixel_size,
+        stacks=found.files,
+        memory_bytes=_memory(found, n),
+    )
+
+
+def _geometry_problems(found: Survey, size: int | None) -> Iterator[Problem]:
+    """Images that no method can use: not square, or smaller than asked for."""
+    if found.shape is None:
+        return
+    height, width = found.shape
+    if height != width:
+        what = f"images of {height} x {width} px are not square"
+        yield Problem(found.path, None, what, "cut or pad them to a square box")
+        return
+    if size is not None and size > width:
+        what = f"images of {width} px are smaller than images.box = {size}"
+        yield Problem(found.path, None, what, f"use images.box <= {width}")
+
+
+def _search_problems(
+    found: Survey, last_ring: int | None, max_shift: float | None, size: int | None
+) -> Iterator[Problem]:
+    """Square images that are too small for the search's rings and shifts."""
+    if found.shape is None or found.shape[0] != found.shape[1]:
+        return
+    width = found.shape[1]
+    reach = Search().max_shift if max_shift is None else max_shift
+    try:
+        Search(max_shift=reach, last_ring=last_ring).rings(size or width)
+    except ValueError as error:  # the search's own words: what is wrong, a colon, what to do
+        what, _, remedy = str(error).partition(": ")
+        remedy = remedy or "change search.last_ring or search.max_shift"
+        yield Problem(found.path, None, what, remedy)
+
+
+def _isac_problems(found: Survey, isac: Isac, size: int) -> Iterator[Problem]:
+    """A particle that does not fit a box of ``size`` pixels with its shifts."""
+    try:
+        scale_of(isac, size)
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": ")
+        yield Problem(found.path, None, what, remedy)
+
+
+def _memory(found: Survey, n: int) -> int:
+    """Bytes at the peak of a run; references and classes add little."""
+    table = 0 if found.star is None else int(found.star.particles.memory_usage(deep=True).sum())
+    height, width = found.shape or (0, 0)
+    images = _IMAGES + _COPIES * min(n, EMBEDDED)
+    return _PROGRAM + 2 * table + _RESULT * n + images * height * width * 4

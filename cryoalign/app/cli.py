@@ -1,0 +1,277 @@
+"""The ``cryoalign`` command: run, check, simulate, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cryoalign.app.check import check_stack
+from cryoalign.app.doctor import examine
+from cryoalign.app.run import run
+from cryoalign.app.schema import describe, known_keys, load_settings
+from cryoalign.app.settings import RunConfig, SimulateConfig, as_mapping, load_config
+from cryoalign.operators.kernels import build
+from cryoalign.particles.prepare import choose_device
+from cryoalign.particles.simulate import simulate, write_simulation
+from cryoalign.report.page import flags, shift_key, shift_limit
+from cryoalign.results.alignment import Alignment
+from cryoalign.runtime.processes import process_group, rank, world_size
+
+LISTED = 15
+"""Classes in the table that a run ends with."""
+NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"
+_KEYS = "settings as key=value, e.g. search.max_shift=4 (the keys are listed below)"
+PARTICLES = (".star", ".mrcs", ".mrc", ".npy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done; 1: `check` found problems; 2: something the user can put right, told in one message;
+    130: interrupted. ``CRYOALIGN_DEBUG=1`` shows tracebacks.
+    """
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].lstrip("-").partition("=")[0]
+        _parser().error(f"unknown option {unknown[0]}; settings have no dashes: {word}=...")
+    _quieten()
+    try:
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        return _tell(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "cryoalign", description="Align and classify cryo-EM particles."
+    )
+    parser.add_argument("--version", action="version", version=f"cryoalign {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    runs = _add(commands, "run", _run, "align particles and average their classes", RunConfig)
+    runs.add_argument(
+        "words",
+        metavar="CONFIG|STACK|key=value",
+        nargs="*",
+        default=[],
+        help=f"a YAML file of settings, the particles' file, and {_KEYS}; all may be left out but "
+        "the particles",
+    )
+
+    check = _add(commands, "check", _check, "list all that is wrong with a stack", RunConfig)
+    check.add_argument("stack", metavar="STACK", help="STAR file, .mrcs, .mrc or .npy")
+    check.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="as for run, so that box, rings and shifts are checked too",
+    )
+
+    make = _add(commands, "simulate", _simulate, "make a stack with known poses", SimulateConfig)
+    make.add_argument("folder", metavar="OUT", help="folder to write into")
+    make.add_argument("settings", metavar="key=value", nargs="*", default=[], help=_KEYS)
+
+    purpose = "what this installation runs on, and what would make it faster"
+    commands.add_parser("doctor", help=purpose).set_defaults(command=_doctor)
+
+    purpose = "compile the optional kernels for this machine's CPU and GPU"
+    kernels = commands.add_parser("build-kernels", help=purpose)
+    kernels.add_argument("-v", "--verbose", action="store_true", help="show compiler commands")
+    kernels.set_defaults(command=_build_kernels)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    purpose: str,
+    schema: type,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"keys (name, type, default, meaning):\n{describe(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("cryoalign")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    config = load_config(*_sorted_words(parsed.words))
+    # The group ends after an error was told, so that its end is not told first by the others.
+    with process_group(choose_device(config.device)):
+        try:
+            folder = run(config)
+        except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            if _first_to_fail():
+                raise
+            raise SystemExit(1) from error
+        if rank() == 0:
+            _show(folder, config)
+    return 0
+
+
+def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The YAML file, if there is one, and the settings, of what stands after ``run``.
+
+    A word without ``=`` is a file: particles by its suffix, else settings.
+    """
+    file, settings = None, []
+    for word in words:
+        if "=" in word and not Path(word).exists():
+            settings.append(word)
+        elif Path(word).suffix.lower() in PARTICLES:
+            settings.append(f"particles={word}")
+        elif file is None:
+            file = word
+        else:
+            raise ValueError(f"two files of settings, {file} and {word}: give one")
+    return file, settings
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    # The words of a run, so that one line can be turned into the other.
+    one = [] if "method=isac" in parsed.settings else ["n_classes=1"]
+    config = load_config(None, [f"particles={parsed.stack}", *one, *parsed.settings])
+    if not config.particles.exists():
+        raise FileNotFoundError(f"{config.particles}: no such file; check the path")
+    search = config.widest_search()
+    report = check_stack(
+        config.particles,
+        last_ring=search.last_ring,
+        max_shift=search.max_shift,
+        size=config.images.box,
+        isac=config.isac if config.method == "isac" else None,
+        searches=config.searches,
+        root=config.root,
+        allow_outside=config.allow_outside,
+    )
+    Console().print(report.render())
+    return 1 if report.problems else 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    table = Table(box=None, show_header=False)
+    for finding in examine():
+        table.add_row(finding.what, Text(finding.found, overflow="fold"))
+        if finding.advice:
+            table.add_row("", Text(f"faster: {finding.advice}", style="bold yellow"))
+    Console().print(table)
+    return 0
+
+
+def _build_kernels(parsed: argparse.Namespace) -> int:
+    return build.main(parsed.verbose)
+
+
+def _simulate(parsed: argparse.Namespace) -> int:
+    settings = load_settings(SimulateConfig, None, parsed.settings)
+    arguments = {key: getattr(settings, key) for key, _ in known_keys(SimulateConfig)}
+    star = write_simulation(parsed.folder, simulate(**arguments))
+    print(
+        f"{settings.n} particles of {settings.n_classes} views are in {star},\n"
+        f"their true poses in {star.parent / 'truth.csv'}. Next:\n"
+        f"  cryoalign run particles={shlex.quote(str(star))} n_classes={settings.n_classes}"
+    )
+    return 0
+
+
+def _flags(alignment: Alignment, config: RunConfig) -> list[str]:
+    settings = as_mapping(config)
+    return flags(alignment, shift_limit(alignment, settings), shift_key(settings))
+
+
+def _show(folder: Path, config: RunConfig) -> None:
+    """Where the results are, the largest classes, and what deserves a second look."""
+    alignment = Alignment.load(folder / "alignment.npz")
+    classes = alignment.class_frame().sort_values("size", ascending=False, kind="stable")
+    unit = "Å" if alignment.pixel_size else "px"
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("class", "particles", f"resolution ({unit})", "mean score"):
+        table.add_column(column, justify="right")
+    shown = classes[["class_number", "size", "resolution", "mean_score"]].head(LISTED)
+    for number, size, resolution, score in shown.to_numpy().tolist():
+        known = f"{resolution:.1f}" if math.isfinite(resolution) else "–"
+        scored = f"{score:.3f}" if size else "–"
+        table.add_row(f"{number:.0f}", f"{size:.0f}", known, scored)
+    Console().print(table)
+    if len(classes) > LISTED:
+        print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
+    if len(alignment.rejected):
+        print(f"set aside {len(alignment.rejected)} particles: {folder / 'rejected.csv'}")
+    for flag in _flags(alignment, config):
+        Console().print(Text(f"worth a look: {flag}", style="yellow"), soft_wrap=True)
+    print(f"results   {folder}")
+    print(f"report    {folder / 'report.html'}")
+    for picture in sorted(folder.glob("*.png")):
+        print(f"picture   {picture}")
+
+
+def _first_to_fail() -> bool:
+    """Whether this process is the first of those that ``torchrun`` started here to fail.
+
+    When one fails the others do, for want of it: only the first has something to tell.
+    """
+    # torchrun gives each process a file of its own, <folder of this attempt>/<rank>/error.json.
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if world_size() == 1 or errors is None:
+        return True
+    try:
+        (Path(errors).parent.parent / "cryoalign-failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return rank() == 0
+    return True
+
+
+def _tell(error: BaseException) -> int:
+    if os.environ.get("CRYOALIGN_DEBUG"):
+        traceback.print_exception(error)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = str(error) or "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        text = (
+            f"the GPU's memory does not suffice: use a smaller batch_size, or images.box ({text})"
+        )
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"cryoalign: {'' if interrupted else 'error: '}{text}", file=sys.stderr)
+    return 130 if interrupted else 2
+
+
+def _quieten() -> None:
+    """Keep what libraries say to their developers from the user; show our own warnings plainly."""
+    for category in (DeprecationWarning, FutureWarning, UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category, module=NOISY)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"cryoalign: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

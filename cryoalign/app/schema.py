@@ -1,0 +1,255 @@
+"""A settings class as a schema: values are read for it from YAML and words, and it is described.
+
+A YAML key is a dataclass's field is an argument's name. What is wrong with the settings is told all
+at once, in the user's own names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from cryoalign.app import yaml12
+
+Settings = TypeVar("Settings")
+Value = Any  # of a YAML scalar, list or mapping
+
+
+def load_settings(
+    schema: type[Settings],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    help_words: str = "--help",
+) -> Settings:
+    """Read any settings class; `config.load_config` tells the arguments and what is raised.
+
+    ``help_words`` is what a user types for the list of keys.
+    """
+    fields = dict(known_keys(schema))
+    problems: list[str] = []
+    values: dict[str, Value] = {}
+    places: dict[str, str] = {}
+    words = [_read_word(word, fields, problems) for word in overrides]
+    file = {} if path is None else _read_file(Path(path))
+    for place, given in ((str(path), file), *(("command line", w) for w in words)):
+        for key, value in _flatten(given, fields, place, problems, help_words):
+            values[key], places[key] = value, place
+    settings: Settings | None = None
+    try:
+        settings = TypeAdapter(schema).validate_json(json.dumps(_nest(values)), strict=True)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # A field that failed above is absent here: missing is then not the user's mistake.
+        told = " ".join(problems)
+        problems += [
+            _in_words(detail, values, places)
+            for detail in details
+            if not (detail["type"] == "missing" and f"{_key(detail)}:" in told)
+        ]
+    if problems or settings is None:
+        if len(problems) > 1:
+            problems.insert(0, f"{len(problems)} problems in the settings:")
+        raise ValueError("\n  ".join(problems))
+    return settings
+
+
+def settings_from_words(
+    schema: type[Settings], default: Path, words: Sequence[str], doc: str | None
+) -> Settings:
+    """The settings of a script told by ``[SETTINGS.yaml] [key=value ...]``.
+
+    Args:
+        schema: settings class.
+        default: file that is read if the first word is none.
+        words: of the command line, without the script's name.
+        doc: what the script does; ``-h`` or ``--help`` prints it and all keys.
+
+    Raises:
+        SystemExit: after help (code 0), and after what is wrong with the settings was told (2).
+    """
+    if {"-h", "--help"} & set(words):
+        print(f"{(doc or '').strip()}\n\nkeys (name, type, default, meaning):\n{describe(schema)}")
+        raise SystemExit(0)
+    given = bool(words) and "=" not in words[0]
+    try:
+        return load_settings(schema, words[0] if given else default, words[given:])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def describe(schema: type) -> str:
+    """A table of all keys, one to a line: key, type and limits, default, description."""
+    rows = []
+    for key, field in known_keys(schema):
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        rows.append((key, _type_words(field), default.strip('"'), field.description or ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+
+
+def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted keys of a settings class, with what pydantic knows of each."""
+    fields: dict[str, FieldInfo] = schema.__pydantic_fields__  # type: ignore[attr-defined]
+    for name, field in fields.items():
+        if isinstance(field.annotation, type) and is_dataclass(field.annotation):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _read_file(path: Path) -> dict[str, Value]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file; check the path")
+    try:
+        document = yaml12.load(path.read_text(encoding="utf-8"))
+    except (yaml12.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file that can be read: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: should hold lines like `key: value`, not {_got(document)}")
+    return document
+
+
+def _read_word(word: str, fields: dict[str, FieldInfo], problems: list[str]) -> dict[str, Value]:
+    """``key=value``; the value of a text is taken as written, the shell has removed its quotes."""
+    key, equals, text = word.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        problems.append(f"command line: {word!r} should be key=value, e.g. n_classes=10")
+        return {}
+    if key in fields and set(_kinds(fields[key])) & {str, Path} and text not in ("", "null", "~"):
+        return {key: text}
+    try:
+        return {key: yaml12.load(text)}
+    except yaml12.Error:
+        problems.append(f"command line: {key}: {text!r} is not a value that YAML can read")
+        return {}
+
+
+def _flatten(
+    given: dict[str, Value],
+    fields: dict[str, FieldInfo],
+    place: str,
+    problems: list[str],
+    help_words: str,
+) -> Iterator[tuple[str, Value]]:
+    """Known dotted keys and their values; what is not known becomes a problem."""
+    sections = {key.partition(".")[0] for key in fields if "." in key}
+    for name, value in given.items():
+        key = str(name)
+        if key in sections and isinstance(value, dict):
+            inner = {f"{key}.{leaf}": v for leaf, v in value.items()}
+            yield from _flatten(inner, fields, place, problems, help_words)
+        elif key in sections:
+            if value is not None:  # an empty section is one whose lines are all comments
+                problems.append(f"{place}: {key}: should hold keys of its own, got {_got(value)}")
+        elif key not in fields:
+            problems.append(f"{place}: unknown key {key}; {_suggestion(key, fields, help_words)}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{place}: {key}: should be a finite number, got {value}")
+        else:
+            yield key, value
+
+
+def _suggestion(key: str, fields: dict[str, FieldInfo], help_words: str) -> str:
+    by_leaf: dict[str, list[str]] = {}
+    for name in fields:
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
+    leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1)
+    close = by_leaf[leaf[0]] if leaf else difflib.get_close_matches(key, fields, 1, 0.8)
+    return f"did you mean {' or '.join(close)}?" if close else f"{help_words} lists the keys"
+
+
+def _nest(values: dict[str, Value]) -> dict[str, Value]:
+    nested: dict[str, Value] = {}
+    for key, value in values.items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            nested.setdefault(section, {})[leaf] = value
+        else:
+            nested[section] = value
+    return nested
+
+
+_WANTED = {
+    "bool_type": "should be true or false",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "string_type": "should be text (quote it)",
+    "path_type": "should be a path (quote it)",
+    "tuple_type": "should be a list like [1, 2]",
+    "too_short": "should have more values",
+}
+
+
+def _key(detail: ErrorDetails) -> str:
+    """The key; of a list's entry, the list's."""
+    return ".".join(part for part in detail["loc"] if isinstance(part, str))
+
+
+def _in_words(detail: ErrorDetails, values: dict[str, Value], places: dict[str, str]) -> str:
+    key = _key(detail)
+    if not key or (detail["type"] == "value_error" and key not in values):  # of a section
+        return detail["msg"].removeprefix("Value error, ")
+    if values.get(key) is None:  # absent, or null where nothing is not enough
+        return f"{key} is missing; add {key}=... or put it into the file"
+    wanted = _WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input ").removeprefix(
+        "Value error, "
+    )
+    return f"{places[key]}: {key}: {wanted}, got {_got(values[key])}"
+
+
+def _got(value: Value) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "a section"
+    return str(value)
+
+
+def _kinds(field: FieldInfo) -> tuple[Any, ...]:
+    """The types a field takes: int | None becomes (int, NoneType)."""
+    kind = field.annotation
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _type_words(field: FieldInfo) -> str:
+    names = {int: "whole", float: "number", bool: "true/false", str: "text", Path: "path"}
+    names |= {tuple[float, ...]: "numbers", tuple[int, ...]: "whole numbers"}
+    words: list[str] = []
+    for kind in _kinds(field):
+        if get_origin(kind) is Literal:
+            words += map(str, get_args(kind))
+        elif kind is not type(None):
+            words.append(names.get(kind, str(kind)))
+    if type(None) in _kinds(field):
+        words.append("null")
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join(["|".join(words), ", ".join(limits)]).strip()

@@ -1,0 +1,1 @@
+"""Functions of images: geometry, Fourier space, masks, polar rings, templates, CTF, FRC."""

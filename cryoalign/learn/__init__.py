@@ -1,0 +1,1 @@
+"""For machine learning: layers with gradients, datasets, scikit-learn estimators."""

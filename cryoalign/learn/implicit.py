@@ -1,0 +1,154 @@
+"""The pose as the maximum of a smooth score, and how it moves with the images.
+
+`correlate.correlation_at` shifts by bilinear sampling: its maximum lies at a kink, where second
+derivatives mean nothing. `smooth_score` moves the image by phases of its Fourier transform
+instead and samples rings that stay where they are, so it is smooth in angle and shift. At its
+maximum p over poses, d score / d p = 0, and the implicit function theorem gives
+
+    d p / d images = - H^-1  d^2 score / (d p d images),   H = d^2 score / d p^2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cryoalign.images.geometry import gather_sample
+from cryoalign.images.polar import Rings, normalised_spectra, ring_points
+from cryoalign.operators.correlation import turned_correlation
+from cryoalign.pose import Pose, wrap_degrees
+
+STEPS = 6  # of Newton's method, from a grid's pose
+REFINED_STEPS = 3  # from a refined one: they reach float64's rounding
+MAX_TURN, MAX_MOVE = 2.0, 0.7  # degrees and pixels of one step
+ENDED = 1e-2  # of these; a step so short is the last
+
+
+def fourier_shift(images: Tensor, shift: Tensor) -> Tensor:
+    """Images (n, h, w) moved by (n, 2) xy pixels, exactly below Nyquist; the edges wrap round.
+
+    (torch-fourier-shift has its phases in float32: too coarse for a float64 derivative.)
+    """
+    return _shifted(torch.fft.rfft2(images), shift, images.shape[-1])
+
+
+def _shifted(spectra: Tensor, shift: Tensor, width: int) -> Tensor:
+    """`fourier_shift` of spectra (n, h, w // 2 + 1)."""
+    height, shift = (
+        spectra.shape[-2],
+        shift.to(spectra.real.dtype)[:, :, None, None],
+    )  # (n, 2, 1, 1)
+    x = torch.fft.rfftfreq(width, dtype=shift.dtype, device=shift.device)
+    y = torch.fft.fftfreq(height, dtype=shift.dtype, device=shift.device)
+    phase = (-2 * math.pi) * (shift[:, 0] * x + shift[:, 1] * y[:, None])
+    moved = spectra * torch.complex(phase.cos(), phase.sin())
+    return torch.fft.irfft2(moved, s=(height, width))
+
+
+class _Pair(NamedTuple):
+    """What the score needs of particles and references, whatever the pose.
+
+    Attributes:
+        spectra: (n, h, w // 2 + 1) of particles; width: w.
+        rings: (n or 1, r, m) ring spectra of references.
+    """
+
+    spectra: Tensor
+    width: int
+    rings: Tensor
+
+
+def smooth_score(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:
+    """The score of particle i against reference i at pose i: twice differentiable in all.
+
+    Args:
+        images: (n, h, w).
+        references: (n, h, w), or (1, h, w) shared.
+        pose: (n,), particle onto reference.
+        rings: the rings, about the centre of the moved particle.
+
+    Returns:
+        (n,) correlation coefficients, those of `correlate.correlation_at` but for how shifts are
+        interpolated.
+    """
+    return _score(_pair(images, references, rings), pose, rings)
+
+
+def _pair(images: Tensor, references: Tensor, rings: Rings) -> _Pair:
+    sampled = gather_sample(references, ring_points(rings, references)[None])
+    return _Pair(torch.fft.rfft2(images), images.shape[-1], normalised_spectra(sampled, rings))
+
+
+def _score(pair: _Pair, pose: Pose, rings: Rings) -> Tensor:
+    moved = _shifted(pair.spectra, pose.shift, pair.width)
+    x = normalised_spectra(gather_sample(moved, ring_points(rings, moved)[None]), rings)
+    return turned_correlation(x, pair.rings, pose.angle, pose.mirror)
+
+
+@torch.compiler.disable  # which knows no second derivatives
+def implicit_pose(
+    images: Tensor, references: Tensor, start: Pose, rings: Rings, steps: int = STEPS
+) -> Pose:
+    """The poses that maximise `smooth_score`, differentiable in images and references.
+
+    Newton's method without a gradient from the start to the maximum; then one more step, not
+    taken, whose gradient is the theorem's. Where the Hessian is not negative definite, or steps
+    have not become short, there is no maximum to follow: that pose is a constant. First
+    derivatives only: in second ones the Hessian counts as a constant.
+
+    Args:
+        images: (n, h, w).
+        references: (n, h, w), or (1, h, w) shared.
+        start: (n,) within a grid step of the maximum.
+        rings: the rings.
+        steps: of Newton's method.
+    """
+    where = torch.cat([start.angle[:, None], start.shift], 1).detach().to(images.dtype)  # (n, 3)
+    bound = where.new_tensor([MAX_TURN, MAX_MOVE, MAX_MOVE])
+    tracked = torch.is_grad_enabled() and (images.requires_grad or references.requires_grad)
+    with torch.no_grad():
+        fixed = _pair(images, references, rings)
+    with torch.enable_grad():
+        for _ in range(steps):
+            slope, hessian = _derivatives(fixed, where, start.mirror, rings)
+            step = _newton(slope, hessian)
+            where = where + step.clamp(-bound, bound)
+        if tracked:
+            _, hessian = _derivatives(fixed, where, start.mirror, rings)
+            slope = _slope(_pair(images, references, rings), where, start.mirror, rings)[1]
+            step = _newton(slope, hessian)
+            # Where Newton's method has not ended, the theorem does not hold: there a constant.
+            ended = (step.detach().abs() < ENDED * bound).all(1, keepdim=True)
+            where = where + torch.where(ended, step - step.detach(), 0.0)
+    return Pose(wrap_degrees(where[:, 0]), where[:, 1:], start.mirror)
+
+
+def _slope(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Poses (n, 3) as a leaf, and the gradient (n, 3) of the score by them, itself with one."""
+    where = where.detach().requires_grad_()
+    score = _score(pair, Pose(where[:, 0], where[:, 1:], mirror), rings)
+    return where, torch.autograd.grad(score.sum(), where, create_graph=True)[0]
+
+
+def _derivatives(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Gradient (n, 3) and Hessian (n, 3, 3) of the score by angle and shift."""
+    where, slope = _slope(pair, where, mirror, rings)
+    rows = [torch.autograd.grad(part.sum(), where, retain_graph=True)[0] for part in slope.T]
+    return slope.detach(), torch.stack(rows, 1)
+
+
+def _newton(slope: Tensor, hessian: Tensor) -> Tensor:
+    """(n, 3) steps to the maximum; zero where there is none."""
+    scale = hessian.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-12).rsqrt()  # (n, 3) units
+    scaled = scale[:, :, None] * hessian * scale[:, None, :]
+    downhill = -torch.eye(3).to(scaled)
+    # A particle with NaN has no maximum, and must not end the others' decomposition.
+    finite = scaled.isfinite().all(2).all(1) & slope.isfinite().all(1)
+    safe = torch.where(finite[:, None, None], scaled, downhill)
+    peak = finite & (torch.linalg.eigvalsh(safe).amax(1) < 0)
+    safe = torch.where(peak[:, None, None], scaled, downhill)
+    step = -scale * torch.linalg.solve(safe, (scale * slope)[..., None])[..., 0]
+    return torch.where(peak[:, None], step, 0.0)

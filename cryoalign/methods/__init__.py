@@ -1,0 +1,1 @@
+"""The four methods: multi-reference and reference-free alignment, classification, ISAC."""

@@ -1,0 +1,1 @@
+"""Classification by likelihood: expectation maximisation with splitting and merging."""

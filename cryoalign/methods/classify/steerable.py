@@ -1,0 +1,188 @@
+"""Steerable principal components: what particles have in common however they are turned.
+
+If particles come turned (and mirrored) at random, the covariance of their Fourier rings falls
+apart into one real matrix over rings for every angular frequency (Zhao, Shkolnisky & Singer
+2016). Here it is measured with CTF and noise in the model (Bhamre, Zhang & Singer 2016): with
+x = q y + noise of variance a q the features of a particle (`observations`: q the ring means of
+CTF^2 / noise, a the number of angles),
+
+    C_m = (sum x x^H - a diag(sum q)) / sum q q^T,
+
+and a particle's coefficients are the means of their posterior under that Gaussian model. The same
+model tells without any reference how likely a trial shift is: `centre` finds for every particle
+the shift that makes it most like the others, turned at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
+from cryoalign.methods.classify.whitening import Observations
+
+CHUNK = 128  # particles whose trial shifts are alive at a time
+ROUNDS = 2  # of centring on the model and modelling what is centred
+
+
+class Components(NamedTuple):
+    """The principal components of one angular frequency.
+
+    Attributes:
+        frequency: m.
+        first: the innermost ring that has it, counted from 0.
+        variance: (p,) of the coefficients.
+        vectors: (r - first, p) real features of the components; of a typical particle each has
+            the noise's variance.
+    """
+
+    frequency: int
+    first: int
+    variance: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SteerableModel:
+    """A Gaussian model of particles on rings that is the same for turned and mirrored ones.
+
+    Attributes:
+        rings: its rings.
+        mean: (r,) real features of the mean, all of frequency 0.
+        components: of every frequency that has any beyond noise.
+    """
+
+    rings: FourierRings
+    mean: Tensor
+    components: list[Components]
+
+    @property
+    def frequency(self) -> Tensor:
+        """(p,) int64 the angular frequency of every coefficient."""
+        counts = torch.tensor([len(c.variance) for c in self.components], dtype=torch.int64)
+        each = torch.tensor([c.frequency for c in self.components], dtype=torch.int64)
+        return each.repeat_interleave(counts)
+
+    @property
+    def variance(self) -> Tensor:
+        """(p,) the variance of every coefficient."""
+        return torch.cat([self.mean[:0], *(c.variance for c in self.components)])
+
+
+def mean_only(spectra: Tensor, weight: Tensor, rings: FourierRings) -> SteerableModel:
+    """`fit_model` without components: the mean over all particles and turns."""
+    return SteerableModel(rings, spectra[..., 0].real.sum(0) / weight.sum(0), [])
+
+
+def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> SteerableModel:
+    """Mean and principal components of particles.
+
+    Args:
+        spectra: (n, r, m) complex features x, already multiplied by their CTF over the noise.
+        weight: (n, r) ring means q of CTF^2 / noise.
+        rings: theirs.
+
+    Returns:
+        The model. Its components are those whose variance exceeds what noise alone would show in
+        a sample of n (the edge of Marchenko & Pastur 1967).
+    """
+    noise = rings.n_angles
+    mean = mean_only(spectra, weight, rings).mean
+    scale = (weight.mean(0) / noise).sqrt()  # (r,) of features to units of the noise
+    components = []
+    for m in range(rings.n_frequencies):
+        first = rings.first_ring(m) - 1
+        if first >= rings.last:
+            break
+        x, q, s = spectra[:, first:, m], weight[:, first:], scale[first:]
+        if m == 0:
+            x = (x.real - q * mean).to(x.dtype)
+        moment = (x.mH @ x).real - noise * torch.diag(q.sum(0))
+        covariance = s[:, None] * (moment / (q.mT @ q)) * s
+        variance, vectors = torch.linalg.eigh(covariance.double())
+        ratio = len(s) / (len(x) if m else len(x) / 2)  # frequency 0 is real: half the numbers
+        beyond = variance > 2 * ratio**0.5 + ratio
+        if beyond.any():
+            variance, vectors = variance[beyond].flip(0), vectors[:, beyond].flip(1)
+            components.append(Components(m, first, variance.to(s), vectors.to(s) / s[:, None]))
+    return SteerableModel(rings, mean, components)
+
+
+def coefficients(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Tensor:
+    """(n, p) complex posterior means of the coefficients of particles (n, r, m).
+
+    Turning a particle by phi multiplies those of frequency m by exp(-i m phi); mirroring makes
+    them (-1)^m times their conjugates.
+    """
+    found = [_posterior(spectra[:, None], weight, model, each)[1] for each in model.components]
+    return torch.cat([spectra.new_zeros(len(spectra), 1, 0), *found], 2)[:, 0]
+
+
+def log_likelihood(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Tensor:
+    """(n, s) log-likelihood of particles at trial shifts, up to a constant of each particle.
+
+    Args:
+        spectra: (n, s, r, m) features about every shift.
+        weight: (n, r).
+        model: the model.
+    """
+    total = (spectra[..., 0].real @ model.mean) / model.rings.n_angles
+    for each in model.components:
+        linear, mean = _posterior(spectra, weight, model, each)
+        # A frequency above 0 stands for two of the real image's.
+        share = 1.0 if each.frequency else 0.5
+        total = total + share * (linear.real * mean.real + linear.imag * mean.imag).sum(-1)
+    return total
+
+
+def _posterior(
+    spectra: Tensor, weight: Tensor, model: SteerableModel, part: Components
+) -> tuple[Tensor, Tensor]:
+    """Linear terms and posterior means of a frequency's coefficients, (n, s, p) complex each."""
+    noise = model.rings.n_angles
+    q = weight[:, part.first :]
+    x = spectra[:, :, part.first :, part.frequency]
+    if part.frequency == 0:
+        x = (x.real - (q * model.mean[part.first :])[:, None]).to(x.dtype)
+    vectors = part.vectors
+    linear = (x @ vectors.to(x.dtype)) / noise  # (n, s, p)
+    precision = torch.einsum("rp,nr,rq->npq", vectors, q / noise, vectors)
+    precision = precision + torch.diag(part.variance.reciprocal())
+    sides = torch.cat([linear.real, linear.imag], 1).mT  # (n, p, 2 s)
+    solved = torch.cholesky_solve(sides, torch.linalg.cholesky(precision)).mT
+    return linear, torch.complex(*solved.chunk(2, 1))
+
+
+def centre(observations: Observations, rings: FourierRings, shifts: Tensor) -> Tensor:
+    """(n, 2) for every particle the trial shift likeliest under a model of all of them.
+
+    First under their mean, turned about the centre; then, `ROUNDS` times, under the components of
+    what is centred so far. What is centred is not the particle's centre of mass but whatever point
+    particles of one view agree on, which is what classes need.
+
+    Args:
+        observations: the particles.
+        rings: the rings used, at most the observations'.
+        shifts: (s, 2) trial shifts, pixels.
+    """
+    own = shifts.new_zeros(len(observations), 2)
+    for turn in range(ROUNDS + 1):
+        spectra, weight = spectra_about(observations, rings, own)
+        model = (fit_model if turn else mean_only)(spectra, weight, rings)
+        found = []
+        for rows in torch.arange(len(own), device=own.device).split(CHUNK):
+            trial = ring_features(observations.polar[rows], shifts, rings)
+            found.append(log_likelihood(trial, weight[rows], model).argmax(1))
+        own = shifts[torch.cat(found)]
+    return own
+
+
+def spectra_about(
+    observations: Observations, rings: FourierRings, own: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features (n, r, m) of particles moved by their own shifts (n, 2), and weights (n, r)."""
+    spectra = ring_features(observations.polar, own[:, None], rings)[:, 0]
+    return spectra, observations.weight[:, : rings.last]

@@ -1,0 +1,1 @@
+"""Iterative stable alignment and clustering."""

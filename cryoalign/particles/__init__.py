@@ -1,0 +1,1 @@
+"""Particle stacks: how they are read, prepared and simulated."""

@@ -1,0 +1,132 @@
+"""The preflight lists everything a run would stumble over, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+from rich.console import Console
+
+from cryoalign.app.check import CheckReport, check_stack
+from cryoalign.io import InputError, read_particles
+from cryoalign.search.match import Search
+
+MakeStack = Callable[..., np.ndarray]
+
+
+def _shown(report: CheckReport) -> str:
+    text = StringIO()
+    Console(width=400, file=text).print(report.render())
+    return text.getvalue()
+
+
+def _star(path: Path, names: list[str], **columns: object) -> Path:
+    starfile.write(pd.DataFrame({"rlnImageName": names, **columns}), path)
+    return path
+
+
+def test_a_good_stack_has_no_problems(shared_data: Path) -> None:
+    report = check_stack(shared_data / "real" / "apoferritin.star", last_ring=40, max_shift=4)
+    assert report.problems == ()
+    assert (report.n_particles, report.shape, report.pixel_size) == (2000, (96, 96), 1.5)
+    assert [stack.path.name for stack in report.stacks] == ["apoferritin.mrcs"]
+    assert 3e8 < report.memory_bytes < 2e9
+    text = _shown(report)
+    for fact in ("2000", "96 x 96", "1.5 Å", "0.0369 GB", "no problems"):
+        assert fact in text
+
+
+def test_everything_is_listed_with_row_and_remedy(tmp_path: Path, make_stack: MakeStack) -> None:
+    make_stack("a.mrcs", n=4)
+    make_stack("small.mrcs", n=4, size=(12, 12))
+    (tmp_path / "cut.mrcs").write_bytes((tmp_path / "a.mrcs").read_bytes()[:3000])
+    (tmp_path / "odd.tif").write_bytes(b"II*")
+    names = ["1@a.mrcs", "0@a.mrcs", "5@a.mrcs", "1@gone.mrcs", "1@small.mrcs", "1@cut.mrcs"]
+    star = _star(
+        tmp_path / "p.star",
+        [*names, "1@odd.tif", "a.mrcs", "2@a.mrcs"],
+        rlnAnglePsi=[0, 1, 2, 3, 4, 5, 6, 7, "west"],
+    )
+    report = check_stack(star, last_ring=6, max_shift=3)
+    wanted = {
+        2: "image 0",
+        3: "image 5",
+        4: "missing",
+        5: "12 x 12",
+        6: "truncated",
+        7: "'.tif'",
+        8: "'a.mrcs'",
+        9: "west",
+    }
+    by_row = {problem.row: problem.what for problem in report.problems}
+    assert set(by_row) == {*wanted, None}
+    for row, words in wanted.items():
+        assert words in by_row[row]
+    assert "last_ring 6" in by_row[None]
+    assert all(problem.file == star and problem.remedy for problem in report.problems)
+    text = _shown(report)
+    assert "9 problem(s)" in text
+    assert all(problem.what.split(" ")[0] in text for problem in report.problems)
+
+
+def test_check_and_read_tell_the_same(tmp_path: Path, make_stack: MakeStack) -> None:
+    make_stack("a.mrcs", n=2)
+    star = _star(tmp_path / "p.star", [f"{i}@a.mrcs" for i in range(400)])
+    with pytest.raises(InputError) as told:
+        read_particles(star)
+    report = check_stack(star, last_ring=4, max_shift=1)
+    assert told.value.problems == report.problems
+    # 398 rows alike: a hundred one by one, one more for the rest.
+    assert len(report.problems) == 101
+    assert "297 later rows likewise" in report.problems[-1].what
+
+
+@pytest.mark.parametrize("size", [31, 32])
+def test_rings_and_shifts_must_stay_in_the_box(
+    tmp_path: Path, make_stack: MakeStack, size: int
+) -> None:
+    make_stack("a.mrcs", size=(size, size))
+    for last_ring in range(2, 17):
+        problems = check_stack(tmp_path / "a.mrcs", last_ring=last_ring, max_shift=3).problems
+        # Furthest sample from the centre pixel size // 2 towards the nearer edge's last pixel.
+        fits = size // 2 + last_ring + 3 <= size - 1
+        assert (not problems) == fits, (last_ring, problems)
+        if problems:
+            assert "search.last_ring" in problems[0].remedy
+
+
+def test_what_the_search_cannot_use(tmp_path: Path, make_stack: MakeStack) -> None:
+    make_stack("flat.mrcs", size=(16, 20))
+    assert "not square" in check_stack(tmp_path / "flat.mrcs").problems[0].what
+    make_stack("tiny.mrcs", size=(6, 6))
+    assert Search().max_shift == 3
+    assert "leaves no ring" in check_stack(tmp_path / "tiny.mrcs").problems[0].what
+    make_stack("a.mrcs", size=(32, 32))
+    assert check_stack(tmp_path / "a.mrcs", size=16).problems == ()
+    assert (
+        "last_ring 10" in check_stack(tmp_path / "a.mrcs", size=16, last_ring=10).problems[0].what
+    )
+    assert "images.box" in check_stack(tmp_path / "a.mrcs", size=64).problems[0].what
+    assert check_stack(tmp_path / "tiny.mrcs", searches=False).problems == ()
+
+
+def test_inputs_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "folder.star").mkdir()
+    for name, words in (("gone.star", "no such file"), ("folder.star", "not a file")):
+        report = check_stack(tmp_path / name)
+        assert [words in problem.what for problem in report.problems] == [True]
+        assert (report.n_particles, report.shape) == (0, None)
+        assert words in _shown(report)
+
+
+def test_large_lists_need_memory_for_their_table(tmp_path: Path, make_stack: MakeStack) -> None:
+    make_stack("a.mrcs", n=2)
+    few, many = ([f"{1 + i % 2}@a.mrcs" for i in range(n)] for n in (10, 20_000))
+    small = check_stack(_star(tmp_path / "few.star", few)).memory_bytes
+    large = check_stack(_star(tmp_path / "many.star", many)).memory_bytes
+    assert 2e6 < large - small < 2e7

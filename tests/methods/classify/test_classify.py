@@ -1,0 +1,210 @@
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from oracle import ctf as ctf_formula
+from oracle import some_optics
+
+from bench.agreement import agreement
+from cryoalign.images.ctf import ctf_2d
+from cryoalign.images.fourier import normalise
+from cryoalign.images.geometry import transform
+from cryoalign.methods.classify import band as module
+from cryoalign.methods.classify import classify as classification
+from cryoalign.methods.classify.band import shift_grid
+from cryoalign.methods.classify.classify import PhaseFlipped, classify, optics_of
+from cryoalign.methods.classify.split_and_merge import Climb, Likelihood, Plan
+from cryoalign.methods.classify.whitening import Observations, observe
+from cryoalign.particles.prepare import Images, TensorStack
+from cryoalign.particles.simulate import simulate
+
+QUICK = Likelihood(cycles=1, max_shift=2.0)
+
+
+@pytest.mark.parametrize("start", ["singles", "stochastic", "invariants"])
+def test_all_views_are_found_from_nothing(
+    start: Literal["singles", "stochastic", "invariants"],
+) -> None:
+    made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
+    likelihood = Likelihood(cycles=1, max_shift=2.0, start=start)
+    found = classify(made.images, 6, likelihood=likelihood, seed=0, device="cpu")
+    score = agreement(found.class_number - 1, found.pose, made.class_number - 1, made.pose, 6)
+    assert score.rand_index > 0.97
+    assert score.views_found == 6
+    assert score.right > 0.97
+    assert score.angle < 2.5
+    assert score.shift < 0.4
+    assert int(found.class_sizes.sum()) == 300
+    assert found.class_sizes.tolist() == sorted(found.class_sizes.tolist(), reverse=True)
+    assert {"log_evidence", "classes", "rings", "empty_classes"} <= set(found.history)
+
+
+def test_with_a_ctf_and_particles_set_aside() -> None:
+    made = simulate(n=300, n_classes=4, size=40, snr=2.0, max_shift=2.0, mirror=False, seed=2)
+    optics = some_optics(300, pixel_size=4.0)
+    spectra = torch.fft.rfft2(made.images) * ctf_2d(optics, 40)
+    noise = torch.randn(300, 40, 40, generator=torch.Generator().manual_seed(0))
+    images = torch.fft.irfft2(spectra, s=(40, 40)) + 1.5 * noise
+    images[7] = torch.nan
+    found = classify(images, 4, optics=optics, likelihood=QUICK, seed=0, device="cpu")
+    assert int(found.class_number[7]) == 0
+    used = torch.arange(300) != 7
+    score = agreement(
+        found.class_number[used] - 1, found.pose[used], made.class_number[used] - 1,
+        made.pose[used], 4,
+    )  # fmt: skip
+    assert score.rand_index > 0.95
+    assert score.right > 0.9
+
+
+def test_the_same_seed_gives_the_same_classes_however_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = simulate(n=120, n_classes=3, size=32, snr=0.5, max_shift=1.0, seed=3)
+    settings = Likelihood(cycles=1, max_shift=1.0)
+    one = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    monkeypatch.setattr(module, "KEEP", 0)
+    two = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    assert torch.equal(one.class_number, two.class_number)
+    torch.testing.assert_close(one.pose.angle, two.pose.angle, rtol=0, atol=1e-2)
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> Observations:
+    """What `classify` lets the likelihood see."""
+
+    class SeenError(Exception):
+        pass
+
+    def stop(*args: Any, **more: Any) -> Observations:
+        raise SeenError(observe(*args, **more))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classification, "observe", stop)
+        with pytest.raises(SeenError) as caught:
+            classify(*args, device="cpu", **more)
+    seen: Observations = caught.value.args[0]
+    return seen
+
+
+@pytest.mark.parametrize("box", [None, 32])
+def test_the_ctf_is_that_of_the_prepared_pixels(
+    box: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(12, 48, 48, generator=torch.Generator().manual_seed(0))
+    images[2] = torch.nan
+    optics = some_optics(12, pixel_size=3.0)
+    used = torch.arange(12) != 2
+    size, scale = box or 48, 48 / (box or 48)
+    how = {"images": Images(box=box), "max_rejected": 0.2}
+    with_ctf = observed(monkeypatch, images, 2, optics=optics, **how)
+    without = observed(monkeypatch, images, 2, **how)
+    wide = replace(optics, pixel_size=optics.pixel_size * scale)
+    transfer = ctf_formula(wide, size)[used].square()
+    k = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]) * size
+    for ring in range(1, with_ctf.rings.last + 1):
+        # The noise's power is one number a ring: what is left of the ratio is the CTF's.
+        found = with_ctf.weight[:, ring - 1] / without.weight[:, ring - 1]
+        expected = transfer[:, k.round() == ring].mean(1).float()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_star_files_ctf_is_used_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = TensorStack(torch.randn(12, 32, 32), pixel_size=3.0)
+    stack.table = {
+        "rlnDefocusU": np.linspace(1e4, 3e4, 12), "rlnDefocusV": np.linspace(1e4, 3e4, 12),
+        "rlnDefocusAngle": np.zeros(12), "rlnVoltage": np.full(12, 300.0),
+        "rlnSphericalAberration": np.full(12, 2.7), "rlnAmplitudeContrast": np.full(12, 0.1),
+    }  # fmt: skip
+    with_ctf, without = (
+        observed(monkeypatch, stack, 2, likelihood=Likelihood(ctf=ctf)).weight
+        for ctf in (True, False)
+    )
+    assert (without == without[0]).all()
+    assert float((with_ctf / without).std(0).amin()) > 0.01
+
+
+def test_averages_are_of_phase_flipped_particles() -> None:
+    made = simulate(n=80, n_classes=2, size=32, snr=2.0, max_shift=1.0, mirror=False, seed=2)
+    optics = some_optics(80, pixel_size=4.0)
+    transfer = ctf_formula(optics, 32)
+    images = torch.fft.irfft2(torch.fft.rfft2(made.images.double()) * transfer).float()
+    found = classify(
+        images, 2, optics=optics, seed=0, device="cpu",
+        likelihood=Likelihood(cycles=0, max_shift=1.0),
+    )  # fmt: skip
+    flipped = torch.fft.irfft2(torch.fft.rfft2(images.double()) * transfer.sign()).float()
+    for c in range(2):
+        own = (found.class_number == c + 1).nonzero().squeeze(1)
+        alike = [
+            np.corrcoef(
+                transform(normalise(x[own], 16), found.pose[own]).mean(0).flatten(),
+                found.averages[c].flatten(),
+            )[0, 1]
+            for x in (flipped, images)
+        ]
+        assert alike[0] > 0.999
+        assert alike[1] < 0.99
+
+
+def test_the_likeliest_start_goes_on() -> None:
+    made = simulate(n=60, n_classes=4, size=32, snr=0.2, max_shift=1.0, seed=3)
+    settings = Likelihood(starts=4, max_shift=1.0)
+    plan = Plan(settings, 4, 12.8, 32)
+    seen = observe(lambda rows: made.images[rows], 60, 32, None, 10, 12.8, 1.0)
+    climb = Climb(plan, seen, 60, 7)
+    band = climb.band(0, torch.zeros(60, 2))
+    evidence = [climb.start(band).evidence for _ in range(4)]  # as `begin` draws them
+    assert max(evidence) > min(evidence)
+    assert evidence.index(max(evidence)) not in (0, 3)  # neither the first nor the last by luck
+    assert Climb(plan, seen, 60, 7).begin().evidence == max(evidence)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    images = torch.randn(20, 32, 32)
+    with pytest.raises(ValueError, match="n_classes"):
+        classify(images, 11, device="cpu")
+    with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
+        classify(images, 2, optics=some_optics(5), device="cpu")
+    with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
+        PhaseFlipped(TensorStack(images), some_optics(5))
+
+
+def test_a_stack_without_a_defocus_has_no_optics() -> None:
+    assert optics_of(TensorStack(torch.zeros(2, 8, 8))) is None
+
+
+def test_the_shift_grid_is_symmetric() -> None:
+    grid = shift_grid(3.0, 2.0)
+    assert grid.tolist() == (-grid.flip(0)).tolist()
+    assert shift_grid(0.0, 1.0).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("n", "surplus"), [(2, 1.5), (12, 1.5), (12, 1.0)])
+def test_one_class_is_an_alignment(n: int, surplus: float) -> None:
+    made = simulate(n=n, n_classes=1, size=32, snr=1.0, max_shift=1.0, seed=3)
+    settings = Likelihood(cycles=1, max_shift=1.0, surplus=surplus)
+    found = classify(made.images, 1, likelihood=settings, device="cpu")
+    assert found.class_sizes.tolist() == [n]
+
+
+@pytest.mark.parametrize(("size", "value"), [(33, 3.7), (40, 0.1)])
+def test_a_constant_image_is_constant_however_flipped(size: int, value: float) -> None:
+    made = simulate(n=40, n_classes=2, size=size, snr=1.0, max_shift=1.0, seed=3)
+    images = made.images.clone()
+    images[7] = value
+    settings = Likelihood(cycles=0, max_shift=1.0)
+    found = classify(images, 2, optics=some_optics(40), likelihood=settings, device="cpu")
+    assert found.class_number[7] == 0
+    assert found.rejected["index"].tolist() == [7]
+    flipped = PhaseFlipped(TensorStack(images), some_optics(40)).read(torch.arange(40))
+    signs = torch.sign(ctf_2d(some_optics(40), size))[:7]
+    inside = [row for row in range(size) if 2 * row != size]  # Nyquist has no sign of its own
+    spectra, raw = (torch.fft.rfft2(x[:7])[:, inside, : size // 2] for x in (flipped, images))
+    torch.testing.assert_close(spectra * signs[:, inside, : size // 2], raw, atol=1e-3, rtol=1e-4)
+
+
+def test_a_resolution_that_falls_is_refused() -> None:
+    with pytest.raises(ValueError, match="end_detail 5 is coarser"):
+        Likelihood(end_detail=5)
+    with pytest.raises(ValueError, match="leaves no background"):
+        classify(torch.randn(20, 32, 32), 2, likelihood=Likelihood(mask_radius=30), device="cpu")

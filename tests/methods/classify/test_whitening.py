@@ -1,0 +1,52 @@
+import pytest
+import torch
+from oracle import some_optics
+
+from cryoalign.images.ctf import ctf_2d
+from cryoalign.images.fourier import filter_shells
+from cryoalign.methods.classify.fourier_rings import half_circle
+from cryoalign.methods.classify.whitening import noise_spectrum, observe
+
+
+def coloured(n: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise of falling power, and its power per ring."""
+    noise = torch.randn(n, size, size, generator=torch.Generator().manual_seed(seed))
+    shells = torch.arange(size // 2 + 1)
+    power = 1 / (1 + (shells / 8.0) ** 2) + 0.2
+    return filter_shells(noise, power.sqrt()), power
+
+
+def test_the_noise_spectrum_of_the_background_is_found() -> None:
+    images, power = coloured(300, 64)
+    images[:, 20:44, 20:44] += 3.0  # a particle in the middle says nothing about it
+    found = noise_spectrum(images, 20.0)
+    ratio = found[2:30] / power[2:30]
+    assert float(ratio.min()) > 0.8
+    assert float(ratio.max()) < 1.2
+    with pytest.raises(ValueError, match="no background"):
+        noise_spectrum(images, 60.0)
+
+
+@pytest.mark.parametrize("size", [64, 51])
+def test_observations_are_whitened_and_multiplied_by_the_ctf(size: int) -> None:
+    noise, _ = coloured(200, size, 1)
+    optics = some_optics(200, pixel_size=4.0)
+    seen = observe(lambda rows: noise[rows], 200, size, optics, 10, 0.3 * size, 2.0)
+    assert seen.polar.shape == (200, 10, seen.rings.n_angles // 2)
+    spectrum = noise_spectrum(noise, 0.3 * size + 4)
+    k = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]) * size
+    index = k.round().long()
+    power = ctf_2d(optics, size).square() / spectrum[index]
+    for ring in (1, 5, 10):
+        torch.testing.assert_close(
+            seen.weight[:, ring - 1], power[:, index == ring].mean(1), rtol=1e-4, atol=1e-5
+        )
+    # By hand for one particle, without the mask's and the crop's shortcuts.
+    filtered = torch.fft.rfft2(torch.fft.ifftshift(noise[:1], dim=(-2, -1)))
+    filtered = filtered * ctf_2d(optics[:1], size) / spectrum[index]
+    image = torch.fft.fftshift(torch.fft.irfft2(filtered, s=(size, size)), dim=(-2, -1))
+    whole = half_circle(image, seen.rings)
+    correlation = (whole[0].conj() * seen.polar[0]).sum().abs() / (
+        whole[0].norm() * seen.polar[0].norm()
+    )
+    assert correlation > 0.6  # the mask has taken the corners' noise

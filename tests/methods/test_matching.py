@@ -1,0 +1,163 @@
+"""All particles with all classes: sums and similarities against float64 loops; annealing."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cryoalign.images.fourier import soft_mask
+from cryoalign.images.geometry import transform
+from cryoalign.methods import mra
+from cryoalign.methods.assignment import Assignment, assign_robust
+from cryoalign.methods.base import Alternation, prepare_particles
+from cryoalign.methods.matching import (
+    LEAST_WEIGHT,
+    Matched,
+    assign_particles,
+    match_particles,
+    soft_sums,
+)
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.methods.state import MraState
+from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.pose import Pose
+from cryoalign.results.averages import Averaging, masked
+from cryoalign.search.match import Search, Target, prepare
+
+N, K, SIZE = 40, 3, 32
+SEARCH = Search(max_shift=1, mode="exhaustive")
+
+
+@pytest.fixture(scope="module")
+def data() -> Simulation:
+    return simulate(n=N, n_classes=K, size=SIZE, snr=0.1, max_shift=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def matched(data: Simulation) -> tuple[Alternation, Target, Matched]:
+    images = data.images.clone()
+    images[4] = torch.nan  # halves go by the row of the input
+    prepared = prepare_particles(images, None, "cpu", 0.1, 7, None)
+    turns = Alternation(prepared, Averaging(), SEARCH.rings(SIZE), None)
+    target = prepare(data.views, SEARCH)
+    return turns, target, match_particles(turns, target)
+
+
+def test_soft_sums_are_weighted_means(matched: tuple[Alternation, Target, Matched]) -> None:
+    turns, _, found = matched
+    generator = torch.Generator().manual_seed(0)
+    n, k = N - 1, K + 1  # one class is new
+    weights = torch.softmax(3 * torch.randn(n, K, generator=generator), 1)
+    label = weights.argmax(1)
+    label[::9] = K  # moved there
+    label[1::9] = (label[1::9] + 1) % K  # or to another of the old ones
+    fine = Pose(
+        360 * torch.rand(n, generator=generator), torch.randn(n, 2, generator=generator),
+        torch.rand(n, generator=generator) < 0.5,
+    )  # fmt: skip
+    sums = soft_sums(turns, found, weights, label, fine, k)
+    images = turns.particles.read(torch.arange(n)).double()
+    total = torch.zeros(2, k, SIZE, SIZE, dtype=torch.float64)
+    weight, count = torch.zeros(2, k, dtype=torch.float64), torch.zeros(2, k, dtype=torch.int64)
+    for i in range(n):
+        half = int(turns.particles.rows[i]) % 2
+        moved = int(label[i]) != int(weights[i].argmax())
+        for c in range(k):
+            own = c == int(label[i])
+            share = float(own) if moved else float(weights[i, c]) if c < K else 0.0
+            if share <= LEAST_WEIGHT:
+                continue
+            pose = fine if own else found.pose[:, c]
+            total[half, c] += share * transform(images[i : i + 1], pose[i : i + 1])[0]
+            weight[half, c] += share
+            count[half, c] += 1
+    assert torch.equal(sums.count, count)
+    expected = total / weight.clamp(min=1e-12)[..., None, None]
+    torch.testing.assert_close(sums.half_averages().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def correntropies(turns: Alternation, references: Tensor, found: Matched) -> Tensor:
+    """exp(-d^2 / 2 s^2), s^2 = 2 of a background of variance 1, pixel by pixel."""
+    mask = turns.mask().double()
+    out = torch.zeros(found.scores.shape, dtype=torch.float64)
+    for i in range(len(out)):
+        image = turns.particles.read(torch.tensor([i])).double()
+        for c, reference in enumerate(references.double().tolist()):
+            aligned = transform(image, found.pose[i : i + 1, c], "bilinear")[0]
+            aligned = (aligned - (aligned * mask).sum() / mask.sum()) * mask
+            values = [
+                math.exp(-((x - y) ** 2) / (2 * 2.0))
+                for line, other, inside in zip(
+                    aligned.tolist(), reference, mask.tolist(), strict=True
+                )
+                for x, y, m in zip(line, other, inside, strict=True)
+                if m > 0.5
+            ]
+            out[i, c] = sum(values) / len(values)
+    return out
+
+
+def test_robust_ranks_the_correntropies(
+    data: Simulation, matched: tuple[Alternation, Target, Matched]
+) -> None:
+    turns, target, found = matched
+    label = found.scores.argmax(1)
+    expected = correntropies(turns, data.views, found)
+    how = Assignment("robust", similarity="correntropy")
+    ranked = assign_particles(turns, target, how, label, 0).label
+    assert torch.equal(ranked, assign_robust(expected.float(), label))
+    plain = assign_particles(turns, target, Assignment("robust"), label, 0).label
+    assert torch.equal(plain, assign_robust(found.scores, label))
+    assert not torch.equal(plain, ranked)
+
+
+def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are low-passed from 0.1 to all of the band, the noise's temperature falls from
+    4 to 1."""
+    searched: list[Tensor] = []
+    cooling: list[float] = []
+    states: list[MraState] = []
+
+    def spy_prepare(references: Tensor, *rest: Any) -> Target:
+        searched.append(references)
+        return prepare(references, *rest)
+
+    def spy_weigh(*args: Any) -> Tensor:
+        cooling.append(args[3])
+        return weigh(*args)
+
+    weigh = mra.weigh
+    monkeypatch.setattr(mra, "prepare", spy_prepare)
+    monkeypatch.setattr(mra, "weigh", spy_weigh)
+    align_multi_reference(
+        data.images, data.views, iterations=4, search=SEARCH, settle=0, min_class_share=0,
+        assign=Assignment("soft", anneal_iterations=2), averaging=Averaging(filter="none"),
+        on_iteration=states.append,
+    )  # fmt: skip
+    assert cooling == pytest.approx([4.0, 2.0, 1.0, 1.0][: len(states)])
+    k = torch.hypot(torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE)[None])
+    first = masked(data.views, soft_mask(SIZE, SEARCH.rings(SIZE).last_ring))
+    given = [first, *(state.references for state in states)]
+    for cutoff, before, after in zip((0.1, 0.3, 0.5), given, searched, strict=False):
+        spectra = torch.fft.rfft2(before.double()), torch.fft.rfft2(after.double())
+        kept, gone = k < cutoff - 2 / SIZE, k > cutoff + 2.5 / SIZE
+        torch.testing.assert_close(spectra[1][:, kept], spectra[0][:, kept], rtol=1e-4, atol=1e-3)
+        assert float(spectra[0][:, gone].abs().sum()) > 1 or cutoff == 0.5
+        assert float(spectra[1][:, gone].abs().sum()) < 1e-2 or cutoff == 0.5
+    assert torch.equal(given[2], searched[2])
+
+
+def test_nothing_is_at_rest_before_it_is_annealed_and_split(data: Simulation) -> None:
+    at_rest = {"search": SEARCH, "settle": 1.0, "iterations": 8, "min_class_share": 0.0}
+    soft = align_multi_reference(
+        data.images, data.views, assign=Assignment("soft", anneal_iterations=3), **at_rest
+    )
+    assert len(soft.history) == 4
+    split = Assignment(start_classes=1, level_iterations=1)
+    grown = align_multi_reference(data.images, "random", n_classes=4, assign=split, **at_rest)
+    assert len(grown.history) == 3
+    assert (grown.class_sizes > 0).all()
+    best = align_multi_reference(data.images, data.views, **at_rest)
+    assert len(best.history) == 1

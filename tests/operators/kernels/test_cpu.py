@@ -1,0 +1,289 @@
+"""The compiled CPU search against float64, and against its PyTorch voice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cryoalign.images.polar import Rings, reference_spectra, ring_spectra
+from cryoalign.operators.correlation import (
+    correlation_peaks,
+    correlation_table,
+    table_peaks,
+    unravel_place,
+)
+from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, build, cpu
+from cryoalign.operators.ring_products import ring_factors
+from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.search.match import Search, best_poses, image_peaks, match, prepare
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library() -> Iterator[Path]:
+    """The library of these sources, in use."""
+    if build.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    made = build.build_cpu()
+    cpu._load.cache_clear()  # it may have been looked for before it was there
+    assert cpu.usable()
+    yield made
+    cpu._load.cache_clear()
+
+
+def data(n: int, k: int, last_ring: int, snr: float = 0.1) -> Simulation:
+    size = max(24, 2 * last_ring + 7)
+    return simulate(n, k, size=size, snr=snr, max_shift=2.0, seed=n + k)
+
+
+def grid(s: int) -> Tensor:
+    """(s, 2) shifts, whole and fractional, some far enough for rings to leave the box."""
+    generator = torch.Generator().manual_seed(s)
+    shifts = (8 * torch.rand(s, 2, generator=generator) - 4) * 1.5
+    shifts[::2] = shifts[::2].round()
+    return shifts
+
+
+def assert_peaks(table: Tensor, score: Tensor, place: Tensor) -> None:
+    """Score (n, k) is the maximum of table (n, k, s, hands, a) in float64; place is where."""
+    flat = table.flatten(2)
+    best, where = flat.max(-1)
+    torch.testing.assert_close(score.double(), best, rtol=0, atol=2e-6)
+    held = flat.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(held, best, rtol=0, atol=2e-6)  # near equals are told by rounding
+    assert (place == where).double().mean() > 0.9
+
+
+# n, k, s, last ring, ring step, angles: all radices, one ring, odd remainders.
+SIZES = [
+    (1, 1, 1, 1, 1, 8),
+    (17, 5, 3, 7, 1, 30),
+    (3, 4, 9, 36, 1, 256),
+    (16, 3, 2, 11, 2, 250),
+    (2, 9, 2, 47, 1, 320),
+    (5, 2, 3, 60, 3, 384),
+    (33, 2, 1, 12, 1, 18),
+    (2, 3, 2, 5, 1, 10),
+]
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_peaks_against_float64(size, mirror) -> None:
+    n, k, s, last_ring, step, angles = size
+    made, rings, shifts = data(n, k, last_ring), Rings(1, last_ring, step, angles), grid(s)
+    x64 = ring_spectra(made.images.double(), rings, shifts.double())
+    y64 = reference_spectra(made.views.double(), rings)
+    table = correlation_table(x64, y64, mirror)
+    spectra = y64.to(torch.complex64)
+
+    score, place = cpu.image_peaks(made.images, spectra, rings, shifts, mirror)
+    assert score.shape == place.shape == (n, k, 1 + mirror)
+    for hand in range(1 + mirror):
+        alone = table[:, :, :, hand : hand + 1]
+        at = unravel_place(place[..., hand], angles, mirror)
+        assert torch.equal(at.mirror, torch.full_like(at.mirror, hand))
+        assert_peaks(alone, score[..., hand], at.shift * angles + at.angle)
+
+    assert cpu.spectra_peaks(x64.to(torch.complex64), spectra, mirror) is not None
+    assert_peaks(table, *correlation_peaks(x64.to(torch.complex64), spectra, mirror))
+
+
+def test_batches_and_threads_change_no_bit() -> None:
+    made, rings, shifts = data(37, 3, 12), Rings(1, 12, angles=64), grid(5)
+    spectra = reference_spectra(made.views, rings)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = cpu.image_peaks(made.images, spectra, rings, shifts, True)
+        parts = [
+            cpu.image_peaks(p, spectra, rings, shifts, True) for p in made.images.split((1, 20, 16))
+        ]
+        torch.set_num_threads(2)
+        shared = cpu.image_peaks(made.images, spectra, rings, shifts, True)
+    finally:
+        torch.set_num_threads(before)
+    for i in range(2):
+        assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
+        assert torch.equal(shared[i], whole[i])
+
+
+@pytest.mark.parametrize("mode", ["exhaustive", "adaptive"])
+def test_the_choice_is_that_of_pytorch(mode, monkeypatch) -> None:
+    made = simulate(60, 6, size=64, snr=0.05, seed=5)
+    target = prepare(made.views, Search(max_shift=3, last_ring=25, mode=mode))
+    label, pose, score = best_poses(made.images, target)
+    monkeypatch.setenv(CRYOALIGN_NO_KERNELS, "1")
+    assert not cpu.usable()
+    slow_label, slow_pose, slow_score = best_poses(made.images, target)
+    assert torch.equal(label, slow_label)
+    assert torch.equal(pose.mirror, slow_pose.mirror)
+    torch.testing.assert_close(score, slow_score, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pose.shift, slow_pose.shift, rtol=0, atol=1e-2)
+
+
+def test_images_without_signal_and_broken_ones() -> None:
+    """A constant image scores 0 at the first place, as in PyTorch; NaN stays with its particle."""
+    made, search = data(4, 2, 12), Search(max_shift=1, last_ring=12)
+    whole = match(made.images, made.views, search)
+    images = made.images.clone()
+    images[1] = 0.1
+    images[2, 15, 15] = torch.nan
+    rings, shifts = search.rings(images.shape[-1]), search.shifts()
+    spectra = reference_spectra(made.views, rings)
+    score, place = cpu.image_peaks(images, spectra, rings, shifts, True)
+    assert torch.equal(score[1], torch.zeros(2, 2))
+    assert torch.equal(place[1], torch.tensor([[0, rings.n_angles]] * 2))
+    assert score[2].isnan().all()
+    assert torch.equal(score[[0, 3]].amax(-1), whole.score[[0, 3]])
+
+
+def test_nan_where_one_shift_alone_meets_it() -> None:
+    """A shift whose score is not a number loses every comparison, and must still be told."""
+    made, rings = data(3, 2, 12), Rings(1, 12, angles=64)
+    spectra = reference_spectra(made.views, rings)
+    shifts = torch.tensor([[0.0, 0.0], [3.0, 0.0], [-1.0, 0.0]])
+    images = made.images.clone()
+    images[1, 15, 0] = torch.nan  # centre 15: 15 px left of it, and the rings end at 12 + 3
+    alone, _ = cpu.image_peaks(images, spectra, rings, shifts[[0, 2]], True)
+    assert alone.isfinite().all()
+    score, _ = cpu.image_peaks(images, spectra, rings, shifts, True)
+    assert score[1].isnan().all()
+    assert score[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_spectra_that_are_no_numbers(value: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
+    y = torch.randn(2, 5, 9, dtype=torch.complex64, generator=generator)
+    whole, _ = correlation_peaks(x, y)
+    x[1, 2, 3, 4] = value
+    score, found = cpu.spectra_peaks(x, y, True)
+    slow, _ = table_peaks(x, ring_factors(y))
+    assert score[1].isnan().all()
+    assert not slow[1].isfinite().any()
+    assert torch.equal(score[[0, 2]].amax(-1), whole[[0, 2]])
+    assert ((found >= 0) & (found < 4 * 2 * 16)).all()
+
+
+def test_a_weak_signal_on_a_large_constant_is_seen() -> None:
+    """Its variance is eight times what counts as rounding."""
+    made, rings, shifts = data(4, 2, 7), Rings(1, 7, angles=64), torch.zeros(1, 2)
+    signal = made.images / made.images.std((1, 2), keepdim=True)
+    images = (1 + 0.004 * signal).float()
+    y64 = reference_spectra(made.views.double(), rings)
+    x64 = ring_spectra(images.double(), rings, shifts.double())
+    best = correlation_table(x64, y64, True).flatten(4).amax((2, 4))  # (n, k, hands)
+    score, _ = cpu.image_peaks(images, y64.to(torch.complex64), rings, shifts, True)
+    assert best.abs().max() > 0.3
+    torch.testing.assert_close(score.double(), best, rtol=0, atol=1e-3)
+
+
+def test_shifts_that_are_no_numbers_are_refused() -> None:
+    made, rings = data(2, 2, 12), Rings(1, 12, angles=64)
+    spectra = reference_spectra(made.views, rings)
+    for bad in (torch.nan, torch.inf):
+        shifts = torch.tensor([[0.0, 0.0], [bad, 0.0]])
+        with pytest.raises(ValueError, match="finite"):
+            image_peaks(made.images, spectra, shifts, 1, 1, 12, 64, True, None)
+        # Past the check: no crash, the particle's own scores or NaN.
+        score, _ = cpu.image_peaks(made.images, spectra, rings, shifts, True)
+        assert score.shape == (2, 2, 2)
+
+
+def test_the_operator_with_kernels_is_an_operator() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
+    y = torch.randn(2, 5, 9, dtype=torch.complex64, generator=generator)
+    torch.library.opcheck(correlation_peaks, (x, y, True))
+    lazily = correlation_peaks(x.transpose(0, 1).conj(), y.flip(0).conj())
+    plainly = correlation_peaks(
+        x.transpose(0, 1).conj_physical().contiguous(), y.flip(0).conj_physical().contiguous()
+    )
+    for lazy, plain in zip(lazily, plainly, strict=True):
+        assert torch.equal(lazy, plain)
+
+
+def test_references_of_zeros_score_zero() -> None:
+    x = torch.randn(3, 2, 5, 9, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    score, place = correlation_peaks(x, torch.zeros(2, 5, 9, dtype=torch.complex64))
+    assert torch.equal(score, torch.zeros(3, 2))
+    assert torch.equal(place, torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_equals_go_to_the_first_place() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 1, 3, 9, dtype=torch.complex64, generator=generator).expand(2, 4, 3, 9)
+    y = torch.randn(2, 3, 9, dtype=torch.complex64, generator=generator)
+    _, place = cpu.spectra_peaks(x, y, True)
+    assert (unravel_place(place, 16, True).shift == 0).all()
+
+
+def test_what_the_kernels_do_not_serve_is_left_to_pytorch() -> None:
+    made, shifts = data(3, 2, 9), grid(2)
+    seven = Rings(1, 9, angles=28)
+    assert (
+        cpu.image_peaks(made.images, reference_spectra(made.views, seven), seven, shifts, True)
+        is None
+    )
+    wide = reference_spectra(made.views.double(), Rings(1, 9))
+    assert cpu.image_peaks(made.images.double(), wide, Rings(1, 9), shifts, True) is None
+
+
+def test_a_stale_library_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (build.SOURCES / build.CPU_SOURCE).read_text()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    (tmp_path / build.CPU_SOURCE).write_text(source)
+    library = tmp_path / build.cpu_library_name()
+    library.touch()
+    assert build.find_cpu_library() == library
+    (tmp_path / build.CPU_SOURCE).write_text(source + "\n")
+    assert build.find_cpu_library() is None
+
+
+def test_a_library_that_does_not_load_is_said_and_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (build.SOURCES / build.CPU_SOURCE).read_bytes()
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    (tmp_path / build.CPU_SOURCE).write_bytes(source)
+    library = tmp_path / build.cpu_library_name()
+    library.write_bytes(b"half a library")
+    cpu._load.cache_clear()
+    with pytest.warns(UserWarning, match="do not load.*rebuild them"):
+        assert not cpu.usable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cpu.usable()  # said once
+    assert build.build_cpu() == library
+    cpu._load.cache_clear()
+    assert cpu.usable()
+
+
+def test_stale_libraries_are_removed_beside_the_sources_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(command: list[str], verbose: bool) -> None:
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "_run", fake)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    for folder, kept in ((tmp_path / "sources", False), (tmp_path / "cache", True)):
+        folder.mkdir()
+        (folder / "_cpu_old.so").touch()
+        monkeypatch.setattr(build, "SOURCES", folder if not kept else tmp_path / "missing")
+        assert build._link([], "_cpu_new.so", "_cpu_*.so", False) == folder / "_cpu_new.so"
+        assert (folder / "_cpu_old.so").exists() == kept
+
+
+def test_without_a_compiler_the_message_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr(build, "find_cpu_library", lambda: None)
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    with pytest.raises(build.NoCompilerError, match=r"C\+\+ compiler"):
+        build.build_cpu()

@@ -1,0 +1,163 @@
+"""Particles as alignment gets them: what is set aside, and what preparation does to the rest."""
+
+import numpy as np
+import pytest
+import torch
+
+from cryoalign.images.fourier import fourier_resize, normalise
+from cryoalign.images.geometry import transform
+from cryoalign.methods.references import seed_references
+from cryoalign.particles.prepare import Images, PreparedParticles, TensorStack, choose_device
+from cryoalign.pose import Pose
+
+SEED = 55
+CPU = torch.device("cpu")
+N, SIZE = 30, 32
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(N, SIZE, SIZE, generator=torch.Generator().manual_seed(SEED)) + 5
+
+
+def prepared(images: torch.Tensor, settings: Images | None = None, **more) -> PreparedParticles:
+    return PreparedParticles(TensorStack(images, 1.5), settings or Images(), CPU, **more)
+
+
+def everything(particles: PreparedParticles) -> torch.Tensor:
+    return torch.cat([images for _, images in particles.batches()])
+
+
+def test_unusable_images_are_set_aside_with_their_rows():
+    images = noise()
+    images[4, 3, 3] = torch.nan
+    images[11] = 2.5
+    images[29, 0, 0] = -torch.inf
+    particles = prepared(images)
+    assert particles.rejected["index"].tolist() == [4, 11, 29]
+    for word, reason in zip(
+        ("NaN", "constant", "infinite"), particles.rejected["reason"], strict=True
+    ):
+        assert word in reason
+    good = [i for i in range(N) if i not in (4, 11, 29)]
+    assert particles.rows.tolist() == good
+    assert len(particles) == N - 3
+    # Members count the usable ones: the fifth usable image is row 5.
+    found = particles.read(torch.tensor([4, 9, 26]))
+    expected = normalise(images[[5, 10, 28]], SIZE / 2)
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+    assert torch.isfinite(everything(particles)).all()
+
+
+def test_too_many_unusable_are_refused():
+    images = noise()
+    images[:4] = torch.nan
+    with pytest.raises(ValueError, match=r"4 of 30 particles are unusable.*max_rejected"):
+        prepared(images)
+    assert len(prepared(images, max_rejected=0.2)) == N - 4
+    images[:] = 1.0
+    with pytest.raises(ValueError, match="30 of 30"):
+        prepared(images, max_rejected=1.0)
+
+
+def test_the_input_is_not_written_to():
+    images = noise()
+    images[3] = torch.nan
+    before = images.clone()
+    everything(prepared(images, Images(invert=True, box=16)))
+    np.testing.assert_array_equal(images.numpy(), before.numpy())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, N])
+def test_batches_are_all_particles_in_order_bit_for_bit(batch: int):
+    images = noise()
+    images[2] = 0.0
+    particles = prepared(images, Images(box=20), batch_size=batch)
+    members = torch.cat([rows for rows, _ in particles.batches()])
+    assert members.tolist() == list(range(N - 1))
+    alone = torch.cat([particles.read(torch.tensor([i])) for i in range(N - 1)])
+    assert torch.equal(everything(particles), alone)
+    some = torch.tensor([20, 3, 3, 7])
+    again = torch.cat([found for _, found in particles.batches(some)])
+    assert torch.equal(again, alone[some])
+
+
+def test_invert_and_background_radius():
+    images = noise()
+    plain = everything(prepared(images))
+    assert torch.equal(everything(prepared(images, Images(invert=True))), -plain)
+    near = everything(prepared(images, Images(background_radius=10.0)))
+    np.testing.assert_array_equal(near.numpy(), normalise(images, 10.0).numpy())
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    ground = near[:, torch.from_numpy(np.hypot(x, y) > 10)]
+    np.testing.assert_allclose(ground.mean(1).numpy(), 0, atol=1e-5)
+    np.testing.assert_allclose(ground.std(1).numpy(), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [16, 21, 24, 32])
+def test_box_scales_pixels_and_shifts(box: int):
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    blob = np.exp(-((x - 4) ** 2 + (y + 3) ** 2) / (2 * 3.0**2))
+    images = torch.from_numpy(blob).float().expand(2, -1, -1)
+    particles = prepared(images, Images(box=box, background_radius=14.0))
+    assert particles.size == box
+    assert particles.scale == pytest.approx(SIZE / box)
+    assert particles.pixel_size == pytest.approx(1.5 * SIZE / box)
+    small = particles.read(torch.tensor([0]))
+    np.testing.assert_allclose(
+        small.numpy(), fourier_resize(normalise(images[:1], 14.0), box).numpy(), atol=1e-6
+    )
+    # A shift of the small image is ``scale`` times as many pixels of the input: this one, from
+    # the input's place of the blob, brings it to the small image's centre.
+    shift = torch.tensor([[-4.0, 3.0]]) / particles.scale
+    centred = transform(small, Pose(torch.zeros(1), shift, torch.zeros(1, dtype=torch.bool)))
+    weight = (centred[0] - 0.3 * centred.max()).clamp(min=0).double().numpy()
+    y, x = np.mgrid[:box, :box] - box // 2
+    centroid = np.array([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
+    np.testing.assert_allclose(centroid, 0, atol=0.05)
+
+
+def test_errors_say_what_and_why():
+    with pytest.raises(ValueError, match="32 x 30 px: alignment needs square"):
+        prepared(torch.randn(4, 32, 30))
+    with pytest.raises(ValueError, match=r"images.box 40 px is larger than the particles \(32\)"):
+        prepared(noise(), Images(box=40))
+    with pytest.raises(ValueError, match="n, h, w"):
+        TensorStack(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="background_raduis"):
+        Images(background_raduis=3.0)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="greater than or equal to 8"):
+        Images(box=4)
+    with pytest.raises(ValueError, match="leaves no background in a box of 32"):
+        prepared(noise(), Images(background_radius=25.0))
+
+
+def test_choose_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
+    with pytest.raises(ValueError, match="no CUDA GPU here"):
+        choose_device("cuda")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+
+
+def test_seeds_are_low_passed_particles_chosen_by_the_seed():
+    images = noise()
+    images[0] = torch.nan
+    particles = prepared(images)
+    first = seed_references(particles, "random", 5, seed=1)
+    assert torch.equal(first, seed_references(particles, "random", 5, seed=1))
+    assert not torch.equal(first, seed_references(particles, "random", 5, seed=2))
+    # Each is one particle below 0.1 / px: find it by its lowest frequencies.
+    k = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None])
+    low, high = k < 0.05, k > 0.15
+    spectra = np.fft.rfft2(everything(particles).numpy())
+    chosen = set()
+    for spectrum in np.fft.rfft2(first.numpy()):
+        gap = np.abs(spectra[:, low] - spectrum[low]).max(1)
+        assert gap.min() < 1e-2
+        assert np.abs(spectrum[high]).max() < 1e-2
+        chosen.add(int(gap.argmin()))
+    assert len(chosen) == 5
