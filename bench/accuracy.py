@@ -15,10 +15,10 @@ from bench.data import KnownSet, enlarged_sets, known_sets
 from bench.result import Result, Row
 from cryoalign.images.ctf import phase_flip
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.joint_refinement import SOLVERS, Parameter, refine_jointly
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 
 def run(

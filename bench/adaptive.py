@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.images.fourier import soft_mask
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import Search, best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 SPARX = {
     (1, 1.0): 0.54,

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import Search, best_poses, prepare
+from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.settings import Search
 
 Align = Callable[[Tensor, Tensor, float], Pose]
 

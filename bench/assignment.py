@@ -11,13 +11,12 @@ import torch
 from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row, with_means
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.methods.assignment import Assignment
-from cryoalign.methods.classify.classify import PhaseFlipped, optics_of
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.particles.prepare import Stack, TensorStack
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import Search
+from cryoalign.particles.stack import PhaseFlipped, Stack, TensorStack, optics_of
+from cryoalign.search.settings import Search
 
 STRATEGIES = {
     "best": Assignment(),

@@ -10,7 +10,7 @@ from bench.agreement import agreement
 from bench.data import known_sets
 from bench.result import Result, Row
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 
 def run(

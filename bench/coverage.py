@@ -10,13 +10,14 @@ from torch import Tensor
 
 from bench.data import KnownSet, known_sets
 from bench.result import Result, Row
-from cryoalign.images.fourier import normalise, soft_mask
+from cryoalign.images.masks import masked, normalise, soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.results.averages import Averaging, class_sums, filtered_averages, masked
+from cryoalign.results.averages import Averaging, class_sums, filtered_averages
 from cryoalign.results.pose_errors import pose_covariance
-from cryoalign.search.match import Search, best_poses, prepare
+from cryoalign.search.match import best_poses, prepare
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 ROUNDS = 4
 """Averaging and refinement in turn, until poses and averages agree."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics, ctf_2d, optics_from_relion
-from cryoalign.io import read_images, read_particles
-from cryoalign.io.formats import image_pixel_size
+from cryoalign.io.formats import image_pixel_size, read_images
+from cryoalign.io.stack import read_particles
 from cryoalign.io.star import read_star
-from cryoalign.particles.prepare import Stack, TensorStack
 from cryoalign.particles.simulate import Phantom, phantom, project, simulate, spread_views
+from cryoalign.particles.stack import Stack, TensorStack
 from cryoalign.pose import Pose, wrap_degrees
 
 

@@ -15,7 +15,7 @@ from cryoalign.images.polar import Rings, ring_spectra
 from cryoalign.operators.kernels import peaks, status
 from cryoalign.operators.kernels.peaks import Layout, Packed
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 # Entries of the plain formulation's table at a time.
 PLAIN_TABLE = 2**28

@@ -12,12 +12,14 @@ from bench.data import particles
 from bench.gpu_search import copy_rate, matrix_rate, seconds, tile_work
 from bench.result import Result, Row
 from cryoalign.images.polar import Rings, ring_spectra
+from cryoalign.images.templates import templates_of
 from cryoalign.operators.kernels import images as kernel_images
 from cryoalign.operators.kernels import peaks, status
 from cryoalign.operators.kernels.peaks import Layout
 from cryoalign.results.averages import class_sums
-from cryoalign.search.match import CANDIDATES, Search, best_match
-from cryoalign.search.refine import refine_on, templates_of
+from cryoalign.search.match import CANDIDATES, best_match
+from cryoalign.search.refine import refine_on
+from cryoalign.search.settings import Search
 
 
 class Stage(NamedTuple):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bench.result import Result, Row
 from bench.timing import measure
-from cryoalign.images.fourier import fourier_resize, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import Interpolation, pixel_grid, sample, transform
+from cryoalign.images.masks import soft_mask
 from cryoalign.particles.simulate import phantom, project, spread_views
 from cryoalign.pose import Pose
 

@@ -11,12 +11,12 @@ from sklearn.metrics import adjusted_rand_score
 
 from bench.data import truth_of
 from bench.result import Result, Row
-from cryoalign.io import read_particles
-from cryoalign.methods.classify.classify import optics_of
+from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.invariants import communities, invariants, neighbours
 from cryoalign.methods.classify.whitening import observe
-from cryoalign.particles.prepare import Images, PreparedParticles, Stack, TensorStack
+from cryoalign.particles.prepare import Images, PreparedParticles
 from cryoalign.particles.simulate import simulate
+from cryoalign.particles.stack import Stack, TensorStack, optics_of
 
 
 def run(

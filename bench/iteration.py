@@ -12,8 +12,8 @@ from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.particles.prepare import choose_device
-from cryoalign.search.match import Search
+from cryoalign.runtime.processes import choose_device
+from cryoalign.search.settings import Search
 
 
 def run(

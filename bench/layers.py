@@ -14,8 +14,8 @@ from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.images.polar import reference_spectra
 from cryoalign.learn.layers import AlignLayer, PoseMarginal, RingSpectra
-from cryoalign.particles.prepare import choose_device
-from cryoalign.search.match import Search
+from cryoalign.runtime.processes import choose_device
+from cryoalign.search.settings import Search
 
 Score = Callable[[Tensor, Tensor], Tensor]  # particles (n, h, w), references (k, h, w) to (n,)
 

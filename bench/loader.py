@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.result import Result, Row
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.learn.dataset import Mask, Normalise, ParticleDataset
 from cryoalign.particles.simulate import simulate, write_simulation
 

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import torch
 
 from bench.result import Result, Row
-from cryoalign.io import read_particles, write_images
+from cryoalign.io.formats import write_images
+from cryoalign.io.stack import read_particles
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 MEGA = 1e6
 

@@ -22,10 +22,11 @@ from bench.aligners import ALIGNERS, Aligner
 from bench.bound import expected_medians
 from bench.data import KnownSet, known_sets
 from bench.result import Result, Row
-from cryoalign.images.fourier import normalise
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import normalise
 from cryoalign.pose import Pose, compose, wrap_degrees
-from cryoalign.search.match import Search, best_poses, prepare
+from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.settings import Search
 
 INSTALL = "pip install --constraint constraints.txt '.[peers]'"
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 # The plain formulation's: entries of the table at a time, but no more than so many particles. On
 # a CPU the best of 2**18 … 2**24 and 1 … 16.

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.agreement import pose_errors
 from bench.data import truth_of
 from bench.result import Result, Row
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.report.page import flags

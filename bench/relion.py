@@ -14,9 +14,9 @@ import torch
 from bench.classes import scores
 from bench.data import truth_of
 from bench.result import Result, Row
-from cryoalign.io import read_particles
 from cryoalign.io.relion import read_pose
-from cryoalign.methods.classify.classify import optics_of
+from cryoalign.io.stack import read_particles
+from cryoalign.particles.stack import optics_of
 from cryoalign.pose import Pose
 
 # Class2D's as RELION's own interface sets them.

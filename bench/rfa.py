@@ -9,12 +9,11 @@ from typing import Annotated
 from bench.agreement import agreement
 from bench.data import truth_of
 from bench.result import Result, Row, with_means
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.methods.rfa import align_reference_free
-from cryoalign.particles.prepare import TensorStack
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import Search
-from cryoalign.search.schedule import Schedule
+from cryoalign.particles.stack import TensorStack
+from cryoalign.search.settings import Schedule, Search
 
 
 def run(

@@ -11,9 +11,10 @@ from bench.data import particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.images.polar import reference_spectra
-from cryoalign.particles.prepare import choose_device
-from cryoalign.search.match import Search, best_match
+from cryoalign.runtime.processes import choose_device
+from cryoalign.search.match import best_match
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 
 @dataclass(frozen=True)

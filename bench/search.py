@@ -18,10 +18,11 @@ from bench.timing import measure
 from cryoalign.images.polar import normalised_spectra, reference_spectra, to_polar
 from cryoalign.operators.correlation import correlation_peaks
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, cpu
-from cryoalign.particles.prepare import choose_device
 from cryoalign.results.averages import class_sums
-from cryoalign.search.match import Search, best_match, match_spectra
+from cryoalign.runtime.processes import choose_device
+from cryoalign.search.match import best_match, match_spectra
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 # Particles sampled, and particles transformed, at a time: as `match_spectra` does it.
 CPU_CHUNKS, CUDA_CHUNKS = (8, 2), (2048, 512)

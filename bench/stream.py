@@ -20,7 +20,7 @@ import json, resource, sys, time
 import torch
 from torch.utils.data import DataLoader
 from cryoalign.learn.dataset import Normalise, ParticleDataset
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.learn.stream import ParticleStream
 
 path, how, block, window = json.loads(sys.argv[1])

@@ -1,6 +1,7 @@
 """cryoalign: alignment and classification of 2D cryo-EM particle images with PyTorch.
 
-    from cryoalign import align_multi_reference, read_particles
+    from cryoalign.methods.mra import align_multi_reference
+    from cryoalign.io.stack import read_particles
 
     particles = read_particles("particles.star")
     alignment = align_multi_reference(particles, n_classes=10)
@@ -13,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cryoalign.images.geometry import transform
 from cryoalign.images.polar import Rings, ring_spectra, to_polar
-from cryoalign.io import read_images, read_particles, write_images
+from cryoalign.io.formats import read_images, write_images
+from cryoalign.io.stack import read_particles
 from cryoalign.learn.dataset import ParticleDataset
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.classify.classify import classify
@@ -31,8 +33,8 @@ from cryoalign.results.averages import Averaging
 from cryoalign.results.pose_errors import pose_covariance
 from cryoalign.results.quality import Quality
 from cryoalign.search.joint_refinement import refine_jointly
-from cryoalign.search.match import Search, match
-from cryoalign.search.schedule import Schedule
+from cryoalign.search.match import match
+from cryoalign.search.settings import Schedule, Search
 
 try:
     __version__ = version("cryoalign")

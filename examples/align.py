@@ -9,8 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cryoalign import Search, align_multi_reference, read_particles, simulate
+from cryoalign.io.stack import read_particles
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.simulate import simulate
 from cryoalign.report import figures as plot
+from cryoalign.search.settings import Search
 
 
 def main(

@@ -34,14 +34,22 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cryoalign import Pose, Rings, correlation_table, simulate, transform
 from cryoalign.app.schema import settings_from_words
-from cryoalign.images.fourier import filter_shells, low_pass_curve, soft_mask
+from cryoalign.images.fourier import filter_shells, low_pass_curve
+from cryoalign.images.geometry import transform
+from cryoalign.images.masks import soft_mask
+from cryoalign.images.polar import Rings
 from cryoalign.learn.dataset import Normalise, ParticleDataset, RandomPose
 from cryoalign.learn.layers import RingSpectra
-from cryoalign.operators.correlation import correlation_peaks, turned_correlation, unravel_place
-from cryoalign.particles.prepare import TensorStack
-from cryoalign.particles.simulate import Simulation
+from cryoalign.operators.correlation import (
+    correlation_peaks,
+    correlation_table,
+    turned_correlation,
+    unravel_place,
+)
+from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.particles.stack import TensorStack
+from cryoalign.pose import Pose
 from cryoalign.report import figures as plot
 from cryoalign.report.embedding import embed, neighbour_purity
 from cryoalign.runtime.settings import FORBID

@@ -20,8 +20,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from cryoalign import Rings, correlation_table, ring_spectra, simulate
-from cryoalign.operators.correlation import correlation_logsumexp
+from cryoalign.images.polar import Rings, ring_spectra
+from cryoalign.operators.correlation import correlation_logsumexp, correlation_table
+from cryoalign.particles.simulate import simulate
 from cryoalign.report import figures as plot
 
 

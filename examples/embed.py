@@ -10,7 +10,8 @@ from pathlib import Path
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from cryoalign import align_multi_reference, simulate
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.simulate import simulate
 from cryoalign.report import figures as plot
 from cryoalign.report.embedding import embed, features, neighbour_purity
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from cryoalign import Pose, Search, correlation_at, match, simulate
-from cryoalign.pose import wrap_degrees
+from cryoalign.operators.correlation import correlation_at
+from cryoalign.particles.simulate import simulate
+from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.search.match import match
+from cryoalign.search.settings import Search
 
 
 def main(n: int = 100, steps: int = 40) -> tuple[float, float]:

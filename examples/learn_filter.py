@@ -35,18 +35,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from cryoalign import Pose, Rings, Search
 from cryoalign.app.schema import settings_from_words
 from cryoalign.images.ctf import Optics, ctf_2d
-from cryoalign.images.fourier import filter_shells, low_pass_curve, normalise, soft_mask
+from cryoalign.images.fourier import filter_shells, low_pass_curve, ring_index
 from cryoalign.images.geometry import radius_grid
+from cryoalign.images.masks import normalise, soft_mask
+from cryoalign.images.polar import Rings
 from cryoalign.learn.layers import PoseMarginal, RingSpectra
-from cryoalign.methods.classify.whitening import noise_spectrum, ring_index
+from cryoalign.methods.classify.whitening import noise_spectrum
 from cryoalign.particles.simulate import Phantom, phantom, project, spread_views
+from cryoalign.pose import Pose
 from cryoalign.report import figures as plot
 from cryoalign.report.figures import BLUE, GREY, INK, ORANGE
 from cryoalign.runtime.settings import FORBID
 from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.settings import Search
 
 YAML = Path(__file__).with_suffix(".yaml")
 KNOTS = 9

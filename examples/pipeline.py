@@ -12,8 +12,9 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 
-from cryoalign import Search, simulate
 from cryoalign.learn.estimators import MultiReferenceAligner
+from cryoalign.particles.simulate import simulate
+from cryoalign.search.settings import Search
 
 
 def main(n: int = 600) -> tuple[float, float]:

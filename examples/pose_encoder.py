@@ -39,21 +39,22 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cryoalign import Pose, Rings, Search, simulate
 from cryoalign.app.schema import settings_from_words
-from cryoalign.images.polar import reference_spectra
+from cryoalign.images.polar import Rings, reference_spectra
+from cryoalign.images.templates import templates_of
 from cryoalign.learn.dataset import ParticleDataset, RandomPose
 from cryoalign.learn.layers import RingSpectra, RotationalCorrelation
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, cpu
-from cryoalign.particles.prepare import TensorStack
-from cryoalign.particles.simulate import Simulation
-from cryoalign.pose import wrap_degrees
+from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.particles.stack import TensorStack
+from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.report import figures as plot
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import keep_freed_memory
 from cryoalign.search.coarse_to_fine import reduce
 from cryoalign.search.match import best_poses, prepare
-from cryoalign.search.refine import refine_on, templates_of
+from cryoalign.search.refine import refine_on
+from cryoalign.search.settings import Search
 
 YAML = Path(__file__).with_suffix(".yaml")
 TRIAL_STEPS = (2.0, 3.0, 4.0)  # px between shifts that are tried in place of the network's

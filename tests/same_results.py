@@ -61,12 +61,18 @@ def compare(a: Path, b: Path) -> list[str]:
                 found += [f"{name}: {f}" for f in _tables(a / name, b / name, table, numbers)]
         for stack in STACKS:
             if (a / name / stack).exists():
-                ours, theirs = (mrcfile.read(x / name / stack) for x in (a, b))
+                ours, theirs = (_images(x / name / stack) for x in (a, b))
                 if stack.startswith("class"):
                     theirs = theirs[numbers[1:] - 1]
                 if not np.array_equal(ours, theirs):
                     found.append(f"{name}: {stack} differs by {np.abs(ours - theirs).max():.3g}")
     return found
+
+
+def _images(path: Path) -> np.ndarray:
+    """(k, h, w) of a stack; the library gives one image as (h, w)."""
+    images = mrcfile.read(path)
+    return images[None] if images.ndim == 2 else images
 
 
 def _renumbered(a: Path, b: Path) -> np.ndarray | None:
@@ -84,7 +90,7 @@ def _renumbered(a: Path, b: Path) -> np.ndarray | None:
 
 
 def _tables(a: Path, b: Path, table: str, numbers: np.ndarray) -> list[str]:
-    ours, theirs = (pd.read_csv(x / table, float_precision="round_trip") for x in (a, b))
+    ours, theirs = (pd.read_csv(x / table) for x in (a, b))
     if table == "classes.csv":
         theirs = theirs.iloc[numbers[1:] - 1].reset_index(drop=True)
         ours, theirs = (

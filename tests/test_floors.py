@@ -125,7 +125,8 @@ def test_each_fault_of_a_made_up_package_is_found():
         "methods imports __init__, which is not below it"
     ]
     circle = found(images__of__a="import cryoalign.images.b", images__of__b="from .a import x")
-    assert len(circle) == 1 and circle[0].startswith("circle: ")
+    assert len(circle) == 1
+    assert circle[0].startswith("circle: ")
     assert found(helpers="") == ["helpers is on no floor"]
     for text in (
         "import torch\nx = torch.distributed.get_rank()",

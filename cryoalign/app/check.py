@@ -17,7 +17,7 @@ from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem
 from cryoalign.io.survey import Survey, survey
 from cryoalign.methods.isac.generations import Isac, scale_of
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 # Memory of a run, fitted to the peaks of six (64 to 176 px, 500 to 5000 particles, 3 to 5 classes
 # on 2 cores): within 10 %.

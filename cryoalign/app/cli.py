@@ -25,11 +25,10 @@ from cryoalign.app.run import run
 from cryoalign.app.schema import describe, known_keys, load_settings
 from cryoalign.app.settings import RunConfig, SimulateConfig, as_mapping, load_config
 from cryoalign.operators.kernels import build
-from cryoalign.particles.prepare import choose_device
 from cryoalign.particles.simulate import simulate, write_simulation
 from cryoalign.report.page import flags, shift_key, shift_limit
 from cryoalign.results.alignment import Alignment
-from cryoalign.runtime.processes import process_group, rank, world_size
+from cryoalign.runtime.processes import choose_device, process_group, rank, world_size
 
 LISTED = 15
 """Classes in the table that a run ends with."""

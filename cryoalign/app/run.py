@@ -25,8 +25,8 @@ from cryoalign.app.run_folder import (
     write_stable_classes,
 )
 from cryoalign.app.settings import HEADER, RunConfig, flat, is_used, load_config, save_config
-from cryoalign.io import ParticleStack, read_particles
 from cryoalign.io.paths import plain
+from cryoalign.io.stack import ParticleStack, read_particles
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.isac.generations import scale_of
 from cryoalign.methods.isac.isac import classify_stable
@@ -34,8 +34,7 @@ from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.methods.rfa import align_reference_free
 from cryoalign.methods.state import ClimbState, MraState
-from cryoalign.particles.prepare import choose_device
-from cryoalign.runtime.processes import process_group, rank, same_on_all_ranks
+from cryoalign.runtime.processes import choose_device, process_group, rank, same_on_all_ranks
 
 # What may differ between a run and its resumption: where and how fast, not what.
 FREE = {

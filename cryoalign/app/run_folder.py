@@ -11,13 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from cryoalign.app.settings import RunConfig, as_mapping, used_mapping
-from cryoalign.io import (
-    ParticleStack,
-    read_images,
-    write_class_averages_star,
-    write_images,
-    write_particles_star,
-)
+from cryoalign.io.formats import read_images, write_images
+from cryoalign.io.relion import write_class_averages_star, write_particles_star
+from cryoalign.io.stack import ParticleStack
 from cryoalign.methods.isac.isac import StableClasses
 from cryoalign.methods.state import MraState
 from cryoalign.report import figures as plot

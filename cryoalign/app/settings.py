@@ -22,8 +22,7 @@ from cryoalign.results.averages import Averaging
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.files import replacing
 from cryoalign.runtime.settings import FORBID
-from cryoalign.search.match import Search
-from cryoalign.search.schedule import Schedule
+from cryoalign.search.settings import Schedule, Search
 
 EVERY_METHOD = {
     "particles", "method", "output", "seed", "device", "images", "batch_size", "max_rejected",

@@ -11,54 +11,6 @@ from torch_fourier_rescale import fourier_rescale_rfft_2d
 from cryoalign.images.geometry import radius_grid
 
 
-def soft_mask(
-    size: int, radius: float, edge: float = 4.0, device: torch.device | str | None = None
-) -> Tensor:
-    """(size, size) one inside ``radius`` pixels, zero beyond ``radius + edge``, a raised cosine
-    between."""
-    beyond = radius_grid(size, device) - radius
-    if edge == 0:
-        return (beyond <= 0).float()
-    return 0.5 + 0.5 * torch.cos(math.pi * (beyond / edge).clamp(0, 1))
-
-
-def background(size: int, radius: float, device: torch.device | str | None = None) -> Tensor:
-    """(size, size) bool: the pixels beyond ``radius`` of the centre.
-
-    Raises:
-        ValueError: they are fewer than 16.
-    """
-    outside = radius_grid(size, device) > radius
-    if int(outside.sum()) < 16:
-        raise ValueError(
-            f"a background radius of {radius:g} px leaves no background in a box of {size} px; "
-            f"choose one up to {size / 2:g}"
-        )
-    return outside
-
-
-def normalise(images: Tensor, radius: float) -> Tensor:
-    """Images whose background (beyond ``radius`` pixels) has mean 0 and deviation 1.
-
-    Without noise in the background, the whole image has deviation 1; a constant one is zero.
-
-    Args:
-        images: (n, size, size).
-        radius: of the particle, pixels; the corners beyond it are background.
-
-    Raises:
-        ValueError: fewer than 16 pixels are left outside, or images are not square.
-    """
-    outside = background(_square(images), radius, images.device)  # (size, size)
-    beyond = images[:, outside]  # (n, p)
-    mean = beyond.mean(1)[:, None, None]
-    # A background without noise (simulated, masked) has nothing to be scaled to.
-    deviation = beyond.std(1)[:, None, None]
-    overall = images.flatten(1).std(1)[:, None, None]
-    scale = torch.where(deviation > 1e-3 * overall, deviation, overall)
-    return (images - mean) / torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
 def fourier_resize(images: Tensor, size: int) -> Tensor:
     """Images cropped or padded in Fourier space to a new box: values keep their scale.
 
@@ -134,3 +86,9 @@ def _square(images: Tensor) -> int:
             f"images must be square, got {tuple(images.shape[-2:])}: crop or pad them to a square"
         )
     return images.shape[-1]
+
+
+def ring_index(size: int, device: torch.device | str | None = None) -> Tensor:
+    """(size, size // 2 + 1) int64: the nearest ring, in 1/box, of rfft2's components."""
+    kx, ky = frequency_grid(size, device)
+    return (torch.hypot(kx, ky) * size).round().long()

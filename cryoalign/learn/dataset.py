@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cryoalign.images.ctf import Optics, optics_from_relion, phase_flip
-from cryoalign.images.fourier import fourier_resize, normalise, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
-from cryoalign.particles.prepare import Stack, as_stack
+from cryoalign.images.masks import normalise, soft_mask
+from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.pose import Pose, compose, from_relion
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import shard

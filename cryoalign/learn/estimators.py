@@ -36,8 +36,8 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from cryoalign.images.fourier import soft_mask
 from cryoalign.images.geometry import radius_grid, transform
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.learn.dataset import ParticleDataset
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.base import Alternation, Found
@@ -46,19 +46,14 @@ from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.methods.rfa import align_reference_free
-from cryoalign.particles.prepare import (
-    Images,
-    PreparedParticles,
-    Stack,
-    TensorStack,
-    as_stack,
-    choose_device,
-)
+from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.stack import Stack, TensorStack, as_stack
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, masked
+from cryoalign.results.averages import Averaging
 from cryoalign.runtime.arrays import Array, SupportsCuda, SupportsDLPack, as_tensor, to_numpy
-from cryoalign.search.match import Search, prepare
-from cryoalign.search.schedule import Schedule
+from cryoalign.runtime.processes import choose_device
+from cryoalign.search.match import prepare
+from cryoalign.search.settings import Schedule, Search
 
 
 class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, metaclass=ABCMeta):

@@ -25,8 +25,9 @@ from cryoalign.learn.implicit import (
 from cryoalign.operators.correlation import correlation_at, correlation_logsumexp, correlation_table
 from cryoalign.pose import Pose
 from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.search.match import Search, best_poses, prepare
+from cryoalign.search.match import best_poses, prepare
 from cryoalign.search.paired import CPU_CHUNK, best_pairs, pair_table, pairs_at_a_time
+from cryoalign.search.settings import Search
 
 Gradient = Literal["score", "implicit", "soft"]
 

@@ -16,12 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import fourier_resize, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform, translate
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
-from cryoalign.io import image_pixel_size, read_images
+from cryoalign.io.formats import image_pixel_size, read_images
 from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, PreparedParticles, Stack, as_stack, choose_device
+from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.pose import Pose, pixel_error
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import (
@@ -30,15 +32,15 @@ from cryoalign.results.averages import (
     centring,
     class_sums,
     filtered_averages,
-    masked,
     move,
 )
 from cryoalign.results.evidence import Aligned, Scope, trials_of
 from cryoalign.results.quality import Quality, conclude
 from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.runtime.processes import gather_over_ranks
+from cryoalign.runtime.processes import choose_device, gather_over_ranks
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.match import Search, Target, best_poses
+from cryoalign.search.match import Target, best_poses
+from cryoalign.search.settings import Search
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, particles done, particles in all) now and then."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import (
     Assignment,
     assign_equal,
@@ -21,7 +22,7 @@ from cryoalign.methods.assignment import (
 )
 from cryoalign.methods.base import Alternation, Found
 from cryoalign.pose import Pose
-from cryoalign.results.averages import ClassSums, class_sums, masked
+from cryoalign.results.averages import ClassSums, class_sums
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.match import Target, log_evidence, match_all, refine_match

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.fourier import filter_shells, low_pass_curve, radial_mean
+from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.base import (
     Alternation,
@@ -31,13 +32,15 @@ from cryoalign.methods.base import (
 from cryoalign.methods.matching import assign_particles, match_particles, refined, soft_sums, weigh
 from cryoalign.methods.references import SEEDINGS, seed_references
 from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, Stack, as_stack
+from cryoalign.particles.prepare import Images
+from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.pose import Pose
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, ClassSums, masked
+from cryoalign.results.averages import Averaging, ClassSums
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.search.match import Search, prepare
+from cryoalign.search.match import prepare
+from cryoalign.search.settings import Search
 
 Soft = Callable[[Tensor, int], ClassSums]
 """Makes soft class sums of so many classes, given the hard labels (n,)."""

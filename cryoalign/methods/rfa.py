@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cryoalign.images import frc
+from cryoalign.images.masks import masked
 from cryoalign.methods.base import (
     Alternation,
     Found,
@@ -28,14 +29,15 @@ from cryoalign.methods.base import (
 )
 from cryoalign.methods.state import MraState
 from cryoalign.operators.correlation import correlation_at
-from cryoalign.particles.prepare import Images, Stack, as_stack
+from cryoalign.particles.prepare import Images
+from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, masked
+from cryoalign.results.averages import Averaging
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.search.match import Search, prepare
-from cryoalign.search.schedule import Schedule
+from cryoalign.search.match import prepare
+from cryoalign.search.settings import Schedule, Search
 
 STEADY_HANDS = 0.01  # share of hands that may still change where poses are at rest
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -14,68 +12,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.images.fourier import background, fourier_resize, normalise
+from cryoalign.images.fourier import fourier_resize
+from cryoalign.images.masks import background, normalise
 from cryoalign.particles.screen import refuse_above, screen
-from cryoalign.runtime.arrays import Array, as_tensor
+from cryoalign.particles.stack import Stack, TensorStack
 from cryoalign.runtime.processes import gather_over_ranks, shard
 from cryoalign.runtime.settings import FORBID
 
 CPU_BATCH = 64
 # A GPU wants many particles at a time: bytes of their images.
 CUDA_BATCH_BYTES = 2**29
-
-
-@runtime_checkable
-class Stack(Protocol):
-    """Anything particles can be read from; `io.ParticleStack` is one."""
-
-    shape: tuple[int, int]
-    pixel_size: float | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Tensor) -> Tensor:
-        """(b, h, w) float32 images."""
-        ...
-
-
-class TensorStack:
-    """Particles (n, h, w) in memory, read as from a file.
-
-    They stay where and as they are (`interop.as_tensor`), a batch at a time becomes float32.
-    """
-
-    def __init__(self, images: Array, pixel_size: float | None = None) -> None:
-        images = as_tensor(images)
-        if images.ndim != 3:
-            raise ValueError(f"particles must be (n, h, w), got {tuple(images.shape)}")
-        self.images, self.pixel_size = images.detach(), pixel_size
-        self.shape: tuple[int, int] = (images.shape[1], images.shape[2])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, rows: Tensor | slice) -> Tensor:
-        """(b, h, w) float32 images."""
-        return self.images[rows].float()
-
-
-def as_stack(particles: Stack | Array) -> Stack:
-    """A stack as it is; images in memory, of whatever library, as one.
-
-    Raises:
-        TypeError: neither; a path and a `ParticleDataset` are told what to give.
-    """
-    if isinstance(particles, str | Path):
-        raise TypeError(
-            f"particles are a path, {str(particles)!r}: give cryoalign.read_particles(path)"
-        )
-    if isinstance(getattr(particles, "stack", None), Stack):
-        raise TypeError(
-            f"particles are a {type(particles).__name__}: give the stack that it reads, "
-            "dataset.stack (all its rows, without the dataset's transforms)"
-        )
-    return particles if isinstance(particles, Stack) else TensorStack(particles)
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -221,20 +167,3 @@ def _fits(stack: TensorStack, device: torch.device, bytes_each: int) -> bool:
     if device.type != "cuda" or stack.images.device.type != "cuda":
         return False
     return len(stack) * bytes_each <= torch.cuda.mem_get_info(stack.images.device)[0] // 4
-
-
-def choose_device(device: str) -> torch.device:
-    """``auto`` is the GPU if PyTorch sees one, else the CPU.
-
-    Raises:
-        ValueError: CUDA was asked for and there is none, or the name is unknown.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but PyTorch finds no CUDA GPU here: use device=cpu")
-    return chosen

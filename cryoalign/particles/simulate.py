@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.io import write_images
+from cryoalign.io.formats import write_images
 from cryoalign.io.star import StarTables, write_star
 from cryoalign.pose import Pose
 from cryoalign.runtime.files import replacing

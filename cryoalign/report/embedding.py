@@ -20,8 +20,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from cryoalign.images.geometry import pixel_grid, transform
-from cryoalign.particles.prepare import Stack, as_stack
 from cryoalign.particles.screen import screen
+from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.pose import Pose
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.arrays import Array

@@ -261,9 +261,9 @@ def embedding(
     The map after alignment flatters: noise that was turned onto a class average resembles it.
 
     Args:
-        before, after: (n, 2) from `cryoalign.report.embedding.embed`; rows of NaN are left out.
+        before, after: (n, 2) from `embedding.embed`; rows of NaN are left out.
         labels: (n,) class numbers; 0 (set aside) is left out.
-        purity: of the two maps, from `cryoalign.report.embedding.neighbour_purity` with ``k`` neighbours.
+        purity: of the two maps, from `embedding.neighbour_purity` with ``k`` neighbours.
     """
     label = _array(labels).astype(int)
     figure = Figure(figsize=(10.5, 5), layout="constrained")

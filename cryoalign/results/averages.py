@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cryoalign.images import frc
 from cryoalign.images.fourier import filter_shells, low_pass_curve
-from cryoalign.images.geometry import pixel_grid, transform
-from cryoalign.operators import kernels
-from cryoalign.operators.kernels import images as kernel_images
+from cryoalign.images.geometry import pixel_grid
+from cryoalign.images.masks import masked
+from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.pose import Pose, compose
 from cryoalign.runtime.processes import sum_over_ranks
 from cryoalign.runtime.settings import FORBID
@@ -145,48 +145,6 @@ def class_sums(
     )
 
 
-@torch.library.custom_op("cryoalign::sum_aligned", mutates_args=())
-def sum_aligned(
-    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
-) -> Tensor:
-    """Sum images, moved by their poses, by group; zero where a group has no member.
-
-    Args:
-        images: (n, h, w).
-        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool. See `geometry.transform`.
-        group: (n,) int64, 0 … n_groups - 1.
-        n_groups: how many.
-
-    Returns:
-        (n_groups, h, w) float64, the same whatever order threads run in.
-    """
-    return _sum_in_torch(images, angle, shift, mirror, group, n_groups)
-
-
-@sum_aligned.register_kernel("cuda")
-def _(
-    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
-) -> Tensor:
-    serves = kernels.usable(images.device) and images.dtype == torch.float32
-    voice = kernel_images.sum_aligned if serves else _sum_in_torch
-    return voice(images, angle, shift, mirror, group, n_groups)
-
-
-@sum_aligned.register_fake
-def _(
-    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
-) -> Tensor:
-    return images.new_empty(n_groups, *images.shape[1:], dtype=torch.float64)
-
-
-def _sum_in_torch(
-    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
-) -> Tensor:
-    aligned = transform(images, Pose(angle, shift, mirror)).double()
-    select = torch.nn.functional.one_hot(group, n_groups).double()
-    return (select.T @ aligned.flatten(1)).unflatten(1, images.shape[1:])
-
-
 def displacement(pose: Pose) -> Tensor:
     """(n, 2) where a pose puts the centre of the particle's box, on the reference."""
     return (pose.linear() @ pose.shift.unsqueeze(-1)).squeeze(-1)
@@ -250,9 +208,3 @@ def class_filters(curves: Tensor, trusted: Tensor) -> Tensor:
         common = curves[trusted].mean(0, keepdim=True)
         return frc.wiener_curve(torch.where(trusted[:, None], curves, common))
     return low_pass_curve(size, LOW_PASS).to(curves).expand(len(curves), -1)
-
-
-def masked(images: Tensor, mask: Tensor) -> Tensor:
-    """(k, size, size) images minus their mean under a mask (size, size), times the mask."""
-    mean = (images * mask).flatten(1).sum(1) / mask.sum()
-    return (images - mean[:, None, None]) * mask

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from cryoalign.images.fourier import filter_shells
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked
 from cryoalign.images.polar import Rings
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose
-from cryoalign.results.averages import TRUSTED, ClassSums, class_filters, masked
+from cryoalign.results.averages import TRUSTED, ClassSums, class_filters
 from cryoalign.results.pose_errors import Curvature, covariance_on, curvature_of, shells_of
 from cryoalign.runtime.processes import gather_over_ranks
 from cryoalign.runtime.threads import map_in_order, workers_for

@@ -11,8 +11,8 @@ from torch import Tensor
 from cryoalign.images.fourier import frequency_grid
 from cryoalign.images.geometry import pixel_grid, sample
 from cryoalign.images.polar import Rings
+from cryoalign.images.templates import annulus, check_labels, templates_of, with_turn
 from cryoalign.pose import Pose
-from cryoalign.search.refine import annulus, check_labels, templates_of, with_turn
 
 # Particles of a chunk hold so many pixels: they stay in a core's cache, or spare a GPU's memory.
 CPU_CHUNK = 2**17

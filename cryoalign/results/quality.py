@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images import frc
+from cryoalign.images.masks import masked
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.results.alignment import Alignment, over_all_rows
-from cryoalign.results.averages import ClassSums, class_sums, masked
+from cryoalign.results.averages import ClassSums, class_sums
 from cryoalign.results.evidence import LEAST_EVIDENCE, Aligned, Scope, judge
 from cryoalign.runtime.settings import FORBID
 

@@ -91,3 +91,20 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 def _for_backend(tensor: Tensor) -> Tensor:
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is the GPU if PyTorch sees one, else the CPU.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none, or the name is unknown.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch finds no CUDA GPU here: use device=cpu")
+    return chosen

@@ -24,11 +24,12 @@ from torch import Tensor
 from cryoalign.images.fourier import frequency_grid, radial_mean
 from cryoalign.images.geometry import radius_grid, sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
+from cryoalign.images.templates import templates_of
 from cryoalign.operators.correlation import unravel_place
 from cryoalign.operators.kernels import cpu
 from cryoalign.operators.ring_products import RingFactors, hand_peaks, ring_factors
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.refine import refine_on, templates_of
+from cryoalign.search.refine import refine_on
 
 # Rings that a screen needs at least; fewer would not tell views apart.
 LEAST_RINGS = 16

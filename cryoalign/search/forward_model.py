@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics, complex_ctf, defocus_phase
-from cryoalign.images.fourier import fourier_resize, frequency_grid
+from cryoalign.images.fourier import fourier_resize, frequency_grid, ring_index
 from cryoalign.images.geometry import pixel_grid, sample
-from cryoalign.methods.classify.whitening import ring_index
+from cryoalign.images.templates import templates_of, with_turn
 from cryoalign.pose import Pose
-from cryoalign.search.refine import templates_of, with_turn
 
 COLUMNS = ("angle", "shift_x", "shift_y", "magnification", "defocus_offset")
 """The unknowns of a particle: degrees, px, px, 1 and Å."""

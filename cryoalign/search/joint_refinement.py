@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics
+from cryoalign.images.templates import check_labels
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
 from cryoalign.search.forward_model import COLUMNS, Frame, Observed, frame_of, model, observed
 from cryoalign.search.least_squares import Point, gauss_newton, lbfgs
-from cryoalign.search.refine import check_labels
 
 Parameter = Literal["angle", "shift", "magnification", "defocus"]
 Solver = Literal["gauss-newton", "lbfgs"]

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass as plain_dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images.geometry import sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
-from cryoalign.operators import kernels
+from cryoalign.images.templates import templates_of
 from cryoalign.operators.correlation import (
     correlation_logsumexp,
-    correlation_peaks,
-    table_peaks,
     unravel_place,
 )
-from cryoalign.operators.kernels import cpu as cpu_kernels
-from cryoalign.operators.kernels import images as kernel_images
-from cryoalign.operators.ring_products import best_hand, ring_factors
+from cryoalign.operators.image_search import CPU_CHUNK, CUDA_CHUNK, image_peaks
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import keep_freed_memory
 from cryoalign.search.coarse_to_fine import (
     Screen,
@@ -35,92 +26,12 @@ from cryoalign.search.coarse_to_fine import (
     refine_screened,
     screen_all,
 )
-from cryoalign.search.refine import refine_on, templates_of
+from cryoalign.search.refine import refine_on
+from cryoalign.search.settings import Search
 
-# Bytes of the spectra of one chunk of particles: what bounds the memory of a search.
-CPU_CHUNK = 2**22
-CUDA_CHUNK = 2**30
 # References of a particle that a GPU scores in full precision after its half-precision search,
 # whose best four have the exact choice among them.
 CANDIDATES = 4
-
-
-@dataclass(frozen=True, config=FORBID)
-class Search:
-    """What poses are tried.
-
-    Attributes:
-        max_shift: largest shift tried along x and along y, pixels.
-        shift_step: distance between trial shifts, pixels.
-        first_ring: innermost ring, pixels.
-        last_ring: outermost ring, pixels; None is the largest that stays in the box.
-        ring_step: distance between rings, pixels.
-        mirror: try mirrored particles too.
-        refine: refine the best pose below the grid's steps.
-        mode: ``exhaustive`` tries the whole grid; ``adaptive`` screens it at lower resolution and
-            refines the best few (`adaptive`), whatever ``shift_step`` is. None is adaptive on a
-            CPU where poses are refined, else exhaustive.
-    """
-
-    max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
-    shift_step: float = Field(default=1.0, gt=0, description="distance between trial shifts, px")
-    first_ring: int = Field(default=1, ge=1, description="innermost ring, px")
-    last_ring: int | None = Field(
-        default=None, ge=2, description="outermost ring, px; null: the largest that fits the box"
-    )
-    ring_step: int = Field(default=1, ge=1, description="distance between rings, px")
-    mirror: bool = Field(default=True, description="try mirrored particles too")
-    refine: bool = Field(default=True, description="refine poses below the grid's steps")
-    mode: Literal["exhaustive", "adaptive"] | None = Field(
-        default=None,
-        description="exhaustive: the whole grid; adaptive: a screen, the best few refined; "
-        "null: adaptive on a CPU, exhaustive on a GPU",
-    )
-
-    def __post_init__(self) -> None:
-        if self.mode == "adaptive" and not self.refine:
-            raise ValueError(
-                "search.mode adaptive lives by refinement: use search.refine: true, or "
-                "search.mode: exhaustive"
-            )
-
-    def is_adaptive(self, device: torch.device) -> bool:
-        """Whether particles on this device are screened first."""
-        return self.mode == "adaptive" or (
-            self.mode is None and self.refine and device.type == "cpu"
-        )
-
-    def rings(self, size: int) -> Rings:
-        """The rings in a box of ``size`` pixels.
-
-        Raises:
-            ValueError: ``last_ring`` + ``max_shift`` leave the box.
-        """
-        room = (size - 1) // 2 - math.ceil(self.max_shift)
-        if self.last_ring is not None and self.last_ring > room:
-            raise ValueError(
-                f"last_ring {self.last_ring} px with max_shift {self.max_shift:g} px does not fit "
-                f"a box of {size} px: use search.last_ring <= {room}, or a smaller "
-                "search.max_shift"
-            )
-        if self.first_ring > room >= 2:
-            raise ValueError(
-                f"first_ring {self.first_ring} px lies outside the last ring that fits, {room} px: "
-                f"use search.first_ring < {room}"
-            )
-        if room < 2:
-            raise ValueError(
-                f"a box of {size} px with max_shift {self.max_shift:g} px leaves no ring: use a "
-                "smaller search.max_shift"
-            )
-        return Rings(self.first_ring, self.last_ring or room, self.ring_step)
-
-    def shifts(self, device: torch.device | str | None = None) -> Tensor:
-        """(s, 2) trial shifts: the square grid of ``shift_step`` within ``max_shift``, symmetric
-        about zero."""
-        reach = math.floor(self.max_shift / self.shift_step + 1e-6)
-        axis = torch.arange(-reach, reach + 1, device=device) * self.shift_step
-        return torch.cartesian_prod(axis, axis)
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -347,143 +258,3 @@ def _pose(place: Tensor, score: Tensor, shifts: Tensor, search: Search, rings: R
     at = unravel_place(place, rings.n_angles, search.mirror)
     angle = wrap_degrees(at.angle * (360.0 / rings.n_angles))
     return Pose(angle.to(score.dtype), shifts.to(place.device)[at.shift], at.mirror.bool())
-
-
-@torch.library.custom_op("cryoalign::image_peaks", mutates_args=())
-def image_peaks(
-    images: Tensor,
-    references: Tensor,
-    shifts: Tensor,
-    first_ring: int,
-    ring_step: int,
-    last_ring: int,
-    angles: int,
-    mirror: bool,
-    candidates: int | None,
-) -> tuple[Tensor, Tensor]:
-    """`correlation_peaks` straight from images; the GPU then never holds their fp32 spectra.
-
-    Args:
-        images: (n, h, w), background zero.
-        references: (k, r, m) ring spectra.
-        shifts: (s, 2) trial shifts.
-        first_ring, ring_step, last_ring, angles: of `Rings`.
-        mirror: whether to try the mirrored hand.
-        candidates: None for the exact score and place of all pairs; a number allows scores of
-            half precision, and places of -1, for all but so many best references of a particle.
-
-    Returns:
-        Score (n, k) and place (n, k) as `correlation_peaks`.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit; no shifts, or not finite; fewer
-            than 1 candidate.
-    """
-    rings = Rings(first_ring, last_ring, ring_step, angles)
-    _check_peaks(images, references, shifts, rings, candidates)
-    return _peaks_in_torch(
-        images, references, shifts, first_ring, ring_step, last_ring, angles, mirror, candidates
-    )
-
-
-@image_peaks.register_kernel("cuda")
-def _(
-    images: Tensor,
-    references: Tensor,
-    shifts: Tensor,
-    first_ring: int,
-    ring_step: int,
-    last_ring: int,
-    angles: int,
-    mirror: bool,
-    candidates: int | None,
-) -> tuple[Tensor, Tensor]:
-    rings = Rings(first_ring, last_ring, ring_step, angles)
-    _check_peaks(images, references, shifts, rings, candidates)
-    found = None
-    if kernels.usable(images.device) and images.dtype == torch.float32:
-        found = kernel_images.image_peaks(images, references, shifts, rings, mirror, candidates)
-    return found or _peaks_in_torch(
-        images, references, shifts, first_ring, ring_step, last_ring, angles, mirror, candidates
-    )
-
-
-@image_peaks.register_fake
-def _(
-    images: Tensor,
-    references: Tensor,
-    shifts: Tensor,
-    first_ring: int,
-    ring_step: int,
-    last_ring: int,
-    angles: int,
-    mirror: bool,
-    candidates: int | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (images.shape[0], references.shape[0])
-    return images.new_empty(shape), images.new_empty(shape, dtype=torch.int64)
-
-
-def _check_peaks(
-    images: Tensor, references: Tensor, shifts: Tensor, rings: Rings, candidates: int | None
-) -> None:
-    spectra = (len(rings.radii()), rings.n_angles // 2 + 1)
-    if images.ndim != 3 or references.shape[1:] != spectra:
-        raise ValueError(
-            f"image_peaks takes images (n, h, w) and, of these rings, reference spectra (k, "
-            f"{spectra[0]}, {spectra[1]}); got {tuple(images.shape)} and {tuple(references.shape)}"
-        )
-    if references.dtype != images.dtype.to_complex() or references.device != images.device:
-        raise ValueError(
-            f"images are {images.dtype} on {images.device}, reference spectra {references.dtype} "
-            f"on {references.device}: make the spectra from images of the same kind"
-        )
-    if shifts.ndim != 2 or shifts.shape[1:] != (2,) or not len(shifts):
-        raise ValueError(f"shifts must be (s, 2) and at least one, got {tuple(shifts.shape)}")
-    # On a CPU only: a GPU would have to be waited for.
-    if shifts.device.type == "cpu" and not shifts.isfinite().all():
-        raise ValueError("shifts hold NaN or infinity: give finite pixels")
-    if candidates is not None and candidates < 1:
-        raise ValueError(f"candidates must be at least 1, got {candidates}")
-
-
-def _peaks_in_torch(
-    images: Tensor,
-    references: Tensor,
-    shifts: Tensor,
-    first_ring: int,
-    ring_step: int,
-    last_ring: int,
-    angles: int,
-    mirror: bool,
-    candidates: int | None,
-) -> tuple[Tensor, Tensor]:
-    rings, shifts = Rings(first_ring, last_ring, ring_step, angles), shifts.to(images.device)
-    found = cpu_kernels.image_peaks(images, references, rings, shifts, mirror)
-    if found is not None:
-        return best_hand(*found)
-    keep_freed_memory()
-    bytes_each = 8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2
-    cpu = images.device.type == "cpu"
-    budget = CPU_CHUNK if cpu else CUDA_CHUNK
-    # The operator's CPU body makes references ready at every call: here that is done once.
-    factors = ring_factors(references) if cpu else None
-    few = max(1, budget // bytes_each)
-    shape = (len(images), len(references))
-    score = images.new_empty(shape)
-    place = images.new_empty(shape, dtype=torch.int64)
-    places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
-    # Sampling shares its weights among the images of a call, spectra want to stay in cache:
-    # hence chunks of chunks.
-    for start in range(0, len(images), 4 * few):
-        polar = sample_at(images[start : start + 4 * few], places)
-        for part in polar.split(few):
-            rows = slice(start, start + len(part))
-            spectra = normalised_spectra(part, rings)
-            score[rows], place[rows] = (
-                correlation_peaks(spectra, references, mirror, candidates)
-                if factors is None
-                else table_peaks(spectra, factors, mirror)
-            )
-            start += len(part)
-    return score, place

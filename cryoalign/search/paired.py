@@ -8,8 +8,8 @@ from torch import Tensor
 from cryoalign.images.polar import Rings, inverse_deviation, ring_spectra, to_polar
 from cryoalign.operators.correlation import unravel_place
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import Search
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 # Samples on rings, at all shifts, of the particles of a chunk: they stay in a core's cache, or
 # spare a GPU's memory.

@@ -13,8 +13,9 @@ import starfile
 from rich.console import Console
 
 from cryoalign.app.check import CheckReport, check_stack
-from cryoalign.io import InputError, read_particles
-from cryoalign.search.match import Search
+from cryoalign.io.problems import InputError
+from cryoalign.io.stack import read_particles
+from cryoalign.search.settings import Search
 
 MakeStack = Callable[..., np.ndarray]
 

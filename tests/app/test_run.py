@@ -21,7 +21,7 @@ from cryoalign.app.run_folder import (
     STABILITY,
 )
 from cryoalign.app.settings import load_config
-from cryoalign.io import read_images
+from cryoalign.io.formats import read_images
 from cryoalign.methods.state import ClimbState
 from cryoalign.particles.simulate import simulate, write_simulation
 from cryoalign.results.alignment import Alignment

@@ -22,7 +22,7 @@ from cryoalign.methods.isac.isac import classify_stable
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.schedule import Schedule
+from cryoalign.search.settings import Schedule
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 GIVEN = ("particles=stack.mrcs", "n_classes=3")

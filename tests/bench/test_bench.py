@@ -19,7 +19,7 @@ from bench.data import read_set
 from bench.result import Result, record
 from cryoalign.images.geometry import pixel_grid
 from cryoalign.images.polar import Rings, ring_spectra
-from cryoalign.io import write_images
+from cryoalign.io.formats import write_images
 from cryoalign.operators.correlation import correlation_peaks
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, compose

@@ -1,7 +1,9 @@
 import torch
 
-from cryoalign import Pose, simulate, transform
 from cryoalign.app.schema import load_settings
+from cryoalign.images.geometry import transform
+from cryoalign.particles.simulate import simulate
+from cryoalign.pose import Pose
 from examples.autoencoder import (
     YAML,
     Autoencoder,

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cryoalign import simulate
 from cryoalign.app.schema import load_settings
+from cryoalign.particles.simulate import simulate
 from cryoalign.search.coarse_to_fine import reduce
 from examples.pose_encoder import (
     YAML,

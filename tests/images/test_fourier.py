@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cryoalign.images.fourier import (
-    filter_shells,
-    fourier_resize,
-    frequency_grid,
-    low_pass_curve,
-    normalise,
-    soft_mask,
-)
+from cryoalign.images.fourier import filter_shells, fourier_resize, frequency_grid, low_pass_curve
+from cryoalign.images.masks import normalise, soft_mask
 
 SEED = 21
 

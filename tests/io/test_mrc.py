@@ -17,7 +17,9 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from torch.utils.data import DataLoader
 
-from cryoalign.io import InputError, read_images, read_particles, write_images
+from cryoalign.io.formats import read_images, write_images
+from cryoalign.io.problems import InputError
+from cryoalign.io.stack import read_particles
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
@@ -178,7 +180,7 @@ def test_memory_does_not_grow_with_what_was_read(
         file.truncate(1024 + 8192 * 128 * 128 * 4)  # 512 MiB, sparse
     program = """
 import sys
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 def peak():  # MiB; VmHWM, as ru_maxrss would count the parent's memory too
     return int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) / 1024
 stack = read_particles(sys.argv[1])

@@ -13,15 +13,10 @@ import pytest
 import starfile
 import torch
 
-from cryoalign.io import (
-    InputError,
-    ParticleStack,
-    read_particles,
-    read_pose,
-    write_class_averages_star,
-    write_images,
-    write_particles_star,
-)
+from cryoalign.io.formats import write_images
+from cryoalign.io.problems import InputError
+from cryoalign.io.relion import read_pose, write_class_averages_star, write_particles_star
+from cryoalign.io.stack import ParticleStack, read_particles
 from cryoalign.pose import Pose
 
 MakeStack = Callable[..., np.ndarray]

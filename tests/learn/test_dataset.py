@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from cryoalign.images.ctf import optics_from_relion, phase_flip
-from cryoalign.images.fourier import fourier_resize, normalise, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
-from cryoalign.io import read_particles
+from cryoalign.images.masks import normalise, soft_mask
+from cryoalign.io.stack import read_particles
 from cryoalign.learn import dataset as module
 from cryoalign.learn.dataset import (
     FourierCrop,
@@ -19,8 +20,8 @@ from cryoalign.learn.dataset import (
     PhaseFlip,
     RandomPose,
 )
-from cryoalign.particles.prepare import TensorStack
 from cryoalign.particles.simulate import simulate, write_simulation
+from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose
 
 

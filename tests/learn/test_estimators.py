@@ -22,15 +22,18 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from cryoalign import Likelihood, Schedule, Search, align_multi_reference
-from cryoalign.images.fourier import filter_shells, low_pass_curve, soft_mask
+from cryoalign.images.fourier import filter_shells, low_pass_curve
+from cryoalign.images.masks import soft_mask
 from cryoalign.learn.estimators import (
     LikelihoodClassifier,
     MultiReferenceAligner,
     ReferenceFreeAligner,
 )
-from cryoalign.particles.prepare import TensorStack
+from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.simulate import simulate
+from cryoalign.particles.stack import TensorStack
+from cryoalign.search.settings import Schedule, Search
 from examples.pipeline import main as pipeline_example
 
 BOX = 20

@@ -17,7 +17,7 @@ from cryoalign.learn.layers import (
 from cryoalign.operators.correlation import correlation_table
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, pixel_error
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 RINGS = Rings(1, 3, angles=8)
 SOFT = Search(max_shift=1, last_ring=14)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cryoalign.learn.dataset import Normalise, ParticleDataset
 from cryoalign.learn.stream import ParticleStream
-from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.stack import TensorStack
 
 N = 103
 IMAGES = torch.randn(N, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ import json, sys, torch
 from torch.utils.data import DataLoader
 from cryoalign.learn.dataset import ParticleDataset
 from cryoalign.runtime.processes import process_group, rank
-from cryoalign.particles.prepare import TensorStack
+from cryoalign.particles.stack import TensorStack
 from cryoalign.learn.stream import ParticleStream
 def load(stream, workers):
     return DataLoader(stream, 10, num_workers=workers)

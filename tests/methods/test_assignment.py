@@ -22,7 +22,8 @@ from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.state import MraState
 from cryoalign.operators.correlation import correlation_table
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import Search, log_evidence, prepare
+from cryoalign.search.match import log_evidence, prepare
+from cryoalign.search.settings import Search
 
 
 def best_total(scores: Tensor, least: int, most: int) -> float:

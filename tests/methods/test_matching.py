@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import soft_mask
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.methods import mra
 from cryoalign.methods.assignment import Assignment, assign_robust
 from cryoalign.methods.base import Alternation, prepare_particles
@@ -23,8 +23,9 @@ from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.state import MraState
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose
-from cryoalign.results.averages import Averaging, masked
-from cryoalign.search.match import Search, Target, prepare
+from cryoalign.results.averages import Averaging
+from cryoalign.search.match import Target, prepare
+from cryoalign.search.settings import Search
 
 N, K, SIZE = 40, 3, 32
 SEARCH = Search(max_shift=1, mode="exhaustive")

@@ -4,17 +4,19 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from cryoalign.images.fourier import fourier_resize, normalise, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.frc import ring_correlation
 from cryoalign.images.geometry import transform
-from cryoalign.io import write_images
+from cryoalign.images.masks import masked, normalise, soft_mask
+from cryoalign.io.formats import write_images
 from cryoalign.methods.mra import align_multi_reference, split_largest
 from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, TensorStack
+from cryoalign.particles.prepare import Images
 from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose, compose, wrap_degrees
-from cryoalign.results.averages import Averaging, displacement, masked
-from cryoalign.search.match import Search
+from cryoalign.results.averages import Averaging, displacement
+from cryoalign.search.settings import Search
 
 SEARCH = Search(max_shift=2)
 

@@ -14,8 +14,7 @@ from cryoalign.methods.state import MraState
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, compose, wrap_degrees
 from cryoalign.results.averages import Averaging
-from cryoalign.search.match import Search
-from cryoalign.search.schedule import Schedule
+from cryoalign.search.settings import Schedule, Search
 
 SCHEDULE = Schedule(max_shift=(3.0, 1.0), shift_step=(1.0, 0.5))
 

@@ -10,10 +10,10 @@ from cryoalign.operators.correlation import (
     correlation_logsumexp,
     correlation_peaks,
     correlation_table,
-    ring_factors,
     table_peaks,
     unravel_place,
 )
+from cryoalign.operators.ring_products import ring_factors
 from cryoalign.pose import Pose
 
 pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice

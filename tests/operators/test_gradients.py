@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics, phase_flip
-from cryoalign.images.fourier import filter_shells, fourier_resize, normalise
+from cryoalign.images.fourier import filter_shells, fourier_resize
 from cryoalign.images.frc import ring_correlation
 from cryoalign.images.geometry import gather_sample, sample, translate
+from cryoalign.images.masks import normalise
 from cryoalign.images.polar import Rings, reference_spectra
 from cryoalign.learn.implicit import smooth_score
 from cryoalign.methods.classify.invariants import bispectrum

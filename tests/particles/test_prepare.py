@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from cryoalign.images.fourier import fourier_resize, normalise
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import normalise
 from cryoalign.methods.references import seed_references
-from cryoalign.particles.prepare import Images, PreparedParticles, TensorStack, choose_device
+from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose
+from cryoalign.runtime.processes import choose_device
 
 SEED = 55
 CPU = torch.device("cpu")

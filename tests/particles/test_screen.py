@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryoalign.io import read_particles, write_images
+from cryoalign.io.formats import write_images
+from cryoalign.io.stack import read_particles
 from cryoalign.particles.screen import LARGEST, faults, refuse_above, screen
 
 

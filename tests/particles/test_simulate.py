@@ -10,7 +10,7 @@ import starfile
 import torch
 from scipy.ndimage import affine_transform
 
-from cryoalign.io import read_particles
+from cryoalign.io.stack import read_particles
 from cryoalign.particles.simulate import phantom, project, simulate, spread_views, write_simulation
 from cryoalign.pose import Pose
 

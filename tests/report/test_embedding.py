@@ -7,7 +7,8 @@ import torch
 from sklearn.decomposition import PCA
 
 from cryoalign.images.geometry import transform
-from cryoalign.io import read_particles, write_images
+from cryoalign.io.formats import write_images
+from cryoalign.io.stack import read_particles
 from cryoalign.particles.simulate import simulate
 from cryoalign.report import embedding as export
 from cryoalign.report.embedding import embed, features, mpca, neighbour_purity

@@ -5,9 +5,9 @@ import pytest
 import scipy.ndimage
 import torch
 
-from cryoalign.images.fourier import soft_mask
 from cryoalign.images.frc import wiener_curve
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.pose import Pose
 from cryoalign.results.averages import (
     Averaging,
@@ -17,7 +17,6 @@ from cryoalign.results.averages import (
     class_sums,
     displacement,
     filtered_averages,
-    masked,
     move,
 )
 

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from cryoalign import pose_covariance
 from cryoalign.images.polar import Rings
 from cryoalign.particles.simulate import Phantom, project
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.results import pose_errors as uncertainty
+from cryoalign.results.pose_errors import pose_covariance
 from cryoalign.search.refine import refine
 
 SIZE, RINGS = 48, Rings(1, 18)

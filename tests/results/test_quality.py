@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from bench.agreement import pose_errors
-from cryoalign.images.fourier import soft_mask
+from cryoalign.images.masks import soft_mask
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.mra import align_multi_reference
@@ -26,7 +26,7 @@ from cryoalign.results.quality import (
     judge_classes,
     posterior_and_margin,
 )
-from cryoalign.search.match import Search
+from cryoalign.search.settings import Search
 
 N, K, SIZE = 600, 3, 40
 SEARCH = Search(max_shift=2, last_ring=15)

@@ -11,27 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryoalign import (
-    Alignment,
-    Isac,
-    ParticleDataset,
-    Search,
-    align_multi_reference,
-    align_reference_free,
-    classify,
-    classify_stable,
-    match,
-    read_images,
-    simulate,
-    transform,
-    write_images,
-)
-from cryoalign.learn.dataset import RandomPose
+from cryoalign.images.geometry import transform
+from cryoalign.io.formats import read_images, write_images
+from cryoalign.learn.dataset import ParticleDataset, RandomPose
 from cryoalign.learn.layers import AlignLayer
-from cryoalign.particles.prepare import TensorStack, as_stack
+from cryoalign.methods.classify.classify import classify
+from cryoalign.methods.isac.generations import Isac
+from cryoalign.methods.isac.isac import classify_stable
+from cryoalign.methods.mra import align_multi_reference
+from cryoalign.methods.rfa import align_reference_free
+from cryoalign.particles.simulate import simulate
+from cryoalign.particles.stack import TensorStack, as_stack
 from cryoalign.pose import Pose, to_relion
 from cryoalign.report.embedding import features
+from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.arrays import as_tensor, to_numpy
+from cryoalign.search.match import match
+from cryoalign.search.settings import Search
 
 
 class DLPackOnly:

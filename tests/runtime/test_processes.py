@@ -11,7 +11,7 @@ import torch
 
 from cryoalign.app.run import run
 from cryoalign.app.settings import load_config
-from cryoalign.io import read_images
+from cryoalign.io.formats import read_images
 from cryoalign.particles.simulate import simulate, write_simulation
 
 

@@ -3,15 +3,17 @@ import math
 import pytest
 import torch
 
-from cryoalign.images.fourier import fourier_resize, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search import coarse_to_fine as adaptive
 from cryoalign.search.coarse_to_fine import coarse_shifts, prepare_screen, reduce, screen_factor
-from cryoalign.search.match import Search, best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 
 @pytest.fixture(autouse=True)

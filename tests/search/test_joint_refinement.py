@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cryoalign.images.ctf import Optics
-from cryoalign.methods.classify.whitening import ring_index
+from cryoalign.images.fourier import ring_index
 from cryoalign.pose import Pose
 from cryoalign.search.joint_refinement import Refined, refine_jointly
 

@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from cryoalign.images.polar import reference_spectra, ring_spectra
+from cryoalign.operators import image_search
 from cryoalign.operators.correlation import correlation_table
+from cryoalign.operators.image_search import image_peaks
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import wrap_degrees
-from cryoalign.search import match as search_module
-from cryoalign.search.match import Search, best_poses, image_peaks, match, prepare
+from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.settings import Search
 
 pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
 
@@ -35,7 +37,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     search = Search(max_shift=1)
     whole = match(data.images, data.views, search)
     for budget in (1, 2**20):
-        monkeypatch.setattr(search_module, "CPU_CHUNK", budget)
+        monkeypatch.setattr(image_search, "CPU_CHUNK", budget)
         again = match(data.images, data.views, search)
         assert torch.equal(again.score, whole.score)
         assert torch.equal(again.pose.angle, whole.pose.angle)

@@ -4,8 +4,8 @@ from cryoalign.images.polar import Rings, ring_spectra
 from cryoalign.operators.correlation import correlation_table
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import pixel_error
-from cryoalign.search.match import Search
 from cryoalign.search.paired import best_pairs, pair_table
+from cryoalign.search.settings import Search
 
 
 def test_scores_are_the_tables() -> None:

@@ -5,10 +5,12 @@ import torch
 
 from bench.bound import pose_covariance
 from cryoalign.images.geometry import pixel_grid
+from cryoalign.images.templates import templates_of
+from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import Search
-from cryoalign.search.refine import refine, refine_poses, templates_of
+from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 
 def _off_grid(pose: Pose, seed: int) -> Pose:

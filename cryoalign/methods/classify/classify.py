@@ -13,20 +13,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, optics_from_relion, phase_flip
-from cryoalign.images.fourier import soft_mask
+from cryoalign.images.ctf import Optics
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.classify.split_and_merge import Climb, Likelihood, Plan, Progress
 from cryoalign.methods.classify.whitening import Observations, observe
 from cryoalign.methods.state import ClimbState
-from cryoalign.particles.prepare import Images, PreparedParticles, Stack, as_stack, choose_device
+from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.stack import PhaseFlipped, Stack, as_stack, optics_of
 from cryoalign.pose import Pose
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, ClassSums, class_sums, filtered_averages, masked
+from cryoalign.results.averages import Averaging, ClassSums, class_sums, filtered_averages
 from cryoalign.results.evidence import Aligned, Scope, trials_of
 from cryoalign.results.quality import Quality, conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import gather_over_ranks, shard, world_size
+from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard, world_size
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.refine import refine
 
@@ -106,33 +107,6 @@ def classify(
     if optics is not None:
         flipped = prepared.over(PhaseFlipped(stack, optics))
     return _finish(flipped, plan, averaging, state, quality)
-
-
-class PhaseFlipped:
-    """A stack whose images come phase-flipped."""
-
-    def __init__(self, stack: Stack, optics: Optics) -> None:
-        if len(optics) != len(stack):
-            raise ValueError(f"{len(optics)} CTFs do not fit {len(stack)} particles")
-        self.stack, self.optics = stack, optics
-        self.shape, self.pixel_size = stack.shape, stack.pixel_size
-
-    def __len__(self) -> int:
-        return len(self.stack)
-
-    def read(self, rows: Tensor) -> Tensor:
-        """(b, h, w) float32 images; one of a single value stays so, for the screening to find."""
-        images = self.stack.read(rows)
-        flat = (images == images[:, :1, :1]).all(dim=(1, 2))
-        return torch.where(flat[:, None, None], images, phase_flip(images, self.optics[rows]))
-
-
-def optics_of(stack: Stack) -> Optics | None:
-    """The optics that a stack's STAR file tells, or None."""
-    table = getattr(stack, "table", None)
-    if table is None or stack.pixel_size is None:
-        return None
-    return optics_from_relion(table, getattr(stack, "optics", None), stack.pixel_size)
 
 
 def _observations(prepared: PreparedParticles, optics: Optics | None, plan: Plan) -> Observations:

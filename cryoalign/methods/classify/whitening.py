@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics, ctf_2d
-from cryoalign.images.fourier import background, frequency_grid, soft_mask
+from cryoalign.images.fourier import ring_index
+from cryoalign.images.masks import background, soft_mask
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
 from cryoalign.runtime.threads import map_in_order, workers_for
 
@@ -42,12 +43,6 @@ class Observations:
 
     def __len__(self) -> int:
         return len(self.polar)
-
-
-def ring_index(size: int, device: torch.device | str | None = None) -> Tensor:
-    """(size, size // 2 + 1) int64: the nearest ring, in 1/box, of rfft2's components."""
-    kx, ky = frequency_grid(size, device)
-    return (torch.hypot(kx, ky) * size).round().long()
 
 
 def noise_spectrum(images: Tensor, radius: float) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cryoalign.images.fourier import filter_shells, fourier_resize, low_pass_curve
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import assign_equal
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.split_and_merge import Likelihood
@@ -40,7 +41,7 @@ from cryoalign.methods.isac.stability import common_frame, core_members, mean_po
 from cryoalign.methods.state import MraState
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose, compose
-from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging, masked
+from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.coarse_to_fine import reduce

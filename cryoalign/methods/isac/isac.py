@@ -18,23 +18,23 @@ from torch import Tensor
 
 from cryoalign.images import frc
 from cryoalign.images.ctf import Optics
-from cryoalign.images.fourier import soft_mask
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
-from cryoalign.methods.classify.classify import PhaseFlipped, optics_of
 from cryoalign.methods.isac.generations import Isac, Job, Progress, generations, scale_of
 from cryoalign.methods.isac.ordering import order_averages
 from cryoalign.methods.isac.realignment import scaled
 from cryoalign.methods.isac.stability import match_classes, reproducibility
 from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, PreparedParticles, Stack, as_stack, choose_device
+from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.stack import PhaseFlipped, Stack, as_stack, optics_of
 from cryoalign.pose import Pose, compose
 from cryoalign.results.alignment import Alignment, over_all_rows
-from cryoalign.results.averages import Averaging, ClassSums, class_sums, filtered_averages, masked
+from cryoalign.results.averages import Averaging, ClassSums, class_sums, filtered_averages
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import world_size
+from cryoalign.runtime.processes import choose_device, world_size
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.match import Search
 from cryoalign.search.refine import refine
+from cryoalign.search.settings import Search
 
 UNSTABLE = "in no stable class"
 

@@ -9,7 +9,8 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from cryoalign.pose import Pose, compose
-from cryoalign.search.match import Search, match
+from cryoalign.search.match import match
+from cryoalign.search.settings import Search
 
 
 def order_averages(averages: Tensor, search: Search) -> tuple[Tensor, Pose]:

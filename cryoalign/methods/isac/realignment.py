@@ -12,20 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import soft_mask
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings, reference_spectra, ring_spectra
+from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.operators.correlation import correlation_peaks, unravel_place
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.results.averages import (
-    Averaging,
-    ClassSums,
-    centring,
-    filtered_averages,
-    masked,
-    move,
-    sum_aligned,
-)
+from cryoalign.results.averages import Averaging, ClassSums, centring, filtered_averages, move
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.coarse_to_fine import Screen, prepare_screen, reduce
 from cryoalign.search.match import Match

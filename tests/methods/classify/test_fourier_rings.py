@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from cryoalign.images.fourier import fourier_resize, soft_mask
+from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
+from cryoalign.images.masks import soft_mask
 from cryoalign.methods.classify.fourier_rings import (
     FourierRings,
     angular_spectrum,

@@ -13,9 +13,9 @@ from sklearn.metrics import adjusted_rand_score
 from bench.agreement import agreement
 from cryoalign.app.run import run
 from cryoalign.app.settings import load_config
-from cryoalign.images.fourier import normalise
 from cryoalign.images.geometry import transform
-from cryoalign.io import write_images
+from cryoalign.images.masks import normalise
+from cryoalign.io.formats import write_images
 from cryoalign.methods.isac import generations as module
 from cryoalign.methods.isac import isac as top
 from cryoalign.methods.isac.generations import Isac, scale_of

@@ -9,7 +9,8 @@ from cryoalign.images.geometry import transform
 from cryoalign.methods.isac.ordering import order_averages, shortest_path
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose
-from cryoalign.search.match import Search, match
+from cryoalign.search.match import match
+from cryoalign.search.settings import Search
 
 
 def length(distance: np.ndarray, path) -> float:

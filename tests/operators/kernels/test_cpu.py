@@ -17,10 +17,12 @@ from cryoalign.operators.correlation import (
     table_peaks,
     unravel_place,
 )
+from cryoalign.operators.image_search import image_peaks
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, build, cpu
 from cryoalign.operators.ring_products import ring_factors
 from cryoalign.particles.simulate import Simulation, simulate
-from cryoalign.search.match import Search, best_poses, image_peaks, match, prepare
+from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.settings import Search
 
 
 @pytest.fixture(autouse=True, scope="module")

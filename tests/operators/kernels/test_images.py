@@ -16,15 +16,18 @@ from cryoalign.images.polar import (
     ring_points,
     ring_spectra,
 )
+from cryoalign.images.templates import _gradient
 from cryoalign.operators import kernels
+from cryoalign.operators.aligned_sums import _sum_in_torch, sum_aligned
 from cryoalign.operators.correlation import correlation_table
+from cryoalign.operators.image_search import image_peaks
 from cryoalign.operators.kernels import images as kernel_images
 from cryoalign.operators.kernels.peaks import Layout
+from cryoalign.operators.pose_refinement import _refine_in_torch, refine_poses
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.results.averages import _sum_in_torch, sum_aligned
-from cryoalign.search.match import Search, best_match, image_peaks, match
-from cryoalign.search.refine import _gradient, _refine_in_torch, refine_poses
+from cryoalign.search.match import best_match, match
+from cryoalign.search.settings import Search
 
 # Box, ring, shifts a side: the kernel for images is another for each side, and for wide windows.
 SIZES = [

@@ -1,16 +1,96 @@
-"""The steps of reference-free alignment, from wide and coarse shifts to narrow and fine ones."""
+"""What poses a search tries: its settings, and the schedule of reference-free alignment."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
+from cryoalign.images.polar import Rings
 from cryoalign.runtime.settings import FORBID
-from cryoalign.search.match import Search
+
+
+@dataclass(frozen=True, config=FORBID)
+class Search:
+    """What poses are tried.
+
+    Attributes:
+        max_shift: largest shift tried along x and along y, pixels.
+        shift_step: distance between trial shifts, pixels.
+        first_ring: innermost ring, pixels.
+        last_ring: outermost ring, pixels; None is the largest that stays in the box.
+        ring_step: distance between rings, pixels.
+        mirror: try mirrored particles too.
+        refine: refine the best pose below the grid's steps.
+        mode: ``exhaustive`` tries the whole grid; ``adaptive`` screens it at lower resolution and
+            refines the best few (`adaptive`), whatever ``shift_step`` is. None is adaptive on a
+            CPU where poses are refined, else exhaustive.
+    """
+
+    max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
+    shift_step: float = Field(default=1.0, gt=0, description="distance between trial shifts, px")
+    first_ring: int = Field(default=1, ge=1, description="innermost ring, px")
+    last_ring: int | None = Field(
+        default=None, ge=2, description="outermost ring, px; null: the largest that fits the box"
+    )
+    ring_step: int = Field(default=1, ge=1, description="distance between rings, px")
+    mirror: bool = Field(default=True, description="try mirrored particles too")
+    refine: bool = Field(default=True, description="refine poses below the grid's steps")
+    mode: Literal["exhaustive", "adaptive"] | None = Field(
+        default=None,
+        description="exhaustive: the whole grid; adaptive: a screen, the best few refined; "
+        "null: adaptive on a CPU, exhaustive on a GPU",
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode == "adaptive" and not self.refine:
+            raise ValueError(
+                "search.mode adaptive lives by refinement: use search.refine: true, or "
+                "search.mode: exhaustive"
+            )
+
+    def is_adaptive(self, device: torch.device) -> bool:
+        """Whether particles on this device are screened first."""
+        return self.mode == "adaptive" or (
+            self.mode is None and self.refine and device.type == "cpu"
+        )
+
+    def rings(self, size: int) -> Rings:
+        """The rings in a box of ``size`` pixels.
+
+        Raises:
+            ValueError: ``last_ring`` + ``max_shift`` leave the box.
+        """
+        room = (size - 1) // 2 - math.ceil(self.max_shift)
+        if self.last_ring is not None and self.last_ring > room:
+            raise ValueError(
+                f"last_ring {self.last_ring} px with max_shift {self.max_shift:g} px does not fit "
+                f"a box of {size} px: use search.last_ring <= {room}, or a smaller "
+                "search.max_shift"
+            )
+        if self.first_ring > room >= 2:
+            raise ValueError(
+                f"first_ring {self.first_ring} px lies outside the last ring that fits, {room} px: "
+                f"use search.first_ring < {room}"
+            )
+        if room < 2:
+            raise ValueError(
+                f"a box of {size} px with max_shift {self.max_shift:g} px leaves no ring: use a "
+                "smaller search.max_shift"
+            )
+        return Rings(self.first_ring, self.last_ring or room, self.ring_step)
+
+    def shifts(self, device: torch.device | str | None = None) -> Tensor:
+        """(s, 2) trial shifts: the square grid of ``shift_step`` within ``max_shift``, symmetric
+        about zero."""
+        reach = math.floor(self.max_shift / self.shift_step + 1e-6)
+        axis = torch.arange(-reach, reach + 1, device=device) * self.shift_step
+        return torch.cartesian_prod(axis, axis)
 
 
 def _numbers(value: Any) -> Any:
