@@ -16,7 +16,7 @@ from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
@@ -56,7 +56,7 @@ def run(
     for classes, reach in [*((1, r) for r in rfa_shift), *((c, 3.0) for c in k)]:
         data = simulate(n, classes, size=size, snr=snr, max_shift=reach)
         searches = {m: Search(max_shift=reach, last_ring=last_ring, mode=m) for m in MODES}
-        targets = {mode: prepare(data.views, search) for mode, search in searches.items()}
+        targets = {mode: prepare_target(data.views, search) for mode, search in searches.items()}
         stages = {m: partial(best_poses, data.images, target) for m, target in targets.items()}
         times = measure(stages, torch.device("cpu"), repeats)
         sparx = SPARX.get((classes, reach)) if (size, last_ring) == (90, 36) else None
@@ -120,7 +120,7 @@ def _compare(data: Simulation, n: int, references: Tensor, name: str, last_ring:
     labels = {}
     for mode in MODES:
         search = Search(last_ring=last_ring, mode=mode)
-        label, pose, _ = best_poses(images, prepare(references, search))
+        label, pose, _ = best_poses(images, prepare_target(references, search))
         right = (label == view) & (pose.mirror == truth.mirror)
         turn = wrap_degrees(pose.angle - truth.angle).abs()[right].median()
         off = (pose.shift - truth.shift).norm(dim=1)[right].median()

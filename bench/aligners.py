@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.settings import Search
 
 Align = Callable[[Tensor, Tensor, float], Pose]
@@ -45,7 +45,7 @@ class Aligner(NamedTuple):
 
 def align_cryoalign(images: Tensor, reference: Tensor, max_shift: float) -> Pose:
     """`cryoalign.search.match.best_poses` on one reference."""
-    target = prepare(reference[None], Search(max_shift=max_shift, mirror=False))
+    target = prepare_target(reference[None], Search(max_shift=max_shift, mirror=False))
     return best_poses(images, target)[1]
 
 

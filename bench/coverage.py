@@ -13,9 +13,9 @@ from bench.result import Result, Row
 from cryoalign.images.masks import masked, normalise, soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.results.averages import Averaging, class_sums, filtered_averages
+from cryoalign.results.averages import Averaging, filtered_averages, sum_parts
 from cryoalign.results.pose_errors import pose_covariance
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
@@ -45,7 +45,7 @@ def run(
         images = normalise(images, images.shape[-1] / 2)
         search = Search(last_ring=last_ring)
         rings = search.rings(images.shape[-1])
-        label, pose, _ = best_poses(images, prepare(known.views, search))
+        label, pose, _ = best_poses(images, prepare_target(known.views, search))
         covariance = pose_covariance(images, known.views, label, pose, rings)
         right = (label == known.view) & (pose.mirror == known.pose.mirror)
         error = _errors(pose, known.pose)
@@ -65,7 +65,7 @@ def _by_averages(images: Tensor, known: KnownSet, rings: Rings, seed: int) -> tu
     moved = truth.shift + 0.4 * torch.randn(len(every), 2, generator=generator)
     pose = Pose(turned, moved, truth.mirror)
     for _ in range(ROUNDS):
-        sums = class_sums(
+        sums = sum_parts(
             every.split(512), images.__getitem__, pose, known.view, every % 2, k, size,
             images.device,
         )  # fmt: skip

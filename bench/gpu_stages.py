@@ -16,7 +16,7 @@ from cryoalign.images.templates import templates_of
 from cryoalign.operators.kernels import images as kernel_images
 from cryoalign.operators.kernels import peaks, status
 from cryoalign.operators.kernels.peaks import Layout
-from cryoalign.results.averages import class_sums
+from cryoalign.results.averages import sum_parts
 from cryoalign.search.match import CANDIDATES, best_match
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
@@ -102,7 +102,7 @@ def _stages(
     rows = torch.arange(len(images), device=images.device)
 
     def averaged() -> None:
-        class_sums(
+        sum_parts(
             rows.split(2048), images.__getitem__, pose, label, rows % 2, len(views),
             images.shape[-1], images.device,
         )  # fmt: skip

@@ -14,7 +14,8 @@ from bench.result import Result, Row
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.invariants import communities, invariants, neighbours
 from cryoalign.methods.classify.whitening import observe
-from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import Stack, TensorStack, optics_of
 

@@ -25,7 +25,7 @@ from bench.result import Result, Row
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.pose import Pose, compose, wrap_degrees
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.settings import Search
 
 INSTALL = "pip install --constraint constraints.txt '.[peers]'"
@@ -108,7 +108,7 @@ def _anywhere(max_shift: float) -> Find:
     """cryoalign on all views and both hands."""
 
     def find(task: Task) -> tuple[Tensor, Pose]:
-        target = prepare(task.views, Search(max_shift=max_shift))
+        target = prepare_target(task.views, Search(max_shift=max_shift))
         label, pose, _ = best_poses(task.images, target)
         return label, pose
 

@@ -18,7 +18,7 @@ from bench.timing import measure
 from cryoalign.images.polar import normalised_spectra, reference_spectra, to_polar
 from cryoalign.operators.correlation import correlation_peaks
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, cpu
-from cryoalign.results.averages import class_sums
+from cryoalign.results.averages import sum_parts
 from cryoalign.runtime.processes import choose_device
 from cryoalign.search.match import best_match, match_spectra
 from cryoalign.search.refine import refine
@@ -122,7 +122,7 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
     rows = torch.arange(len(images), device=images.device)
 
     def averaged() -> None:
-        class_sums(
+        sum_parts(
             rows.split(2048), images.__getitem__, pose, label, rows % 2, len(views),
             images.shape[-1], images.device,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from cryoalign.methods.isac.isac import StableClasses, classify_stable
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
 from cryoalign.operators.correlation import correlation_at, correlation_peaks, correlation_table
-from cryoalign.particles.prepare import Images
+from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, compose, pixel_error
 from cryoalign.results.alignment import Alignment

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,34 @@ class Pose:
         angle = self.angle.to(*args, **kwargs)
         return Pose(angle, self.shift.to(*args, **kwargs), self.mirror.to(angle.device))
 
+    def reshape(self, *shape: int) -> Pose:
+        """The same poses in another batch shape."""
+        return Pose(
+            self.angle.reshape(shape), self.shift.reshape(*shape, 2), self.mirror.reshape(shape)
+        )
+
+    def scaled(self, factor: float) -> Pose:
+        """The same poses in pixels of which ``factor`` go to one of the present pixels."""
+        return Pose(self.angle, self.shift * factor, self.mirror)
+
+    def where(self, condition: Tensor, other: Pose) -> Pose:
+        """These poses where ``condition`` (...) holds, ``other``'s elsewhere."""
+        return Pose(
+            torch.where(condition, self.angle, other.angle),
+            torch.where(condition.unsqueeze(-1), self.shift, other.shift),
+            torch.where(condition, self.mirror, other.mirror),
+        )
+
+    def to_table(self) -> Tensor:
+        """(n, 4) float64 columns angle, shift x, shift y, mirror of poses (n,)."""
+        columns = (self.angle, *self.shift.unbind(-1), self.mirror)
+        return torch.stack([column.double() for column in columns], 1)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> Pose:
+        """Poses (n,) of the columns that `to_table` makes, in float32."""
+        return cls(table[:, 0].float(), table[:, 1:3].float(), table[:, 3] > 0.5)
+
     def matrix(self) -> Tensor:
         """(..., 3, 3) affine matrices: homogeneous (x, y, 1) of the particle to the reference."""
         rotation = self.linear()  # (..., 2, 2)
@@ -93,6 +121,34 @@ class Pose:
         sign = torch.where(self.mirror, 1.0, -1.0).to(self.angle.dtype)
         shift = -(self.linear() @ self.shift.unsqueeze(-1)).squeeze(-1)
         return Pose(wrap_degrees(sign * self.angle), shift, self.mirror)
+
+
+class Found(NamedTuple):
+    """What a search found of n particles.
+
+    Attributes:
+        label: (n,) int64, index of the reference that fits best.
+        pose: (n,) particle onto that reference.
+        score: (n,) correlation coefficient there.
+    """
+
+    label: Tensor
+    pose: Pose
+    score: Tensor
+
+    def to(self, device: torch.device | str) -> Found:
+        """The same on another device."""
+        return Found(self.label.to(device), self.pose.to(device), self.score.to(device))
+
+    def to_table(self) -> Tensor:
+        """(n, 6) float64: label, the columns of `Pose.to_table`, score."""
+        label, score = self.label.double()[:, None], self.score.double()[:, None]
+        return torch.cat([label, self.pose.to_table(), score], 1)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> Found:
+        """The columns that `to_table` makes."""
+        return cls(table[:, 0].long(), Pose.from_table(table[:, 1:5]), table[:, 5].float())
 
 
 def wrap_degrees(angle: Tensor) -> Tensor:

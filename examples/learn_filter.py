@@ -48,7 +48,7 @@ from cryoalign.pose import Pose
 from cryoalign.report import figures as plot
 from cryoalign.report.figures import BLUE, GREY, INK, ORANGE
 from cryoalign.runtime.settings import FORBID
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.settings import Search
 
 YAML = Path(__file__).with_suffix(".yaml")
@@ -237,7 +237,7 @@ class LearnedFilter(nn.Module):
 def right(chosen: Filter, data: Particles, views: Tensor, settings: Settings) -> Tensor:
     """(n, 2) of every particle: class right; class and hand right, by the ordinary search."""
     search = Search(max_shift=settings.max_shift, last_ring=chosen.last_ring)
-    target = prepare(chosen.references(views), search)
+    target = prepare_target(chosen.references(views), search)
     label, pose, _ = best_poses(chosen.particles(data.images, data.ctf), target)
     found = label == data.label
     return torch.stack([found, found & (pose.mirror == data.mirror)], 1).double()

@@ -52,7 +52,7 @@ from cryoalign.report import figures as plot
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import keep_freed_memory
 from cryoalign.search.coarse_to_fine import reduce
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
 
@@ -321,7 +321,7 @@ def searches(references: Tensor, settings: Settings, exhaustive: bool) -> dict[s
     """What the encoder is compared with."""
 
     def searched(mode: Literal["adaptive", "exhaustive"], compiled: bool) -> Method:
-        target = prepare(references, Search(max_shift=settings.max_shift, mode=mode))
+        target = prepare_target(references, Search(max_shift=settings.max_shift, mode=mode))
 
         def method(images: Tensor) -> Answer:
             with kernels(compiled):

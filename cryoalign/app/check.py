@@ -1,4 +1,4 @@
-"""Preflight: all that is wrong with an input, told from its rows and headers in seconds."""
+"""All that is wrong with an input, found from its rows and headers in seconds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cryoalign.app.run_folder import EMBEDDED
 from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem
 from cryoalign.io.survey import Survey, survey
-from cryoalign.methods.isac.generations import Isac, scale_of
-from cryoalign.search.settings import Search
+from cryoalign.methods.base import Method
+from cryoalign.particles.settings import Images
 
 # Memory of a run, fitted to the peaks of six (64 to 176 px, 500 to 5000 particles, 3 to 5 classes
 # on 2 cores): within 10 %.
@@ -74,12 +74,9 @@ class CheckReport:
 
 def check_stack(
     path: str | PathLike[str],
+    method: Method | None = None,
+    images: Images | None = None,
     *,
-    last_ring: int | None = None,
-    max_shift: float | None = None,
-    size: int | None = None,
-    isac: Isac | None = None,
-    searches: bool = True,
     root: str | PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> CheckReport:
@@ -87,20 +84,16 @@ def check_stack(
 
     Args:
         path: a STAR file, .mrcs, .mrc or .npy.
-        last_ring, max_shift: the search's, in pixels; None is ``Search``'s default.
-        size: box that the particles will be down-sampled to, pixels; None keeps theirs.
-        isac: ISAC's settings, whose radius and shifts must fit too; None does not ask.
-        searches: whether the method uses ``Search``, whose rings must then fit.
+        method: whose particle and shifts must fit the box; None asks for nothing.
+        images: how particles will be prepared.
         root, allow_outside: where stacks may lie, as in ``read_particles``.
     """
-    path = Path(path)
+    path, images = Path(path), images or Images()
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
-    problems = [*found.problems, *_geometry_problems(found, size)]
-    if searches:
-        problems += _search_problems(found, last_ring, max_shift, size)
-    if isac is not None and found.shape is not None:
-        problems += _isac_problems(found, isac, size or found.shape[1])
+    problems = [*found.problems, *_geometry_problems(found, images.box)]
     n = len(found.star.particles) if found.star is not None else len(found.file_of)
+    if method is not None:
+        problems += _method_problems(found, method, images, n)
     return CheckReport(
         path=path,
         problems=tuple(problems),
@@ -126,29 +119,15 @@ def _geometry_problems(found: Survey, size: int | None) -> Iterator[Problem]:
         yield Problem(found.path, None, what, f"use images.box <= {width}")
 
 
-def _search_problems(
-    found: Survey, last_ring: int | None, max_shift: float | None, size: int | None
-) -> Iterator[Problem]:
-    """Square images that are too small for the search's rings and shifts."""
+def _method_problems(found: Survey, method: Method, images: Images, n: int) -> Iterator[Problem]:
+    """Settings of the method that do not fit square images, or their number."""
     if found.shape is None or found.shape[0] != found.shape[1]:
         return
-    width = found.shape[1]
-    reach = Search().max_shift if max_shift is None else max_shift
     try:
-        Search(max_shift=reach, last_ring=last_ring).rings(size or width)
-    except ValueError as error:  # the search's own words: what is wrong, a colon, what to do
+        method.check(images.box_of(found.shape[1], found.pixel_size), n or None)
+    except ValueError as error:  # the method's own words: what is wrong, a colon, what to do
         what, _, remedy = str(error).partition(": ")
-        remedy = remedy or "change search.last_ring or search.max_shift"
-        yield Problem(found.path, None, what, remedy)
-
-
-def _isac_problems(found: Survey, isac: Isac, size: int) -> Iterator[Problem]:
-    """A particle that does not fit a box of ``size`` pixels with its shifts."""
-    try:
-        scale_of(isac, size)
-    except ValueError as error:
-        what, _, remedy = str(error).partition(": ")
-        yield Problem(found.path, None, what, remedy)
+        yield Problem(found.path, None, what, remedy or "change that setting")
 
 
 def _memory(found: Survey, n: int) -> int:

@@ -22,11 +22,12 @@ from rich.text import Text
 from cryoalign.app.check import check_stack
 from cryoalign.app.doctor import examine
 from cryoalign.app.run import run
+from cryoalign.app.run_folder import box_of
 from cryoalign.app.schema import describe, known_keys, load_settings
-from cryoalign.app.settings import RunConfig, SimulateConfig, as_mapping, load_config
+from cryoalign.app.settings import RunConfig, SimulateConfig, load_config
 from cryoalign.operators.kernels import build
 from cryoalign.particles.simulate import simulate, write_simulation
-from cryoalign.report.page import flags, shift_key, shift_limit
+from cryoalign.report.page import flags
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.processes import choose_device, process_group, rank, world_size
 
@@ -156,18 +157,16 @@ def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _check(parsed: argparse.Namespace) -> int:
     # The words of a run, so that one line can be turned into the other.
-    one = [] if "method=isac" in parsed.settings else ["n_classes=1"]
-    config = load_config(None, [f"particles={parsed.stack}", *one, *parsed.settings])
+    words = [f"particles={parsed.stack}", *parsed.settings]
+    if not any(word.startswith(("n_classes=", "method=isac")) for word in words):
+        words.append("n_classes=1")
+    config = load_config(None, words)
     if not config.particles.exists():
         raise FileNotFoundError(f"{config.particles}: no such file; check the path")
-    search = config.widest_search()
     report = check_stack(
         config.particles,
-        last_ring=search.last_ring,
-        max_shift=search.max_shift,
-        size=config.images.box,
-        isac=config.isac if config.method == "isac" else None,
-        searches=config.searches,
+        config.made(),
+        config.images,
         root=config.root,
         allow_outside=config.allow_outside,
     )
@@ -201,11 +200,6 @@ def _simulate(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _flags(alignment: Alignment, config: RunConfig) -> list[str]:
-    settings = as_mapping(config)
-    return flags(alignment, shift_limit(alignment, settings), shift_key(settings))
-
-
 def _show(folder: Path, config: RunConfig) -> None:
     """Where the results are, the largest classes, and what deserves a second look."""
     alignment = Alignment.load(folder / "alignment.npz")
@@ -224,7 +218,9 @@ def _show(folder: Path, config: RunConfig) -> None:
         print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
     if len(alignment.rejected):
         print(f"set aside {len(alignment.rejected)} particles: {folder / 'rejected.csv'}")
-    for flag in _flags(alignment, config):
+    method = config.made()
+    limit = method.max_shift(box_of(alignment)) * alignment.scale
+    for flag in flags(alignment, limit, method.shift_key):
         Console().print(Text(f"worth a look: {flag}", style="yellow"), soft_wrap=True)
     print(f"results   {folder}")
     print(f"report    {folder / 'report.html'}")

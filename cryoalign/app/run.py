@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 
@@ -17,23 +14,17 @@ from cryoalign.app.progress import Watch
 from cryoalign.app.run_folder import (
     CHECKPOINT,
     CONFIG,
-    HISTORY,
     RUN_FILES,
-    write_csv,
-    write_iteration,
     write_results,
-    write_stable_classes,
+    write_step,
 )
-from cryoalign.app.settings import HEADER, RunConfig, flat, is_used, load_config, save_config
+from cryoalign.app.settings import HEADER, RunConfig, flat, load_config, save_config
 from cryoalign.io.paths import plain
 from cryoalign.io.stack import ParticleStack, read_particles
-from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.isac.generations import scale_of
-from cryoalign.methods.isac.isac import classify_stable
-from cryoalign.methods.mra import align_multi_reference
+from cryoalign.methods.base import OnStep, align
 from cryoalign.methods.references import SEEDINGS
-from cryoalign.methods.rfa import align_reference_free
-from cryoalign.methods.state import ClimbState, MraState
+from cryoalign.methods.state import State
+from cryoalign.particles.prepare import prepare
 from cryoalign.runtime.processes import choose_device, process_group, rank, same_on_all_ranks
 
 # What may differ between a run and its resumption: where and how fast, not what.
@@ -43,13 +34,6 @@ FREE = {
 }
 
 
-State = MraState | ClimbState
-STATES: dict[str, type[State]] = {
-    "mra": MraState,
-    "rfa": MraState,
-    "classify": ClimbState,
-    "isac": MraState,
-}
 REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
 
 
@@ -61,7 +45,7 @@ def run(
     config: RunConfig,
     *,
     console: Console | None = None,
-    on_iteration: Callable[[State], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Path:
     """Align as told, and write everything into the run folder.
 
@@ -72,7 +56,7 @@ def run(
     Args:
         config: the settings.
         console: where progress is shown; None is standard output.
-        on_iteration: called after every iteration, its checkpoint being written.
+        on_step: called after every step, when its checkpoint is written.
 
     Returns:
         The run folder.
@@ -94,10 +78,9 @@ def run(
         if state is not None:
             going = f"going on after iteration {state.iteration}"
             console.print(going + (", settled" if state.done else ""), highlight=False)
-        iterations = config.iterations * (len(config.schedule) if config.method == "rfa" else 1)
-        with Watch(console, iterations, state.iteration if state else 0) as watch:
+        with Watch(console, config.made(), state.iteration if state else 0) as watch:
             try:
-                _align_and_write(config, stack, state, watch, on_iteration)
+                _align_and_write(config, stack, state, watch, on_step)
             except KeyboardInterrupt as stop:
                 raise Interrupted(_kept(folder, watch.done)) from stop
             except Exception:
@@ -113,96 +96,39 @@ def _align_and_write(
     stack: ParticleStack,
     state: State | None,
     watch: Watch,
-    on_iteration: Callable[[State], None] | None,
+    on_step: OnStep | None,
 ) -> None:
-    folder = config.output or Path()
-
-    box = config.images.box or stack.shape[0]
-    pixel_size = None if stack.pixel_size is None else stack.pixel_size * stack.shape[0] / box
+    folder, method = config.output or Path(), config.made()
+    particles = prepare(
+        stack,
+        config.images,
+        device=config.device,
+        batch_size=config.batch_size,
+        max_rejected=config.max_rejected,
+        progress=watch.progress,
+    )
 
     def keep(state: State) -> None:
         if rank() == 0:
-            if isinstance(state, MraState):
-                write_iteration(folder, state, pixel_size)
+            write_step(folder, method, state, particles.box)
             state.save(folder / CHECKPOINT)
             _discard_replaced(folder)
-            write_csv(folder / HISTORY, pd.DataFrame(state.history))
-        watch.iteration(state)
-        if on_iteration is not None:
-            on_iteration(state)
+        watch.step(state)
+        if on_step is not None:
+            on_step(state)
 
-    shared: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in ("images", "averaging", "seed", "device", "batch_size", "max_rejected")
-    }
-    judged: dict[str, Any] = {**shared, "quality": config.quality}
-    goes_on: dict[str, Any] = {
-        "iterations": config.iterations,
-        "search": config.search,
-        "resume": state,
-        "on_iteration": keep,
-        "progress": watch.progress,
-    }
-    if config.method == "isac":
-        found = classify_stable(
-            stack,
-            isac=config.isac,
-            iterations=config.iterations,
-            resume=state if isinstance(state, MraState) else None,
-            on_iteration=keep,
-            progress=watch.steps,
-            **shared,
-        )
-        watch.finishing()
-        write_stable_classes(folder, config, stack, found)
-        return
-    if config.method == "classify":
-        alignment = classify(
-            stack,
-            _classes(config),
-            likelihood=config.likelihood,
-            resume=state if isinstance(state, ClimbState) else None,
-            on_iteration=keep,
-            progress=watch.steps,
-            **judged,
-        )
-    elif config.method == "rfa":
-        first = "average" if config.references in SEEDINGS else config.references
-        alignment = align_reference_free(
-            stack, first, schedule=config.schedule, **goes_on, **judged
-        )
-    else:
-        alignment = align_multi_reference(
-            stack,
-            config.references,
-            n_classes=config.n_classes,
-            assign=config.assign,
-            min_class_share=config.min_class_share,
-            settle=config.settle,
-            **goes_on,
-            **judged,
-        )
+    alignment = align(method, particles, resume=state, on_step=keep)
     if rank() == 0:
         watch.finishing()
         write_results(folder, config, stack, alignment)
         _discard_replaced(folder)
 
 
-def _classes(config: RunConfig) -> int:
-    """How many classes to find from nothing; `RunConfig` made sure that it is told."""
-    if config.n_classes is None:
-        raise ValueError("n_classes is missing: method=classify needs it, e.g. n_classes=10")
-    return config.n_classes
-
-
 def _read(config: RunConfig) -> ParticleStack:
     """The particles; raises for all that headers and rows can tell."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
-    if stack.shape[0] == stack.shape[1]:  # align_multi_reference has words for other images
-        if config.searches:
-            config.widest_search().rings(config.images.box or stack.shape[0])
-        if config.method == "isac":
-            scale_of(config.isac, config.images.box or stack.shape[0])
+    if stack.shape[0] == stack.shape[1]:  # `prepare` refuses other images
+        config.made().check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():
         raise FileNotFoundError(
             f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}"
@@ -224,8 +150,7 @@ def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, St
         save_config(_numbered(named, number) / CONFIG, resolved)
     folder = _numbered(named, int(same_on_all_ranks(torch.tensor(number))))
     checkpoint = folder / CHECKPOINT
-    kind = STATES[config.method]
-    state = kind.load(checkpoint) if config.resume and checkpoint.exists() else None
+    state = State.load(checkpoint) if config.resume and checkpoint.exists() else None
     return _resolved(config, folder), state
 
 
@@ -285,7 +210,7 @@ def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
     changed = [
         f"{key} was {old[key]}, now {new[key]}"
         for key in new
-        if key not in FREE and is_used(key, config.method) and new[key] != old[key]
+        if key not in FREE and config.uses(key) and new[key] != old[key]
     ]
     if changed:
         raise ValueError(

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from cryoalign.app.settings import RunConfig, as_mapping, used_mapping
-from cryoalign.io.formats import read_images, write_images
+from cryoalign.app.settings import RunConfig, used_mapping
+from cryoalign.io.formats import write_images
 from cryoalign.io.relion import write_class_averages_star, write_particles_star
 from cryoalign.io.stack import ParticleStack
-from cryoalign.methods.isac.isac import StableClasses
-from cryoalign.methods.state import MraState
+from cryoalign.methods.base import Method
+from cryoalign.methods.state import State
+from cryoalign.particles.settings import Box
 from cryoalign.report import figures as plot
 from cryoalign.report.embedding import embed, features, neighbour_purity
-from cryoalign.report.page import MAPS, shift_limit, write_report
+from cryoalign.report.page import MAPS, write_report
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.files import replacing
 
 CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
-STABILITY, REPRODUCIBILITY = "stability.csv", "reproducibility.csv"  # of ISAC
 AVERAGES = "class_averages.mrcs"
-# Of reference-free alignment only: the average and its FRC after every iteration.
-ITERATIONS, ITERATIONS_FRC = "average_iterations.mrcs", "frc_iterations.csv"
 RUN_FILES = (
     CONFIG,
     CHECKPOINT,
@@ -35,15 +31,15 @@ RUN_FILES = (
     "class_averages.star",
     "class_averages_unfiltered.mrcs",
     "class_averages.png",
-    ITERATIONS,
-    ITERATIONS_FRC,
+    "average_iterations.mrcs",
+    "frc_iterations.csv",
     "particles.star",
     "particles.csv",
     "particles.parquet",
     "classes.csv",
     "rejected.csv",
-    STABILITY,
-    REPRODUCIBILITY,
+    "stability.csv",
+    "reproducibility.csv",
     "alignment.npz",
     "histograms.png",
     "frc.png",
@@ -58,17 +54,9 @@ EMBEDDED = 2000
 
 
 def write_results(
-    folder: Path,
-    config: RunConfig,
-    stack: ParticleStack,
-    alignment: Alignment,
-    numbers: Sequence[tuple[str, str]] = (),
+    folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment
 ) -> None:
-    """Write tables, averages, pictures and the report, each file whole or not at all.
-
-    Args:
-        numbers: more headline figures of the report, each with its name.
-    """
+    """Write tables, averages, pictures and the report, each file whole or not at all."""
     _write_tables(folder, stack, alignment)
     write_images(folder / AVERAGES, alignment.filtered_averages(), alignment.pixel_size)
     write_images(
@@ -89,41 +77,25 @@ def write_results(
     for name, figure in pictures.items():
         plot.save(figure, folder / name)
     more = {} if maps is None else {MAPS: maps}
-    write_report(alignment, folder, used_mapping(config), more, numbers)
-
-
-def write_stable_classes(
-    folder: Path, config: RunConfig, stack: ParticleStack, found: StableClasses
-) -> None:
-    """`write_results` of ISAC, and its tables of particles and of matched classes."""
-    write_csv(folder / STABILITY, found.to_frame())
-    numbers = []
-    if config.isac.repeats > 1:
-        write_csv(folder / REPRODUCIBILITY, found.matched)
-        numbers.append(("reproduced", f"{found.reproduced:.1%}"))
-    write_results(folder, config, stack, found.alignment, numbers)
-
-
-def write_iteration(folder: Path, state: MraState, pixel_size: float | None) -> None:
-    """Add an iteration's average and FRC to the stack and the table of all of them."""
-    if state.sums is None or state.frc is None:
-        return
-    averages, curves = state.sums.averages().cpu(), pd.DataFrame()
-    before = state.iteration - 1
-    if before:
-        averages = torch.cat([read_images(folder / ITERATIONS)[:before], averages])
-        curves = pd.read_csv(folder / ITERATIONS_FRC)
-        curves = curves[curves["iteration"] <= before]
-    shells = state.frc[0].cpu().numpy()
-    new = pd.DataFrame(
-        {
-            "iteration": state.iteration,
-            "frequency": np.arange(len(shells)) / averages.shape[-1],  # 1/px
-            "frc": shells,
-        }
+    method = config.made()
+    write_report(
+        alignment,
+        folder,
+        used_mapping(config),
+        more,
+        max_shift=method.max_shift(box_of(alignment)) * alignment.scale,
+        shift_key=method.shift_key,
     )
-    write_images(folder / ITERATIONS, averages, pixel_size)
-    write_csv(folder / ITERATIONS_FRC, pd.concat([curves, new], ignore_index=True))
+
+
+def write_step(folder: Path, method: Method, state: State, box: Box) -> None:
+    """What is written after every step: the history, and what the method has besides."""
+    stacks, tables = method.step_files(state, box)
+    for name, images in stacks.items():
+        write_images(folder / name, images, box.pixel_size)
+    for name, table in tables.items():
+        write_csv(folder / name, table)
+    write_csv(folder / HISTORY, pd.DataFrame(state.history))
 
 
 def particle_table(alignment: Alignment) -> pd.DataFrame:
@@ -132,6 +104,11 @@ def particle_table(alignment: Alignment) -> pd.DataFrame:
     # Int64 has a place for "no value".
     frame["mirror"] = frame["mirror"].astype("Int64").mask(frame["class_number"] == 0)
     return frame
+
+
+def box_of(alignment: Alignment) -> Box:
+    """Of the prepared images that an alignment was made of."""
+    return Box(alignment.averages.shape[-1], alignment.pixel_size)
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -148,6 +125,8 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
     write_csv(folder / "classes.csv", alignment.class_frame())
     write_csv(folder / HISTORY, alignment.history)
     write_csv(folder / "rejected.csv", alignment.rejected)
+    for name, table in alignment.tables.items():
+        write_csv(folder / f"{name}.csv", table)
     write_particles_star(
         folder / "particles.star",
         stack,
@@ -160,7 +139,8 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
 
 def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
     """Pictures by file name."""
-    limit = shift_limit(alignment, as_mapping(config))
+    method = config.made()
+    limit = method.max_shift(box_of(alignment)) * alignment.scale
     size, classes = alignment.averages.shape[-1], len(alignment.averages)
     made = {
         "class_averages.png": plot.montage(
@@ -168,7 +148,7 @@ def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
             alignment.class_sizes,
             alignment.resolution,
             pixel_size=alignment.pixel_size,
-            largest_first=config.method != "isac",  # whose neighbours look alike
+            order=alignment.class_quality.get("order"),
         ),
         "histograms.png": plot.pose_histograms(alignment.to_frame(), limit, classes),
         "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
@@ -188,7 +168,7 @@ def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) ->
         used, min(EMBEDDED, len(used)), replace=False
     )
     rows = np.sort(chosen)
-    radius = config.particle_radius(alignment.averages.shape[-1]) * alignment.scale
+    radius = config.made().radius(box_of(alignment)) * alignment.scale
     labels = alignment.class_number.numpy()[rows]
     maps = [
         embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)

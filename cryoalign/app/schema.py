@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -37,13 +37,18 @@ def load_settings(
     ``help_words`` is what a user types for the list of keys.
     """
     fields = dict(known_keys(schema))
+    moved: dict[str, str] = getattr(schema, "MOVED", {})
+
+    def suggest(key: str) -> str:
+        return f"it is {moved[key]} now" if key in moved else _suggestion(key, fields, help_words)
+
     problems: list[str] = []
     values: dict[str, Value] = {}
     places: dict[str, str] = {}
     words = [_read_word(word, fields, problems) for word in overrides]
     file = {} if path is None else _read_file(Path(path))
     for place, given in ((str(path), file), *(("command line", w) for w in words)):
-        for key, value in _flatten(given, fields, place, problems, help_words):
+        for key, value in _flatten(given, fields, place, problems, suggest):
             values[key], places[key] = value, place
     settings: Settings | None = None
     try:
@@ -147,7 +152,7 @@ def _flatten(
     fields: dict[str, FieldInfo],
     place: str,
     problems: list[str],
-    help_words: str,
+    suggest: Callable[[str], str],
 ) -> Iterator[tuple[str, Value]]:
     """Known dotted keys and their values; what is not known becomes a problem."""
     sections = {key.partition(".")[0] for key in fields if "." in key}
@@ -155,12 +160,12 @@ def _flatten(
         key = str(name)
         if key in sections and isinstance(value, dict):
             inner = {f"{key}.{leaf}": v for leaf, v in value.items()}
-            yield from _flatten(inner, fields, place, problems, help_words)
+            yield from _flatten(inner, fields, place, problems, suggest)
         elif key in sections:
             if value is not None:  # an empty section is one whose lines are all comments
                 problems.append(f"{place}: {key}: should hold keys of its own, got {_got(value)}")
         elif key not in fields:
-            problems.append(f"{place}: unknown key {key}; {_suggestion(key, fields, help_words)}")
+            problems.append(f"{place}: unknown key {key}; {suggest(key)}")
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{place}: {key}: should be a finite number, got {value}")
         else:

@@ -6,50 +6,45 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cryoalign.app import yaml12
 from cryoalign.app.schema import known_keys, load_settings
+from cryoalign.methods import METHODS
 from cryoalign.methods.assignment import Assignment
+from cryoalign.methods.base import Method
 from cryoalign.methods.classify.split_and_merge import Likelihood
-from cryoalign.methods.isac.generations import Isac, scale_of
+from cryoalign.methods.isac.generations import Isac
 from cryoalign.methods.references import SEEDINGS
-from cryoalign.particles.prepare import Images
+from cryoalign.particles.settings import Box, Images, Particle
 from cryoalign.results.averages import Averaging
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.files import replacing
 from cryoalign.runtime.settings import FORBID
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.search.settings import Schedule, SearchSettings
 
-EVERY_METHOD = {
-    "particles", "method", "output", "seed", "device", "images", "batch_size", "max_rejected",
-    "root", "allow_outside", "overwrite", "resume", "threads", "embedding",
+RUN_KEYS = {
+    "particles", "method", "output", "device", "images", "batch_size", "max_rejected", "root",
+    "allow_outside", "overwrite", "resume", "threads", "embedding",
 }  # fmt: skip
-USED = {
-    "mra": {
-        "references", "n_classes", "iterations", "search", "averaging", "assign", "quality",
-        "min_class_share", "settle",
+"""Settings of the run, whatever the method; all others belong to methods."""
+MOVED = {
+    "search.max_shift": "particle.max_shift",
+    "search.last_ring": "particle.radius",
+    "search.mirror": "particle.mirror",
+    "averaging.mask_radius": "particle.radius",
+    **{
+        f"{section}.{old}": f"particle.{new}"
+        for section in ("likelihood", "isac")
+        for old, new in {
+            "mask_radius": "radius", "max_shift": "max_shift", "mirror": "mirror", "ctf": "ctf",
+        }.items()
     },
-    "rfa": {
-        "references", "n_classes", "iterations", "search.first_ring", "search.last_ring",
-        "search.ring_step", "search.mirror", "search.refine", "search.mode", "schedule",
-        "averaging", "quality",
-    },
-    "classify": {
-        "n_classes", "likelihood", "averaging.mask_radius", "averaging.mask_edge",
-        "averaging.filter", "quality",
-    },
-    "isac": {"iterations", "isac", "averaging"},
 }  # fmt: skip
-"""Sections and keys that a method uses, beside those that all do."""
-INSTEAD = {
-    ("isac", "n_classes"): ["isac.images_per_group"],
-    ("classify", "iterations"): ["likelihood.cycles"],
-}
-"""What to set for a key that a method does not use, where its own has another name."""
+"""Keys of earlier versions, and what they are called now."""
 ASSIGN_NEEDS = {
     "slack": "strategy=equal",
     "similarity": "strategy=robust",
@@ -58,23 +53,23 @@ ASSIGN_NEEDS = {
     "start_resolution": "strategy=soft",
     "level_iterations": "start_classes",
 }
-"""What other settings of ``assign`` must be for one to have an effect."""
+"""What other settings of ``assign`` must be, for each of these to have an effect."""
 HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this file again."
 
 
 @dataclass(frozen=True, config=FORBID)
 class RunConfig:
-    """All that ``cryoalign run`` can be told; `align_multi_reference`, `align_reference_free`,
-    `classify` and `classify_stable` have most arguments alike.
+    """All settings of ``cryoalign run``. Those of a method are the fields of its `Method`.
 
     Raises ValueError (pydantic's) for wrong types, ranges and combinations.
     """
 
+    MOVED: ClassVar[dict[str, str]] = MOVED
+
     particles: Path = Field(description="STAR file, .mrcs, .mrc or .npy of the particles")
-    method: Literal["mra", "rfa", "classify", "isac"] = Field(
+    method: Literal[tuple(METHODS)] = Field(  # type: ignore[valid-type]
         default="mra",
-        description="mra: multi-reference alignment; rfa: reference-free alignment, of one view; "
-        "classify: classes from nothing, by likelihood; isac: stable classes of equal size",
+        description="; ".join(f"{name}: {each.purpose}" for name, each in METHODS.items()),
     )
     references: str = Field(
         default="random",
@@ -93,11 +88,12 @@ class RunConfig:
         default=None,
         description="run folder; null: runs/<particles>-<method> in the current folder",
     )
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of all random choices")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of every random choice")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: the GPU if there is one"
     )
-    search: Search = Field(default_factory=Search)
+    particle: Particle = Field(default_factory=Particle)
+    search: SearchSettings = Field(default_factory=SearchSettings)
     images: Images = Field(default_factory=Images)
     averaging: Averaging = Field(default_factory=Averaging)
     assign: Assignment = Field(default_factory=Assignment)
@@ -106,7 +102,10 @@ class RunConfig:
     quality: Quality = Field(default_factory=Quality)
     isac: Isac = Field(default_factory=Isac)
     min_class_share: float = Field(
-        default=0.2, ge=0, le=1, description="re-seed classes below this share of the mean size"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="give new members to classes below this share of the mean size",
     )
     settle: float = Field(
         default=0.002, ge=0, le=1, description="stop when no larger share changes class"
@@ -137,55 +136,44 @@ class RunConfig:
         if problems:
             raise ValueError("\n  ".join(problems))
 
-    def widest_search(self) -> Search:
-        """The search with the largest shifts that the method tries."""
-        return self.schedule.widest(self.search) if self.method == "rfa" else self.search
+    def made(self) -> Method:
+        """The method with its settings."""
+        return METHODS[self.method].from_settings(self)
 
-    def particle_radius(self, size: int) -> float:
-        """Of what the method compares, in pixels of prepared images of ``size``."""
-        if self.searches:
-            return self.widest_search().rings(size).last_ring
-        section = self.likelihood if self.method == "classify" else self.isac
-        return section.mask_radius or 0.4 * size
-
-    @property
-    def searches(self) -> bool:
-        """Whether the method tries the poses that ``search`` tells."""
-        return self.method in ("mra", "rfa")
+    def uses(self, key: str) -> bool:
+        """Whether a setting, given by its dotted key, matters to the run or its method."""
+        return key.partition(".")[0] in RUN_KEYS or METHODS[self.method].uses(key)
 
     def _conflicts(self) -> Iterator[str]:
         """What does not go together, as far as that shows without a file."""
-        chosen = self.references in SEEDINGS
         yield from self._unused()
-        if self.method == "rfa" and self.n_classes not in (None, 1):
-            yield "method=rfa makes one average: leave n_classes out, or use method=mra"
-        if self.method in ("mra", "classify") and chosen and self.n_classes is None:
-            yield f"n_classes is missing: references={self.references} needs it, e.g. n_classes=10"
+        chosen = self.references in SEEDINGS
+        needs = self.method != "rfa" and METHODS[self.method].uses("n_classes")
+        if needs and self.n_classes is None and (chosen or self.method == "classify"):
+            yield f"n_classes is missing: method={self.method} needs it, e.g. n_classes=10"
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:
             yield "resume needs output, the folder of the run to go on with"
-        if self.method == "mra":
+        if METHODS[self.method].uses("assign"):
             yield from self._wrong_assignment()
-        if self.searches:
-            yield from self._wrong_search()
-        if self.method == "isac" and self.images.box is not None:
+        if self.images.box is not None:
             try:
-                scale_of(self.isac, self.images.box)
+                self.made().check(Box(self.images.box, None))
             except ValueError as error:
                 yield f"images.box: {error}"
 
     def _unused(self) -> Iterator[str]:
         """Settings that were changed though the method does not use them."""
-        for key, field in known_keys(RunConfig):
-            if is_used(key, self.method) or attrgetter(key)(self) == field.default:
+        method = METHODS[self.method]
+        for key, setting in known_keys(RunConfig):
+            if self.uses(key) or attrgetter(key)(self) == setting.default:
                 continue
-            told = f"method={self.method} does not use {key}"
-            others = [method for method in USED if is_used(key, method)]
-            if own := _own(key, self.method):
-                yield f"{told}: leave it out; {' or '.join(own)} is its own"
-            else:
-                yield f"{told}: leave it out, or use method={' or '.join(others)}"
+            found = f"method={self.method} does not use {key}: leave it out"
+            if key in method.instead:
+                yield f"{found}; {method.instead[key]} is its own"
+            elif others := [name for name, each in METHODS.items() if each.uses(key)]:
+                yield f"{found}, or use method={' or '.join(others)}"
 
     def _wrong_assignment(self) -> Iterator[str]:
         try:
@@ -199,38 +187,7 @@ class RunConfig:
             if getattr(self.assign, name) != getattr(defaults, name) and not (
                 given == value if value else given
             ):
-                yield f"assign.{name} is of assign.{needed}: set that, or leave it out"
-
-    def _wrong_search(self) -> Iterator[str]:
-        search, last = self.widest_search(), self.search.last_ring
-        if 0 < search.max_shift < search.shift_step:
-            yield (
-                f"search.shift_step {search.shift_step:g} px is larger than search.max_shift "
-                f"{search.max_shift:g} px, so that no shift would be tried: make it smaller, or "
-                "search.max_shift 0"
-            )
-        if last is not None and last < search.first_ring:
-            yield (
-                f"search.last_ring {last} px lies inside search.first_ring {search.first_ring} px: "
-                "make it larger"
-            )
-        elif self.images.box is not None:
-            try:
-                search.rings(self.images.box)
-            except ValueError as error:
-                yield f"images.box: {error}"
-
-
-def is_used(key: str, method: str) -> bool:
-    """Whether a method uses a setting, given by its dotted key."""
-    return not {key, key.partition(".")[0]}.isdisjoint(EVERY_METHOD | USED[method])
-
-
-def _own(key: str, method: str) -> list[str]:
-    """Keys of a method that are named as one which it does not use."""
-    leaf = key.rpartition(".")[2]
-    own = [k for k, _ in known_keys(RunConfig) if k.rpartition(".")[2] == leaf]
-    return INSTEAD.get((method, key), [k for k in own if is_used(k, method)])
+                yield f"assign.{name} has an effect with assign.{needed} only: set that too"
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -281,7 +238,7 @@ def used_mapping(config: RunConfig) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in flat(config).items():
         section, _, leaf = key.partition(".")
-        if not is_used(key, config.method):
+        if not config.uses(key):
             continue
         if leaf:
             mapping.setdefault(section, {})[leaf] = value

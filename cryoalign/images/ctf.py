@@ -151,5 +151,5 @@ def _calculate(optics: Optics, size: int, return_complex_ctf: bool = False) -> T
 
 def phase_flip(images: Tensor, optics: Optics) -> Tensor:
     """(n, size, size) images with the sign of their CTF undone, amplitudes left as they are."""
-    sign = torch.sign(ctf_2d(optics, images.shape[-1]))
+    sign = torch.sign(ctf_2d(optics, images.shape[-1])).to(images.device)
     return torch.fft.irfft2(torch.fft.rfft2(images) * sign, s=images.shape[-2:])

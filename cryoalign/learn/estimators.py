@@ -40,19 +40,21 @@ from cryoalign.images.geometry import radius_grid, transform
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.learn.dataset import ParticleDataset
 from cryoalign.methods.assignment import Assignment
-from cryoalign.methods.base import Alternation, Found
+from cryoalign.methods.base import Alternation
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.methods.rfa import align_reference_free
-from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import Stack, TensorStack, as_stack
+from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging
 from cryoalign.runtime.arrays import Array, SupportsCuda, SupportsDLPack, as_tensor, to_numpy
 from cryoalign.runtime.processes import choose_device
-from cryoalign.search.match import prepare
+from cryoalign.search.match import prepare_target
 from cryoalign.search.settings import Schedule, Search
 
 
@@ -165,7 +167,7 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
         search = self._search(particles.size)
         references = torch.from_numpy(self.averages_).to(particles.device)
         turns = Alternation(particles, Averaging(), search.rings(particles.size), None)
-        return particles, turns.search(prepare(references, search)), len(stack)
+        return particles, turns.search(prepare_target(references, search)), len(stack)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

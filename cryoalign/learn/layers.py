@@ -25,7 +25,7 @@ from cryoalign.learn.implicit import (
 from cryoalign.operators.correlation import correlation_at, correlation_logsumexp, correlation_table
 from cryoalign.pose import Pose
 from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.search.match import best_poses, prepare
+from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.paired import CPU_CHUNK, best_pairs, pair_table, pairs_at_a_time
 from cryoalign.search.settings import Search
 
@@ -222,7 +222,7 @@ class AlignLayer(_FullPrecision):
         if self.paired:
             pose, _ = best_pairs(particles, references, self.search)
             return torch.arange(len(particles), device=particles.device), pose
-        label, pose, _ = best_poses(particles, prepare(references, self.search))
+        label, pose, _ = best_poses(particles, prepare_target(references, self.search))
         return label, pose.to(particles.dtype)
 
     def _soft(

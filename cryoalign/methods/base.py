@@ -1,237 +1,199 @@
-"""Poses from averages, averages from poses, in turn: what every alignment here is made of.
+"""What every method is, and the one loop that runs them all.
 
-Multi-reference alignment (`mra`) and reference-free alignment (`rfa`) differ in where they begin,
-in what they search, and in when they stop; a turn is the same.
+A method is an object: its fields are its settings, and it starts from prepared particles, makes a
+step at a time, and finishes with an `Alignment`. `align` does the rest: it checks a checkpoint,
+goes on from it, and calls back after every step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import fourier_resize
-from cryoalign.images.geometry import transform, translate
-from cryoalign.images.masks import masked, soft_mask
-from cryoalign.images.polar import Rings
-from cryoalign.io.formats import image_pixel_size, read_images
-from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.images.ctf import Optics
+from cryoalign.methods.state import State
+from cryoalign.particles.prepare import PreparedParticles, Progress, prepare
+from cryoalign.particles.settings import Box, Images, Particle
 from cryoalign.particles.stack import Stack, as_stack
-from cryoalign.pose import Pose, pixel_error
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import (
-    Averaging,
-    ClassSums,
-    centring,
-    class_sums,
-    filtered_averages,
-    move,
-)
-from cryoalign.results.evidence import Aligned, Scope, trials_of
-from cryoalign.results.quality import Quality, conclude
-from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.runtime.processes import choose_device, gather_over_ranks
-from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.match import Target, best_poses
-from cryoalign.search.settings import Search
+from cryoalign.results.quality import Quality
+from cryoalign.runtime.arrays import Array
+from cryoalign.runtime.processes import world_size
 
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, particles done, particles in all) now and then."""
-Finder = Callable[[Tensor], tuple[Tensor, Pose, Tensor]]
-"""Makes label (b,), pose (b,) and score (b,) of some particles, given by their members (b,)."""
-
-
-class Found(NamedTuple):
-    """What a search found for all usable particles, on the CPU of every process."""
-
-    label: Tensor  # (n,)
-    pose: Pose  # (n,)
-    score: Tensor  # (n,)
-
-
-def prepare_particles(
-    particles: Stack | Array,
-    images: Images | None,
-    device: str,
-    max_rejected: float,
-    batch_size: int | None,
-    progress: Progress | None,
-) -> PreparedParticles:
-    """The usable particles of a stack or an array (n, size, size)."""
-    return PreparedParticles(
-        as_stack(particles),
-        images or Images(),
-        choose_device(device),
-        max_rejected,
-        batch_size,
-        progress,
-    )
+OnStep = Callable[[State], None]
+"""Called with the state after every step."""
 
 
 @dataclass(frozen=True)
-class Alternation:
-    """Particles, and how their averages are made and made into references."""
+class Method(ABC):
+    """A method and its settings. Its fields are arguments, YAML keys and sections of one name.
 
-    particles: PreparedParticles
-    averaging: Averaging
-    rings: Rings
-    progress: Progress | None
+    Attributes:
+        particle: what is known of the particle.
+        quality: what becomes of junk.
+        seed: seed of every random choice; the same seed gives the same result on the same device.
+        name: as ``method`` in the settings.
+        purpose: one line for lists of the methods.
+        unused: dotted keys of its sections that it does not use.
+        instead: what to set for a key that the method does not use, where its own key has
+            another name.
+        in_order: whether its averages are shown in the order of the column ``order`` of its
+            classes rather than by size.
+        in_processes: whether several processes may share its work.
+    """
 
-    def mask(self) -> Tensor:
-        """(size, size) soft mask of the references."""
-        return soft_mask(
-            self.particles.size,
-            self.averaging.mask_radius or self.rings.last_ring,
-            self.averaging.mask_edge,
-            self.particles.device,
-        )
+    particle: Particle = field(default_factory=Particle)
+    quality: Quality = field(default_factory=Quality)
+    seed: int = 0
 
-    def parts(self, doing: str) -> Iterator[Tensor]:
-        """Members of this process's batches, with progress told as they are taken."""
-        done = 0
-        for members in self.particles.parts():
-            yield members
-            done += len(members)
-            if self.progress is not None:
-                self.progress(doing, done, len(self.particles))
+    name: ClassVar[str]
+    purpose: ClassVar[str]
+    unused: ClassVar[frozenset[str]] = frozenset()
+    instead: ClassVar[dict[str, str]] = {}
+    in_order: ClassVar[bool] = False
+    in_processes: ClassVar[bool] = True
 
-    def search(self, target: Target, about: Tensor | None = None) -> Found:
-        """Every particle's best class, pose and score.
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """The method with the settings that an object has under the fields' names."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
+
+    @classmethod
+    def uses(cls, key: str) -> bool:
+        """Whether the method uses a setting, given by its dotted key."""
+        return key not in cls.unused and key.partition(".")[0] in {e.name for e in fields(cls)}
+
+    @abstractmethod
+    def check(self, box: Box, n: int | None = None) -> None:
+        """Refuse settings that do not fit each other or the prepared images.
 
         Args:
-            target: `search.prepare` of the references.
-            about: (n, 2) whole pixels that each particle's trial shifts are taken about; None is
-                zero.
+            box: of the prepared images.
+            n: usable particles; None where they are not counted yet.
+
+        Raises:
+            ValueError: they do not fit.
         """
-        if about is None:
-            return self.find(lambda members: best_poses(self.particles.take(members), target))
 
-        def about_own(members: Tensor) -> tuple[Tensor, Pose, Tensor]:
-            images = self.particles.take(members)
-            own = about[members].to(images.device)
-            label, pose, score = best_poses(translate(images, own), target)
-            return label, Pose(pose.angle, pose.shift + own, pose.mirror), score
+    @abstractmethod
+    def radius(self, box: Box) -> float:
+        """Radius of what is compared, in pixels of the prepared images."""
 
-        return self.find(about_own)
+    @abstractmethod
+    def max_shift(self, box: Box) -> float:
+        """The largest shift that is looked for, in pixels of the prepared images."""
 
-    def find(self, finder: Finder) -> Found:
-        """What ``finder`` makes of the particles, batch by batch and over all processes."""
+    @property
+    def shift_key(self) -> str:
+        """The setting that allows larger shifts."""
+        return "particle.max_shift"
 
-        def columns(members: Tensor) -> Tensor:
-            label, pose, score = finder(members)
-            found = [label, pose.angle, pose.shift[:, 0], pose.shift[:, 1], pose.mirror, score]
-            return torch.stack([c.double() for c in found], 1)  # (b, 6)
+    @property
+    def most_steps(self) -> int | None:
+        """Steps that there can be at most; None is not known."""
+        return None
 
-        device = self.particles.device
-        found = [torch.zeros(0, 6, dtype=torch.float64, device=device)]
-        found += map_in_order(columns, self.parts("align"), workers_for(device))
-        table = gather_over_ranks(torch.cat(found).cpu())  # once: batches need not wait
-        pose = Pose(table[:, 1].float(), table[:, 2:4].float(), table[:, 4] > 0.5)
-        return Found(table[:, 0].long(), pose, table[:, 5].float())
+    @abstractmethod
+    def start(self, particles: PreparedParticles) -> State:
+        """The state before the first step, or after it where starting is one."""
 
-    def sum_classes(self, label: Tensor, pose: Pose, k: int) -> ClassSums:
-        """Sums of the aligned particles by class and half-set."""
-        # Half-sets by the row of the input, so that they do not depend on what was set aside.
-        half = self.particles.rows % 2
-        return class_sums(
-            self.parts("average"), self.particles.take, pose, label, half, k, self.particles.size,
-            self.particles.device,
-        )  # fmt: skip
+    @abstractmethod
+    def step(self, particles: PreparedParticles, state: State) -> State:
+        """The state after one step more."""
 
-    def renew(
-        self, sums: ClassSums, label: Tensor, pose: Pose, centre: bool
-    ) -> tuple[Tensor, Pose]:
-        """References (k, size, size) of class sums, and the members' poses, moved along where
-        averages are centred."""
-        mask = self.mask()
-        references = filtered_averages(sums, self.averaging, mask)
-        if centre:
-            device = self.particles.device
-            there = pose.to(device)  # where arithmetic on all poses is quick
-            shift = centring(sums.averages(), there, label, self.averaging.centre, mask)
-            still = Pose.identity(len(references), device=device)
-            references = transform(references, move(still, shift))
-            pose = move(there, shift[label.to(device)]).to("cpu")
-        return masked(references, mask), pose
+    def is_done(self, state: State) -> bool:
+        """Whether nothing is left to do."""
+        return state.done
 
-    def change(self, before: Pose, after: Pose) -> dict[str, float]:
-        """How far poses moved, for the history: the median where the hand stayed, and the share
-        of hands that did not."""
-        device = self.particles.device
-        moved = pixel_error(after.to(device), before.to(device), self.rings.last_ring).sqrt().cpu()
-        same = before.mirror == after.mirror
-        return {
-            "pose_change_px": float(moved[same].median()) if same.any() else math.inf,
-            "hand_changed": float((~same).double().mean()),
-        }
+    @abstractmethod
+    def finish(self, particles: PreparedParticles, state: State) -> Alignment:
+        """The result."""
 
-    def result(self, state: MraState, search: Search, quality: Quality | None) -> Alignment:
-        """The `Alignment` of a state; its averages follow from its poses."""
-        k = len(state.references)
-        return conclude(
-            self.particles,
-            Aligned(state.label, state.pose, state.score, {}),
-            state.sums or self.sum_classes(state.label, state.pose, k),
-            Scope(
-                self.mask(),
-                self.rings,
-                trials_of(k, search.max_shift, self.rings.last_ring, search.mirror),
-            ),
-            pd.DataFrame(state.history),
-            quality,
-        )
+    @abstractmethod
+    def line(self, row: Mapping[str, Any]) -> str:
+        """What a log says of a step, from its row of the history."""
+
+    def prepared(
+        self,
+        particles: Stack | Array | PreparedParticles,
+        images: Images | None,
+        device: str,
+        progress: Progress | None,
+        optics: Optics | None = None,
+    ) -> PreparedParticles:
+        """Particles made ready, after a check of what can be checked before they are read."""
+        if isinstance(particles, PreparedParticles):
+            return particles
+        stack, images = as_stack(particles), images or Images()
+        if stack.shape[0] == stack.shape[1]:  # other images are refused by `prepare`
+            self.check(images.box_of(stack.shape[0], stack.pixel_size))
+        return prepare(stack, images, optics=optics, device=device, progress=progress)
+
+    def step_files(
+        self, state: State, box: Box
+    ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
+        """Stacks of images and tables, by file name, that a run writes after every step."""
+        return {}, {}
 
 
-def refuse_other_particles(state: MraState, prepared: PreparedParticles) -> None:
-    """Make sure that a checkpoint is of these particles.
+def align(
+    method: Method,
+    particles: PreparedParticles,
+    *,
+    resume: State | None = None,
+    on_step: OnStep | None = None,
+    progress: Progress | None = None,
+) -> Alignment:
+    """Run a method to its end.
 
-    Raises:
-        ValueError: it is not.
-    """
-    if len(state.label) != len(prepared) or state.references.shape[-1] != prepared.size:
-        raise ValueError(
-            f"the checkpoint has {len(state.label)} particles of {state.references.shape[-1]} px, "
-            f"the input {len(prepared)} of {prepared.size} px: resume with the same input and "
-            "settings"
-        )
-    if state.fingerprint != prepared.fingerprint:
-        raise ValueError(
-            "the checkpoint is of other particles: the stack's pixels have changed since; resume "
-            "with the same input, or start another run"
-        )
+    Args:
+        method: with its settings.
+        particles: `particles.prepare` makes them.
+        resume: go on from this state, of the same method, particles and settings.
+        on_step: called with the state after every step.
+        progress: called now and then; None leaves the particles' own.
 
-
-def given_references(particles: PreparedParticles, references: Array | str | Path) -> Tensor:
-    """(k, size, size) references from an array or a file, in the prepared particles' box.
+    Returns:
+        The `Alignment`, of the whole input on every process.
 
     Raises:
-        ValueError: they do not fit the particles.
+        ValueError: settings that do not fit the particles or each other, before work starts; a
+            state of another method or of other particles.
     """
-    stack = particles.stack
-    if isinstance(references, str | Path):
-        images, pixel_size = read_images(references), image_pixel_size(references)
+    if progress is not None:
+        particles = particles.reporting_to(progress)
+    if world_size() > 1 and not method.in_processes:
+        raise ValueError(f"method={method.name} runs in one process: start it without torchrun")
+    method.check(particles.box, len(particles))
+    if resume is None:
+        state = method.start(particles)
+        if state.iteration and on_step is not None:
+            on_step(state)
     else:
-        images, pixel_size = as_tensor(references).detach(), None
-    boxes = {stack.shape[0]: stack.pixel_size, particles.size: particles.pixel_size}
-    if images.ndim != 3 or images.shape[-2] != images.shape[-1] or images.shape[-1] not in boxes:
+        state = resume
+        _refuse_other_particles(state, method, particles)
+    while not method.is_done(state):
+        state = method.step(particles, state)
+        if on_step is not None:
+            on_step(state)
+    return method.finish(particles, state)
+
+
+def _refuse_other_particles(state: State, method: Method, particles: PreparedParticles) -> None:
+    """Make sure that a checkpoint is of this method and of these particles."""
+    if state.method != method.name:
         raise ValueError(
-            f"references {tuple(images.shape)} do not fit particles of {stack.shape[0]} "
-            f"x {stack.shape[1]} px: they must be a stack (k, h, w) of the same box "
-            "and pixel size (or of images.box)"
+            f"the checkpoint is of method={state.method}, not {method.name}: resume with the "
+            "settings of that run, or start another one"
         )
-    expected = boxes[images.shape[-1]]
-    if pixel_size and expected and abs(pixel_size - expected) > 0.01 * expected:
+    n = len(state["label"])
+    if n != len(particles) or state.fingerprint != particles.fingerprint:
         raise ValueError(
-            f"references {references} have {pixel_size:.4g} Å per pixel, where the particles have "
-            f"{expected:.4g} Å: rescale them, or put the header's voxel size right"
+            f"the checkpoint is of {n} other particles: the stack's pixels or images.box have "
+            "changed since; resume with the same input and settings, or start another run"
         )
-    if not torch.isfinite(images).all():
-        raise ValueError("references contain NaN or infinite pixels")
-    return fourier_resize(images.float().to(particles.device), particles.size)

@@ -20,9 +20,9 @@ from cryoalign.methods.assignment import (
     noise_temperature,
     soft_weights,
 )
-from cryoalign.methods.base import Alternation, Found
-from cryoalign.pose import Pose
-from cryoalign.results.averages import ClassSums, class_sums
+from cryoalign.methods.references import AlignAndAverage, find_all
+from cryoalign.pose import Found, Pose
+from cryoalign.results.averages import ClassSums, sum_parts
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.match import Target, log_evidence, match_all, refine_match
@@ -44,32 +44,32 @@ class Matched:
     pose: Pose
 
 
-def match_particles(turns: Alternation, target: Target) -> Matched:
+def match_particles(work: AlignAndAverage, target: Target) -> Matched:
     """Scores and poses of all pairs: 4 bytes a pair for all, 13 for this process's own."""
 
     def one(members: Tensor) -> tuple[Tensor, Pose]:
-        found = match_all(turns.particles.take(members), target)
+        found = match_all(work.particles.read(members), target)
         return found.score, found.pose
 
-    k, device = len(target.templates), turns.particles.device
+    k, device = len(target.templates), work.particles.device
     none = (torch.zeros(0, k, device=device), Pose.identity(0, k, device=device))
-    scores, poses = zip(none, *_batches(turns, one), strict=True)
+    scores, poses = zip(none, *_batches(work, one), strict=True)
     return Matched(gather_over_ranks(torch.cat(scores)), Pose.cat(poses))
 
 
 def assign_particles(
-    turns: Alternation, target: Target, how: Assignment, label: Tensor, seed: int
+    work: AlignAndAverage, target: Target, how: Assignment, label: Tensor, seed: int
 ) -> Found:
     """Classes of all particles by a strategy other than `best` and `soft`, and their poses.
 
     Args:
-        turns: the particles.
+        work: the particles, and how they are aligned.
         target: `search.prepare` of the references.
         how: the strategy.
         label: (n,) the class each particle is in, or -1.
         seed: of random orders.
     """
-    matched = match_particles(turns, target)
+    matched = match_particles(work, target)
     if how.strategy == "equal":
         label = assign_equal(matched.scores, how.slack)
     elif how.strategy == "stochastic":
@@ -78,25 +78,25 @@ def assign_particles(
     else:
         scores = matched.scores
         if how.similarity == "correntropy":
-            scores = _correntropies(turns, target, matched)
+            scores = _correntropies(work, target, matched)
         label = assign_robust(scores, label)
-    return refined(turns, target, matched, same_on_all_ranks(label))
+    return refined(work, target, matched, same_on_all_ranks(label))
 
 
-def refined(turns: Alternation, target: Target, matched: Matched, label: Tensor) -> Found:
+def refined(work: AlignAndAverage, target: Target, matched: Matched, label: Tensor) -> Found:
     """Poses of all particles on the classes (n,) they were given."""
-    start = shard(len(turns.particles)).start
+    start = shard(len(work.particles)).start
 
-    def one(members: Tensor) -> tuple[Tensor, Pose, Tensor]:
+    def one(members: Tensor) -> Found:
         chosen = label[members.to(label.device)]
         own = matched.pose[(members - start).to(chosen.device), chosen]
-        pose, score = refine_match(turns.particles.take(members), target, chosen, own)
-        return chosen, pose, score
+        pose, score = refine_match(work.particles.read(members), target, chosen, own)
+        return Found(chosen, pose, score)
 
-    return turns.find(one)
+    return find_all(work.particles, one)
 
 
-def weigh(turns: Alternation, target: Target, matched: Matched, cooling: float) -> Tensor:
+def weigh(work: AlignAndAverage, target: Target, matched: Matched, cooling: float) -> Tensor:
     """(n, k) posterior of the classes of all particles, poses summed over, at the temperature of
     the noise times ``cooling``."""
     rings = target.rings if target.screen is None else target.screen.rings
@@ -104,14 +104,14 @@ def weigh(turns: Alternation, target: Target, matched: Matched, cooling: float) 
     temperature = cooling * noise_temperature(typical, math.pi * rings.last_ring**2)
 
     def one(members: Tensor) -> Tensor:
-        evidence = log_evidence(turns.particles.take(members), target, temperature)
+        evidence = log_evidence(work.particles.read(members), target, temperature)
         return soft_weights(evidence, temperature)
 
-    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(turns, one)]))
+    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(work, one)]))
 
 
 def soft_sums(
-    turns: Alternation, matched: Matched, weights: Tensor, label: Tensor, fine: Pose, k: int
+    work: AlignAndAverage, matched: Matched, weights: Tensor, label: Tensor, fine: Pose, k: int
 ) -> ClassSums:
     """Class sums with every particle in every class that it may belong to, by its weight.
 
@@ -120,20 +120,20 @@ def soft_sums(
     counts there alone.
 
     Args:
-        turns: the particles.
+        work: the particles, and how they are aligned.
         matched: their poses.
         weights: (n, k') posteriors of the classes that were searched.
         label: (n,) hard labels; fine: (n,) poses on the likeliest classes.
         k: classes to sum, k' or more.
     """
-    particles, start = turns.particles, shard(len(turns.particles)).start
+    particles, start = work.particles, shard(len(work.particles)).start
     label, likeliest = label.to(weights.device), weights.argmax(1)
     weights = torch.nn.functional.pad(weights, (0, k - weights.shape[1]))
     moved = (label != likeliest).nonzero().squeeze(1)
     weights[moved] = 0
     weights[moved, label[moved]] = 1
     row, column = (weights > LEAST_WEIGHT).nonzero().unbind(1)
-    half = (particles.rows % 2).to(row.device)[row]
+    half = particles.half.to(row.device)[row]
     weight = weights[row, column]
     group = half * k + column
     total = torch.zeros(2 * k, device=row.device).index_add(0, group, weight)
@@ -142,32 +142,27 @@ def soft_sums(
     row, column, weight, half = (each[own] for each in (row, column, weight, half))
     chosen = column == label[row]
     coarse = matched.pose[row - start, column.clamp(max=matched.scores.shape[1] - 1)]
-    fine = fine.to(row.device)[row]
-    pose = Pose(
-        torch.where(chosen, fine.angle, coarse.angle),
-        torch.where(chosen[:, None], fine.shift, coarse.shift),
-        torch.where(chosen, fine.mirror, coarse.mirror),
-    )
+    pose = fine.to(row.device)[row].where(chosen, coarse)
 
     def read(entries: Tensor) -> Tensor:
         images = particles.read(row[entries.to(row.device)].cpu())
         return images * weight[entries.to(weight.device)][:, None, None]
 
     parts = [part for part in torch.arange(len(row)).split(particles.batch_size) if len(part)]
-    return class_sums(
+    return sum_parts(
         parts, read, pose.to("cpu"), column.cpu(), half.cpu(), k, particles.size, particles.device
     )
 
 
-def _correntropies(turns: Alternation, target: Target, matched: Matched) -> Tensor:
+def _correntropies(work: AlignAndAverage, target: Target, matched: Matched) -> Tensor:
     """(n, k) mean of exp(-d^2 / 2 s^2) over the pixels under the mask, d being particle less
     reference, s^2 twice the background's variance (Sorzano et al. 2010)."""
-    start, mask = shard(len(turns.particles)).start, turns.mask()
+    start, mask = shard(len(work.particles)).start, work.mask()
     inside = mask > 0.5
     references = target.templates[:, 0][:, inside]  # (k, p)
 
     def one(members: Tensor) -> Tensor:
-        images = turns.particles.take(members)
+        images = work.particles.read(members)
         found = []
         for c, reference in enumerate(references):
             pose = matched.pose[(members - start).to(images.device), c]
@@ -175,9 +170,11 @@ def _correntropies(turns: Alternation, target: Target, matched: Matched) -> Tens
             found.append(torch.exp(-0.25 * (aligned - reference).square()).mean(1))
         return torch.stack(found, 1)
 
-    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(turns, one)]))
+    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(work, one)]))
 
 
-def _batches(turns: Alternation, function: Callable[[Tensor], Outcome]) -> list[Outcome]:
+def _batches(work: AlignAndAverage, function: Callable[[Tensor], Outcome]) -> list[Outcome]:
     """What a function makes of every batch of this process, on all cores."""
-    return list(map_in_order(function, turns.parts("align"), workers_for(turns.particles.device)))
+    return list(
+        map_in_order(function, work.particles.parts("align"), workers_for(work.particles.device))
+    )

@@ -7,53 +7,54 @@ centred, are the next references.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from cryoalign.images.fourier import filter_shells, low_pass_curve, radial_mean
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import Assignment
-from cryoalign.methods.base import (
-    Alternation,
-    Found,
-    Progress,
-    given_references,
-    prepare_particles,
-    refuse_other_particles,
-)
+from cryoalign.methods.base import Method, OnStep, align
 from cryoalign.methods.matching import assign_particles, match_particles, refined, soft_sums, weigh
-from cryoalign.methods.references import SEEDINGS, seed_references
-from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images
-from cryoalign.particles.stack import Stack, as_stack
-from cryoalign.pose import Pose
+from cryoalign.methods.references import (
+    SEEDINGS,
+    AlignAndAverage,
+    given_references,
+    seed_references,
+)
+from cryoalign.methods.state import State, pose_tensors
+from cryoalign.particles.prepare import PreparedParticles, Progress
+from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.stack import Stack
+from cryoalign.pose import Found, Pose
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging, ClassSums
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.search.match import prepare
-from cryoalign.search.settings import Search
+from cryoalign.search.match import prepare_target
+from cryoalign.search.settings import SearchSettings
 
 Soft = Callable[[Tensor, int], ClassSums]
 """Makes soft class sums of so many classes, given the hard labels (n,)."""
 
 
 def align_multi_reference(
-    particles: Stack | Array,
+    particles: Stack | Array | PreparedParticles,
     references: Array | str | Path = "random",
     *,
     n_classes: int | None = None,
     iterations: int = 20,
+    particle: Particle | None = None,
+    search: SearchSettings | None = None,
     assign: Assignment | None = None,
-    search: Search | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
     quality: Quality | None = None,
@@ -61,39 +62,22 @@ def align_multi_reference(
     settle: float = 0.002,
     seed: int = 0,
     device: str = "auto",
-    batch_size: int | None = None,
-    max_rejected: float = 0.1,
-    resume: MraState | None = None,
-    on_iteration: Callable[[MraState], None] | None = None,
+    resume: State | None = None,
+    on_step: OnStep | None = None,
     progress: Progress | None = None,
 ) -> Alignment:
     """Align particles to references and the references to what they gathered, until it settles.
 
-    A class that ends an iteration with fewer members than ``min_class_share`` of the mean size is
-    given half of the largest class: those members that fit there worst. The last iteration does
-    not do so, and an empty class then has an average of zeros and no resolution.
-
     Args:
-        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
-            (`interop.Array`).
+        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
+            `prepare` made ready.
         references: (k, size, size), the path of such a stack, or a way to choose them
-            (`seeding.SEEDINGS`).
-        n_classes: how many, unless the references say.
-        iterations: at most.
-        assign: which class a particle joins; None is the best.
-        search: what poses are tried.
-        images: how particles are prepared.
-        averaging: how averages become references.
-        min_class_share: see above; 0 never re-seeds.
-        settle: stop when no larger share of the particles changed class.
-        quality: what becomes of junk.
-        seed: of the random choices.
-        device: auto, cpu or cuda.
-        batch_size: particles at a time; None chooses.
-        max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
-        resume: go on from this state, with the same particles and settings.
-        on_iteration: called with the state after every iteration.
-        progress: called now and then.
+            (`references.SEEDINGS`).
+        n_classes: number of classes, unless the references say it.
+        iterations, particle, search, assign, averaging, quality, min_class_share, settle, seed:
+            see `MultiReference`.
+        images, device: how and where particles are prepared, unless they are.
+        resume, on_step, progress: see `base.align`.
 
     Returns:
         The `Alignment`, of the whole input on every process.
@@ -101,155 +85,197 @@ def align_multi_reference(
     Raises:
         ValueError: anything that does not fit, before the first iteration.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, not {iterations}")
-    search, averaging = search or Search(), averaging or Averaging()
-    assign = assign or Assignment()
-    assign.refuse_few(iterations, n_classes)
-    particles = as_stack(particles)
-    shape = particles.shape
-    if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
-        search.rings((images or Images()).box or shape[0])
-    prepared = prepare_particles(particles, images, device, max_rejected, batch_size, progress)
-    turns = Alternation(prepared, averaging, search.rings(prepared.size), progress)
-    state = resume or _start(turns, references, n_classes, seed)
-    refuse_other_particles(state, prepared)
-    wanted = n_classes or len(state.references)
-    rules = _Rules(search, assign, wanted, min_class_share, settle, seed)
-    if resume is None:
-        state = rules.fewer_at_first(state)
-    while state.iteration < iterations and not state.settled:
-        state = _iterate(turns, rules, state, last=state.iteration + 1 == iterations)
-        if on_iteration is not None:
-            on_iteration(state)
-    return turns.result(state, search, quality)
+    method = MultiReference(
+        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
+        references=references, n_classes=n_classes, iterations=iterations,
+        search=search or SearchSettings(), assign=assign or Assignment(),
+        averaging=averaging or Averaging(), min_class_share=min_class_share, settle=settle,
+    )  # fmt: skip
+    prepared = method.prepared(particles, images, device, progress)
+    return align(method, prepared, resume=resume, on_step=on_step, progress=progress)
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """What an iteration goes by."""
+class MultiReference(Method):
+    """Multi-reference alignment.
 
-    search: Search
-    assign: Assignment
-    n_classes: int
-    min_class_share: float
-    settle: float
-    seed: int
+    A class that ends an iteration with fewer members than ``min_class_share`` of the mean size is
+    given half of the largest class: those members that fit there worst. The last iteration does
+    not do so, and an empty class then has an average of zeros and no resolution.
 
-    def fewer_at_first(self, state: MraState) -> MraState:
-        """The first state with the classes that are there before any is split."""
-        first = min(self.assign.start_classes or self.n_classes, self.n_classes)
-        return replace(state, references=state.references[:first])
+    Attributes:
+        references: as for `align_multi_reference`.
+        n_classes: number of classes, or None where the references say it.
+        iterations: iterations at most.
+        search: how poses are searched.
+        assign: which class a particle joins.
+        averaging: how averages become references.
+        min_class_share: see above; 0 never gives a class new members.
+        settle: stop when no larger share of the particles changes class.
+    """
 
-    def assigned(self, turns: Alternation, state: MraState) -> tuple[Found, Soft | None]:
-        """Where particles belong, and how their averages are made where that is soft."""
-        how, references = self.assign, state.references.to(turns.particles.device)
-        if how.strategy == "soft" and how.resolution(state.iteration) < 0.5:
-            curve = low_pass_curve(turns.particles.size, how.resolution(state.iteration))
-            references = filter_shells(references, curve.to(references.device))
-        target = prepare(references, self.search)
-        if how.strategy == "best":
-            return turns.search(target), None
-        if how.strategy != "soft":
-            seed = self.seed + 1_000_003 * state.iteration
-            return assign_particles(turns, target, how, state.label, seed), None
-        matched = match_particles(turns, target)
-        weights = weigh(turns, target, matched, how.cooling(state.iteration))
-        found = refined(turns, target, matched, weights.argmax(1))
-        return found, lambda label, k: soft_sums(turns, matched, weights, label, found.pose, k)
+    name = "mra"
+    purpose = "multi-reference alignment"
+    unused = frozenset({"particle.ctf"})
 
-    def annealed(self, state: MraState) -> bool:
-        """Whether nothing is to change any more but the classes themselves."""
-        soft = self.assign.strategy == "soft"
-        return len(state.references) == self.n_classes and not (
-            soft and state.iteration < self.assign.anneal_iterations
-        )
+    references: Array | str | Path = "random"
+    n_classes: int | None = None
+    iterations: int = 20
+    search: SearchSettings = field(default_factory=SearchSettings)
+    assign: Assignment = field(default_factory=Assignment)
+    averaging: Averaging = field(default_factory=Averaging)
+    min_class_share: float = 0.2
+    settle: float = 0.002
 
-
-def _start(
-    turns: Alternation, references: Array | str | Path, n_classes: int | None, seed: int
-) -> MraState:
-    particles = turns.particles
-    n = len(particles)
-    if isinstance(references, str) and references in SEEDINGS:
-        if not isinstance(n_classes, Integral) or not 1 <= n_classes <= n:
+    def check(self, box: Box, n: int | None = None) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
+        self.assign.refuse_few(self.iterations, self.n_classes)
+        self.search.on(self.particle, box)
+        if n is None or not self._chosen:
+            return
+        if not isinstance(self.n_classes, Integral) or not 1 <= self.n_classes <= n:
             raise ValueError(
                 f"n_classes must be a whole number from 1 to the {n} usable particles when "
-                f"references are chosen by {references!r}; got {n_classes}"
+                f"references are chosen by {self.references!r}; got {self.n_classes}"
             )
-        images = seed_references(particles, references, n_classes, seed)
-    else:
-        images = given_references(particles, references)
-        if n_classes is not None and n_classes != len(images):
-            raise ValueError(
-                f"n_classes is {n_classes} but there are {len(images)} references: leave "
-                "n_classes out, or make them agree"
-            )
-        _warn_of_contrast(turns, images)
-    return MraState(
-        iteration=0,
-        references=masked(images, turns.mask()),
-        label=torch.full((n,), -1),
-        pose=Pose.identity(n),
-        score=torch.zeros(n),
-        fingerprint=particles.fingerprint,
-    )
 
+    @property
+    def _chosen(self) -> bool:
+        """Whether first references are chosen from the particles."""
+        return isinstance(self.references, str) and self.references in SEEDINGS
 
-def _warn_of_contrast(turns: Alternation, references: Tensor) -> None:
-    """Say so where particles and references look like each other's negatives."""
-    few = turns.particles.read(torch.arange(min(len(turns.particles), 512)))
-    last = turns.rings.last_ring
-    ours, theirs = (radial_mean(x.mean(0))[: last + 1] for x in (few, references))
-    pair = torch.stack([ours, theirs])
-    if len(ours) > 4 and float(torch.corrcoef(pair)[0, 1]) < -0.7:
-        warnings.warn(
-            "the references' contrast looks reversed to the particles': density must be bright in "
-            "both; images.invert turns the particles round, references are taken as they are",
-            stacklevel=2,
+    @property
+    def most_steps(self) -> int:
+        return self.iterations
+
+    def radius(self, box: Box) -> float:
+        return self.search.on(self.particle, box).rings(box.size).last_ring
+
+    def max_shift(self, box: Box) -> float:
+        return self.particle.max_shift_in(box)
+
+    def start(self, particles: PreparedParticles) -> State:
+        if self._chosen:
+            assert isinstance(self.references, str)
+            assert self.n_classes is not None
+            images = seed_references(particles, self.references, self.n_classes, self.seed)
+        else:
+            images = given_references(particles, self.references)
+            if self.n_classes is not None and self.n_classes != len(images):
+                raise ValueError(
+                    f"n_classes is {self.n_classes} but there are {len(images)} references: leave "
+                    "n_classes out, or make them agree"
+                )
+            self._warn_of_contrast(particles, images)
+        n, k = len(particles), len(images)
+        work = self._work(particles)
+        # With assign.start_classes there are fewer at first, which are split later.
+        references = masked(images, work.mask())[: min(self.assign.start_classes or k, k)]
+        tensors = {
+            "references": references,
+            "label": torch.full((n,), -1),
+            **pose_tensors(Pose.identity(n)),
+            "score": torch.zeros(n),
+            "n_classes": torch.tensor(k),
+        }
+        return State(self.name, particles.fingerprint, tensors=tensors)
+
+    def is_done(self, state: State) -> bool:
+        return state.done or state.iteration >= self.iterations
+
+    def step(self, particles: PreparedParticles, state: State) -> State:
+        started = time.perf_counter()
+        work, k, wanted = self._work(particles), len(state["references"]), int(state["n_classes"])
+        last = state.iteration + 1 == self.iterations
+        (label, pose, score), soft = self._assigned(work, state)
+        reassigned = float((label != state["label"]).double().mean())
+        change = work.change(state.pose, pose, first=state.iteration == 0)
+        settled = reassigned <= self.settle and self._may_settle(state, wanted)
+        split = 0
+        if not (last or settled):
+            if (state.iteration + 1) % self.assign.level_iterations == 0:
+                k = min(2 * k, wanted)
+            fewest = self.min_class_share * len(label) / k
+            fewest = max(fewest, float(k > len(state["references"])))
+            label, split = split_largest(label, score, k, fewest)
+        sizes = torch.bincount(label, minlength=k)
+        hard = last or settled or soft is None
+        sums = work.sum_classes(label, pose, k) if hard or soft is None else soft(label, k)
+        references, pose = work.renew(sums, label, pose, centre=not (last or settled))
+        row = {
+            "iteration": state.iteration + 1,
+            "mean_score": float(score.mean()),
+            "reassigned": reassigned,
+            **change,
+            "smallest_class": int(sizes.min()),
+            "largest_class": int(sizes.max()),
+            "empty_classes": int((sizes == 0).sum()),
+            "split_classes": split,
+            "seconds": round(time.perf_counter() - started, 6),
+        }
+        return state.next(
+            row, done=settled, pose=pose, unsaved={"sums": sums},
+            references=references, label=label, score=score,
+        )  # fmt: skip
+
+    def finish(self, particles: PreparedParticles, state: State) -> Alignment:
+        k = len(state["references"])
+        numbers = None if self._chosen else pd.DataFrame({"reference": range(1, k + 1)})
+        return self._work(particles).result(state, self.quality, by_class=numbers)
+
+    def line(self, row: Mapping[str, Any]) -> str:
+        notes = [f"{row['seconds']:.1f} s"]
+        if row["empty_classes"]:
+            notes.insert(0, f"{row['empty_classes']} empty")
+        if row["split_classes"]:
+            notes.insert(0, f"{row['split_classes']} given new members")
+        return (
+            f"iteration {row['iteration']:3d} of {self.iterations}: score {row['mean_score']:.4f}, "
+            f"{row['reassigned']:6.1%} changed class, classes of {row['smallest_class']} to "
+            f"{row['largest_class']}, {', '.join(notes)}"
         )
 
+    def _work(self, particles: PreparedParticles) -> AlignAndAverage:
+        search = self.search.on(self.particle, particles.box)
+        return AlignAndAverage(particles, self.averaging, search, search.rings(particles.size))
 
-def _iterate(turns: Alternation, rules: _Rules, state: MraState, last: bool) -> MraState:
-    started = time.perf_counter()
-    k = len(state.references)
-    (label, pose, score), soft = rules.assigned(turns, state)
-    reassigned = float((label != state.label).double().mean())
-    change = turns.change(state.pose, pose)
-    if state.iteration == 0:  # there is no pose yet to have changed
-        change = dict.fromkeys(change, math.nan)
-    settled = reassigned <= rules.settle and rules.annealed(state)
-    split = 0
-    if not (last or settled):
-        if (state.iteration + 1) % rules.assign.level_iterations == 0:
-            k = min(2 * k, rules.n_classes)
-        least = max(rules.min_class_share * len(label) / k, float(k > len(state.references)))
-        label, split = split_largest(label, score, k, least)
-    sizes = torch.bincount(label, minlength=k)
-    sums = turns.sum_classes(label, pose, k) if last or settled or soft is None else soft(label, k)
-    references, pose = turns.renew(sums, label, pose, centre=not (last or settled))
-    row = {
-        "iteration": state.iteration + 1,
-        "mean_score": float(score.mean()),
-        "reassigned": reassigned,
-        **change,
-        "smallest_class": int(sizes.min()),
-        "largest_class": int(sizes.max()),
-        "empty_classes": int((sizes == 0).sum()),
-        "split_classes": split,
-        "seconds": round(time.perf_counter() - started, 6),
-    }
-    return replace(
-        state,
-        iteration=state.iteration + 1,
-        references=references,
-        label=label,
-        pose=pose,
-        score=score,
-        history=[*state.history, row],
-        settled=settled,
-        sums=sums,
-    )
+    def _assigned(self, work: AlignAndAverage, state: State) -> tuple[Found, Soft | None]:
+        """Where particles belong, and how their averages are made where that is soft."""
+        how, references = self.assign, state["references"].to(work.particles.device)
+        if how.strategy == "soft" and how.resolution(state.iteration) < 0.5:
+            curve = low_pass_curve(work.particles.size, how.resolution(state.iteration))
+            references = filter_shells(references, curve.to(references.device))
+        target = prepare_target(references, work.search)
+        if how.strategy == "best":
+            return work.align(target), None
+        if how.strategy != "soft":
+            seed = self.seed + 1_000_003 * state.iteration
+            return assign_particles(work, target, how, state["label"], seed), None
+        matched = match_particles(work, target)
+        weights = weigh(work, target, matched, how.cooling(state.iteration))
+        found = refined(work, target, matched, weights.argmax(1))
+        return found, lambda label, k: soft_sums(work, matched, weights, label, found.pose, k)
+
+    def _may_settle(self, state: State, wanted: int) -> bool:
+        """Whether all classes are there, and soft assignment has reached its temperature."""
+        annealing = self.assign.strategy == "soft" and (
+            state.iteration < self.assign.anneal_iterations
+        )
+        return len(state["references"]) == wanted and not annealing
+
+    def _warn_of_contrast(self, particles: PreparedParticles, references: Tensor) -> None:
+        """Say so where particles and references look like each other's negatives."""
+        few = particles.read(torch.arange(min(len(particles), 512)))
+        last = int(self.radius(particles.box))
+        pair = torch.stack([radial_mean(x.mean(0))[: last + 1] for x in (few, references)])
+        if pair.shape[1] > 4 and float(torch.corrcoef(pair)[0, 1]) < -0.7:
+            warnings.warn(
+                "the references' contrast looks reversed to the particles': density must be "
+                "bright in both; images.invert turns the particles round, references are taken as "
+                "they are",
+                stacklevel=2,
+            )
 
 
 def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[Tensor, int]:
@@ -264,7 +290,7 @@ def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[T
         least: smallest size that is left alone.
 
     Returns:
-        New labels (n,) and how many classes were so re-seeded.
+        New labels (n,) and how many classes were given new members.
     """
     label = label.clone()
     sizes = torch.bincount(label, minlength=k)

@@ -9,77 +9,70 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from cryoalign.images import frc
 from cryoalign.images.masks import masked
-from cryoalign.methods.base import (
-    Alternation,
-    Found,
-    Progress,
+from cryoalign.methods.base import Method, OnStep, align
+from cryoalign.methods.references import (
+    SEEDINGS,
+    AlignAndAverage,
+    find_all,
     given_references,
-    prepare_particles,
-    refuse_other_particles,
 )
-from cryoalign.methods.state import MraState
+from cryoalign.methods.state import State, pose_tensors
 from cryoalign.operators.correlation import correlation_at
-from cryoalign.particles.prepare import Images
-from cryoalign.particles.stack import Stack, as_stack
-from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.particles.prepare import PreparedParticles, Progress
+from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.stack import Stack
+from cryoalign.pose import Found, Pose, wrap_degrees
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.search.match import prepare
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.search.match import prepare_target
+from cryoalign.search.settings import Schedule, Search, SearchSettings
 
 STEADY_HANDS = 0.01  # share of hands that may still change where poses are at rest
 
 
 def align_reference_free(
-    particles: Stack | Array,
+    particles: Stack | Array | PreparedParticles,
     references: Array | str | Path = "average",
     *,
     schedule: Schedule | None = None,
     iterations: int = 20,
-    search: Search | None = None,
+    particle: Particle | None = None,
+    search: SearchSettings | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
     quality: Quality | None = None,
     seed: int = 0,
     device: str = "auto",
-    batch_size: int | None = None,
-    max_rejected: float = 0.1,
-    resume: MraState | None = None,
-    on_iteration: Callable[[MraState], None] | None = None,
+    resume: State | None = None,
+    on_step: OnStep | None = None,
     progress: Progress | None = None,
 ) -> Alignment:
     """Align particles of one view to their own average, until they come to rest.
 
-    Every step of the schedule is run, for one iteration at least. The history says of each
-    iteration its step, the mean score, how far poses moved, the share of hands that changed and
-    the resolution of the average.
+    The history says of each iteration its step, the mean score, how far poses moved, the share of
+    hands that changed and the resolution of the average.
 
     Args:
-        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
-            (`interop.Array`).
+        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
+            `prepare` made ready.
         references: "average" begins with that of the particles as they come; or a template, a
             stack of one image or its path.
-        schedule: the steps.
-        iterations: of a step, at most.
-        search: what poses are tried; its shifts are the schedule's.
-        images, averaging, quality, device, batch_size, max_rejected, progress: as for
-            `mra.align_multi_reference`.
-        seed: of the random turns of further starts.
-        resume: go on from this state, with the same particles and settings.
-        on_iteration: called with the state after every iteration; with several starts, those of
-            the first step come when the best is known.
+        schedule, iterations, particle, search, averaging, quality, seed: see `ReferenceFree`.
+        images, device: how and where particles are prepared, unless they are.
+        resume, on_step, progress: see `base.align`.
 
     Returns:
         The `Alignment`, with one class.
@@ -87,93 +80,184 @@ def align_reference_free(
     Raises:
         ValueError: anything that does not fit, before the first iteration.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, not {iterations}")
-    schedule, averaging = schedule or Schedule(), averaging or Averaging()
-    search = schedule.widest(search or Search())
-    particles = as_stack(particles)
-    shape = particles.shape
-    if shape[0] == shape[1]:  # what does not fit should say so before pixels are read
-        search.rings((images or Images()).box or shape[0])
-    prepared = prepare_particles(particles, images, device, max_rejected, batch_size, progress)
-    turns = Alternation(prepared, averaging, search.rings(prepared.size), progress)
-    told = on_iteration or (lambda _: None)
-    climb = _Climb(turns, schedule, search, iterations)
-    if resume is None:
-        state = climb.start(references, seed, told)
-    else:
-        state = resume
-        refuse_other_particles(state, prepared)
-    return turns.result(climb.run(state, len(schedule), told), search, quality)
+    method = ReferenceFree(
+        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
+        references=references, schedule=schedule or Schedule(), iterations=iterations,
+        search=search or SearchSettings(), averaging=averaging or Averaging(),
+    )  # fmt: skip
+    prepared = method.prepared(particles, images, device, progress)
+    return align(method, prepared, resume=resume, on_step=on_step, progress=progress)
 
 
 @dataclass(frozen=True)
-class _Climb:
-    """Iterations along a schedule."""
+class ReferenceFree(Method):
+    """Reference-free alignment of particles of one view.
 
-    turns: Alternation
-    schedule: Schedule
-    search: Search
-    iterations: int
+    Every step of the schedule is run, for one iteration at least.
 
-    def start(
-        self, references: Array | str | Path, seed: int, told: Callable[[MraState], None]
-    ) -> MraState:
-        """The best of the starts, after the first step; or the only one, before it."""
-        firsts = self.first_references(references, seed)
-        if len(firsts) == 1:
-            return self._begin(firsts[0])
-        found: list[list[MraState]] = []
-        for first in firsts:
-            passed: list[MraState] = []
-            self.run(self._begin(first), 1, passed.append)
-            found.append(passed)
-        best = max(found, key=lambda states: float(states[-1].score.mean()))
-        for state in best:
-            told(state)
-        return best[-1]
+    Attributes:
+        references: as for `align_reference_free`; ``random`` is ``average`` too.
+        n_classes: 1 or None.
+        iterations: iterations of a step of the schedule, at most.
+        schedule: the steps; its shifts are those of the search.
+        search: how poses are searched.
+        averaging: how averages become references.
+    """
 
-    def first_references(self, references: Array | str | Path, seed: int) -> list[Tensor]:
+    name = "rfa"
+    purpose = "reference-free alignment, of one view"
+    unused = frozenset({"particle.ctf", "particle.max_shift", "search.shift_step"})
+
+    references: Array | str | Path = "average"
+    n_classes: int | None = None
+    iterations: int = 20
+    schedule: Schedule = field(default_factory=Schedule)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    averaging: Averaging = field(default_factory=Averaging)
+
+    def check(self, box: Box, n: int | None = None) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
+        if self.n_classes not in (None, 1):
+            raise ValueError("method=rfa makes one average: leave n_classes out, or use method=mra")
+        self._search(box)
+
+    @property
+    def most_steps(self) -> int:
+        return self.iterations * len(self.schedule)
+
+    @property
+    def shift_key(self) -> str:
+        return "schedule.max_shift"
+
+    def radius(self, box: Box) -> float:
+        return self._search(box).rings(box.size).last_ring
+
+    def max_shift(self, box: Box) -> float:
+        return max(self.schedule.max_shift)
+
+    def start(self, particles: PreparedParticles) -> State:
+        work = self._work(particles)
+        begun = [self._begin(work, image) for image in self._first_references(work)]
+        if len(begun) == 1:
+            return begun[0]
+        ended = []
+        for state in begun:
+            while self._next_step(state) == 0:
+                state = self.step(particles, state)
+            ended.append(state)
+        return max(ended, key=lambda state: float(state["score"].mean()))
+
+    def is_done(self, state: State) -> bool:
+        return self._next_step(state) >= len(self.schedule)
+
+    def step(self, particles: PreparedParticles, state: State) -> State:
+        started = time.perf_counter()
+        work, schedule, number = self._work(particles), self.schedule, state.iteration + 1
+        step = self._next_step(state)
+        due = number % schedule.kick_every == 0 and number <= schedule.kicks * schedule.kick_every
+        kicked = due and step + 1 < len(schedule)
+        found = self._kick(work, state) if kicked else self._align(work, state, step)
+        row: dict[str, Any] = {
+            "iteration": number,
+            "step": step + 1,
+            "max_shift": schedule.max_shift[step],
+            "shift_step": schedule.shift_step[step],
+            "kicked": kicked,
+            "mean_score": float(found.score.mean()),
+            **work.change(state.pose, found.pose, first=number == 1),
+        }
+        sums = work.sum_classes(found.label, found.pose, 1)
+        curve = sums.frc(work.mask())
+        unit = particles.pixel_size or particles.scale
+        row["resolution"] = float(frc.resolution(curve, particles.size, unit)[0])
+        done = self.is_done(replace(state, iteration=number, history=[*state.history, row]))
+        references, pose = work.renew(sums, found.label, found.pose, centre=not done)
+        row["seconds"] = round(time.perf_counter() - started, 6)
+        return state.next(
+            row, done=done, pose=pose, unsaved={"sums": sums},
+            references=references, label=found.label, score=found.score,
+            average_iterations=torch.cat([state["average_iterations"], sums.averages().cpu()]),
+            frc_iterations=torch.cat([state["frc_iterations"], curve.cpu()]),
+        )  # fmt: skip
+
+    def finish(self, particles: PreparedParticles, state: State) -> Alignment:
+        return self._work(particles).result(state, self.quality)
+
+    def line(self, row: Mapping[str, Any]) -> str:
+        moved = ""
+        if math.isfinite(row["pose_change_px"]):  # there was a pose before
+            moved = (
+                f"poses moved {row['pose_change_px']:.2f} px, {row['hand_changed']:.1%} changed "
+                "hand, "
+            )
+        return (
+            f"iteration {row['iteration']:3d}, step {row['step']} (±{row['max_shift']:g} px"
+            f"{', coarse angles only' if row['kicked'] else ''}): score {row['mean_score']:.4f}, "
+            f"{moved}{row['seconds']:.1f} s"
+        )
+
+    def step_files(
+        self, state: State, box: Box
+    ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
+        curves = state["frc_iterations"]
+        iterations, shells = curves.shape
+        table = pd.DataFrame(
+            {
+                "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
+                "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
+                "frc": curves.flatten(),
+            }
+        )
+        stacks = {"average_iterations.mrcs": state["average_iterations"]}
+        return stacks, {"frc_iterations.csv": table}
+
+    def _search(self, box: Box) -> Search:
+        """The search with the largest shifts of any step, which rings and box must allow."""
+        search = self.search.on(replace(self.particle, max_shift="0 px"), box)
+        search = self.schedule.widest(search)
+        search.rings(box.size)
+        return search
+
+    def _work(self, particles: PreparedParticles) -> AlignAndAverage:
+        search = self._search(particles.box)
+        return AlignAndAverage(particles, self.averaging, search, search.rings(particles.size))
+
+    def _first_references(self, work: AlignAndAverage) -> list[Tensor]:
         """(1, size, size) of each start: the template, or averages of the particles, as they come
         and then turned at random."""
-        turns, starts = self.turns, self.schedule.starts
-        n = len(turns.particles)
+        n, starts = len(work.particles), self.schedule.starts
         label, still = torch.zeros(n, dtype=torch.int64), Pose.identity(n)
-        if not (isinstance(references, str) and references == "average"):
-            template = given_references(turns.particles, references)
+        chosen = isinstance(self.references, str) and self.references in ("average", *SEEDINGS)
+        if not chosen:
+            template = given_references(work.particles, self.references)
             if len(template) != 1 or starts > 1:
                 raise ValueError(
                     f"{len(template)} references and {starts} starts: reference-free alignment "
                     "takes one template, and starts from it once"
                 )
             return [template]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.seed)
         poses = [still]
         for _ in range(starts - 1):
             angle = 360 * torch.rand(n, generator=generator) - 180
-            mirror = (torch.rand(n, generator=generator) < 0.5) & self.search.mirror
+            mirror = (torch.rand(n, generator=generator) < 0.5) & self.particle.mirror
             poses.append(Pose(angle, still.shift, mirror))
-        return [turns.sum_classes(label, pose, 1).averages() for pose in poses]
+        return [work.sum_classes(label, pose, 1).averages() for pose in poses]
 
-    def _begin(self, image: Tensor) -> MraState:
-        n = len(self.turns.particles)
-        return MraState(
-            iteration=0,
-            references=masked(image, self.turns.mask()),
-            label=torch.zeros(n, dtype=torch.int64),
-            pose=Pose.identity(n),
-            score=torch.zeros(n),
-            fingerprint=self.turns.particles.fingerprint,
-        )
+    def _begin(self, work: AlignAndAverage, image: Tensor) -> State:
+        n, size = len(work.particles), work.particles.size
+        tensors = {
+            "references": masked(image, work.mask()),
+            "label": torch.zeros(n, dtype=torch.int64),
+            **pose_tensors(Pose.identity(n)),
+            "score": torch.zeros(n),
+            "average_iterations": torch.zeros(0, size, size),
+            "frc_iterations": torch.zeros(0, size // 2 + 1),
+        }
+        return State(self.name, work.particles.fingerprint, tensors=tensors)
 
-    def run(self, state: MraState, steps: int, told: Callable[[MraState], None]) -> MraState:
-        """Iterate to the end of so many steps of the schedule."""
-        while (step := self.next_step(state)) < steps:
-            state = self.iterate(state, step)
-            told(state)
-        return state
-
-    def next_step(self, state: MraState) -> int:
+    def _next_step(self, state: State) -> int:
         """Index of the step that the next iteration belongs to; past the last: there is none."""
         if not state.history:
             return 0
@@ -188,60 +272,29 @@ class _Climb:
         )
         return step + 1 if rests or done >= self.iterations else step
 
-    def iterate(self, state: MraState, step: int) -> MraState:
-        """One iteration of a step."""
-        started = time.perf_counter()
-        turns, schedule, number = self.turns, self.schedule, state.iteration + 1
-        due = number % schedule.kick_every == 0 and number <= schedule.kicks * schedule.kick_every
-        kicked = due and step + 1 < len(schedule)
-        found = self.kick(state, schedule.kick_angle) if kicked else self.align(state, step)
-        row: dict[str, Any] = {
-            "iteration": number,
-            "step": step + 1,
-            "max_shift": schedule.max_shift[step],
-            "shift_step": schedule.shift_step[step],
-            "kicked": kicked,
-            "mean_score": float(found.score.mean()),
-            **turns.change(state.pose, found.pose),
-        }
-        if number == 1:  # there is no pose yet to have changed
-            row |= {"pose_change_px": math.nan, "hand_changed": math.nan}
-        sums = turns.sum_classes(found.label, found.pose, 1)
-        curve, particles = sums.frc(turns.mask()), turns.particles
-        unit = particles.pixel_size or particles.scale
-        row["resolution"] = float(frc.resolution(curve, particles.size, unit)[0])
-        done = replace(
-            state, iteration=number, label=found.label, score=found.score,
-            history=[*state.history, row], sums=sums, frc=curve,
-        )  # fmt: skip
-        last = self.next_step(done) == len(schedule)
-        references, pose = turns.renew(sums, found.label, found.pose, centre=not last)
-        row["seconds"] = round(time.perf_counter() - started, 6)
-        return replace(done, references=references, pose=pose, settled=last)
-
-    def align(self, state: MraState, step: int) -> Found:
+    def _align(self, work: AlignAndAverage, state: State, step: int) -> Found:
         """Every particle's pose on the reference, about its own shift."""
-        turns, last_ring = self.turns, self.turns.rings.last_ring
-        reach = self.schedule.max_shift[step]
+        reach, last_ring = self.schedule.max_shift[step], work.rings.last_ring
         search = replace(
-            self.search,
+            work.search,
             max_shift=reach,
             shift_step=self.schedule.shift_step[step],
             last_ring=last_ring,  # of the widest step, whatever room a narrower one leaves
         )
-        room = (turns.particles.size - 1) // 2 - last_ring - math.ceil(reach)
+        room = (work.particles.size - 1) // 2 - last_ring - math.ceil(reach)
         about = state.pose.shift.round().clamp(-room, room)
-        return turns.search(prepare(state.references.to(turns.particles.device), search), about)
+        references = state["references"].to(work.particles.device)
+        return work.align(prepare_target(references, search), about)
 
-    def kick(self, state: MraState, angle: float) -> Found:
-        """Every particle's best pose at its own shift and multiples of an angle."""
-        particles, rings = self.turns.particles, self.turns.rings
-        reference = state.references.to(particles.device)
-        turned = torch.arange(0, 360, angle, device=particles.device)
-        hands = [False, True] if self.search.mirror else [False]
+    def _kick(self, work: AlignAndAverage, state: State) -> Found:
+        """Every particle's best pose at its own shift and multiples of the kicks' angle."""
+        particles, rings, device = work.particles, work.rings, work.particles.device
+        reference = state["references"].to(device)
+        turned = torch.arange(0, 360, self.schedule.kick_angle, device=device)
+        hands = [False, True] if self.particle.mirror else [False]
 
-        def best(members: Tensor) -> tuple[Tensor, Pose, Tensor]:
-            images = particles.take(members)
+        def best(members: Tensor) -> Found:
+            images = particles.read(members)
             shift = state.pose.shift[members].to(images)
             tried = [
                 Pose(each.expand(len(images)), shift, torch.full_like(members, hand).bool())
@@ -253,6 +306,6 @@ class _Climb:
             score, which = torch.stack(scores).max(0)
             mirror = which >= len(turned)
             pose = Pose(wrap_degrees(turned[which % len(turned)]), shift, mirror)
-            return torch.zeros_like(which), pose, score
+            return Found(torch.zeros_like(which), pose, score)
 
-        return self.turns.find(best)
+        return find_all(particles, best)

@@ -1,62 +1,87 @@
-"""Particles made ready for alignment: set aside, normalised, resized, in batches on a device."""
+"""Particles made ready for alignment: the usable ones, normalised, resized, in batches."""
 
 from __future__ import annotations
 
 import copy
+import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import pandas as pd
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from cryoalign.images.ctf import Optics, phase_flip
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
 from cryoalign.particles.screen import refuse_above, screen
-from cryoalign.particles.stack import Stack, TensorStack
-from cryoalign.runtime.processes import gather_over_ranks, shard
-from cryoalign.runtime.settings import FORBID
+from cryoalign.particles.settings import Box, Images
+from cryoalign.particles.stack import Stack, as_stack, optics_of
+from cryoalign.runtime.arrays import Array
+from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard
+from cryoalign.runtime.threads import available_memory
+
+Progress = Callable[[str, int, int], None]
+"""Called now and then with what is being done, how much of it is done, and how much there is."""
 
 CPU_BATCH = 64
-# A GPU wants many particles at a time: bytes of their images.
-CUDA_BATCH_BYTES = 2**29
+CUDA_BATCH_BYTES = 2**29  # of the images of a batch: a GPU wants many at a time
+CACHE_SHARE = 0.25  # of the free memory, that prepared images may take
 
 
-@dataclass(frozen=True, config=FORBID)
-class Images:
-    """How particles are prepared. Every other length is in pixels of the images so prepared.
+def prepare(
+    particles: Stack | Array,
+    images: Images | None = None,
+    *,
+    optics: Optics | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    max_rejected: float = 0.1,
+    progress: Progress | None = None,
+) -> PreparedParticles:
+    """Look through a stack for unusable images and make the others ready for any method.
 
-    Attributes:
-        box: side to crop to in Fourier space, pixels; None keeps the input's.
-        background_radius: particles are normalised by the pixels beyond it, in pixels of the
-            input; None is half the box.
-        invert: turn the contrast round (density should be bright).
+    Args:
+        particles: a stack (`io.read_particles`) or an array (n, size, size) of any library.
+        images: how particles are prepared.
+        optics: CTFs of the particles of an array; those of a stack come from its STAR file.
+        device: auto, cpu or cuda.
+        batch_size: particles that are worked on at a time; None chooses for the device.
+        max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
+        progress: called now and then, here and in the methods that take the particles.
+
+    Raises:
+        ValueError: images that are not square; a box above theirs; no background; CTFs of
+            another number; more unusable particles than allowed.
     """
-
-    box: int | None = Field(
-        default=None, ge=8, description="down-sample to this box (Fourier crop), px; null: keep"
+    return PreparedParticles(
+        as_stack(particles),
+        images or Images(),
+        choose_device(device),
+        max_rejected,
+        batch_size,
+        progress,
+        optics,
     )
-    background_radius: float | None = Field(
-        default=None, gt=0, description="normalise by the pixels beyond it, px; null: half the box"
-    )
-    invert: bool = Field(default=False, description="turn the contrast round")
 
 
 class PreparedParticles:
     """The usable particles of a stack, prepared batch by batch.
 
-    Nothing is kept, except of a tensor that is on the GPU already: its images are prepared once if
-    they take no more than a quarter of the memory that is free.
+    Prepared images are kept in memory once they are made, if all of them take no more than a
+    quarter of what is free (of the GPU's memory, where that is the device).
 
     Attributes:
         rows: (n,) rows of the stack that are used.
-        rejected: table (index, reason) of those that are not.
+        half: (n,) 0 or 1, the half-set of each, by its row: it does not depend on which rows
+            are used.
+        rejected: table (index, reason) of the rows that are not.
         size: box of the prepared images, pixels.
         scale: pixels of the input per pixel of the prepared images.
         pixel_size: Å of the prepared images, or None.
-        fingerprint: of the stack's pixels, by a few of its images.
+        fingerprint: of the stack's pixels, by a few of its images, and of the box.
+        progress: called now and then by the methods; None is silent.
     """
 
     def __init__(
@@ -66,90 +91,174 @@ class PreparedParticles:
         device: torch.device,
         max_rejected: float = 0.1,
         batch_size: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
+        optics: Optics | None = None,
     ) -> None:
-        """Screen the stack, each process its share; ``progress`` is told.
-
-        Raises:
-            ValueError: images not square; ``box`` above theirs; no background beyond
-                ``background_radius``; more than a share of ``max_rejected`` unusable.
-        """
+        """See `prepare`, which has the arguments' meaning and what is raised."""
         height, width = stack.shape
         if height != width:
             raise ValueError(f"particles of {height} x {width} px: alignment needs square images")
         if images.box is not None and images.box > width:
             raise ValueError(f"images.box {images.box} px is larger than the particles ({width})")
+        if optics is not None and len(optics) != len(stack):
+            raise ValueError(f"{len(optics)} CTFs do not fit {len(stack)} particles")
         self.background_radius = images.background_radius or width / 2
         background(width, self.background_radius)  # refused before any image is read
-        self.stack, self.images, self.device = stack, images, device
+        self.stack, self.images, self.device, self.progress = stack, images, device, progress
         self.rejected = _screened(stack, progress)
         refuse_above(self.rejected, len(stack), max_rejected)
         good = torch.ones(len(stack), dtype=torch.bool)
         good[torch.tensor(self.rejected["index"].tolist(), dtype=torch.int64)] = False
         self.rows = good.nonzero().squeeze(1)
-        self.size = images.box or width
+        self.size, self.pixel_size = images.box_of(width, stack.pixel_size)
         self.scale = width / self.size
-        self.pixel_size = None if stack.pixel_size is None else stack.pixel_size * self.scale
-        self.fingerprint = _fingerprint(stack)
-        bytes_each = 4 * self.size**2
-        few = CPU_BATCH if device.type == "cpu" else max(64, CUDA_BATCH_BYTES // bytes_each)
+        self.fingerprint = f"{_fingerprint(stack)}-{self.size}"
+        few = CPU_BATCH
+        if device.type == "cuda":
+            few = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
         self.batch_size = batch_size or few
-        self._kept: Tensor | None = None
-        if len(self) and isinstance(stack, TensorStack) and _fits(stack, device, bytes_each):
-            members = torch.arange(len(self)).split(few)
-            self._kept = torch.cat([self.read(part) for part in members])
+        self._given_optics, self._flips = optics, False
+        self._cache = _Cache(len(self), self.size, device)
+        self._whole: tuple[PreparedParticles, Tensor] | None = None  # of which these are a part
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def over(self, stack: Stack) -> PreparedParticles:
-        """The same particles, read from a stack made of theirs, which is not screened again."""
+    @property
+    def half(self) -> Tensor:
+        """(n,) half-set of every particle."""
+        return self.rows % 2
+
+    @property
+    def box(self) -> Box:
+        """Side and pixel size of the prepared images."""
+        return Box(self.size, self.pixel_size)
+
+    @cached_property
+    def optics(self) -> Optics | None:
+        """(n,) CTFs in the prepared images' pixels; None where nothing says them.
+
+        Raises:
+            ValueError: the STAR file has a defocus but not all that a CTF needs.
+        """
+        optics = self._given_optics or optics_of(self.stack)
+        return None if optics is None else optics[self.rows].scaled(self.scale)
+
+    def phase_flipped(self) -> PreparedParticles:
+        """The same particles with the signs of their CTFs undone; as they are without a CTF."""
+        if self.optics is None:
+            return self
         other = copy.copy(self)
-        other.stack, other._kept = stack, None
+        if self._whole is not None:
+            whole, members = self._whole
+            other._whole = whole.phase_flipped(), members
+        other._flips, other._cache = True, _Cache(len(self), self.size, self.device)
+        return other
+
+    def reporting_to(self, progress: Progress) -> PreparedParticles:
+        """The same particles, of which the methods report their progress there."""
+        other = copy.copy(self)
+        other.progress = progress
+        return other
+
+    def only(self, members: Tensor, reasons: str | Sequence[str]) -> PreparedParticles:
+        """Some of the particles.
+
+        Args:
+            members: (m,) indices, in order.
+            reasons: why the others are rejected: one for all, or one for each.
+        """
+        others = torch.ones(len(self), dtype=torch.bool)
+        others[members] = False
+        left = pd.DataFrame({"index": self.rows[others].numpy()})
+        left["reason"] = pd.array([reasons] * len(left) if isinstance(reasons, str) else reasons)
+        other = copy.copy(self)
+        other.__dict__.pop("optics", None)  # is cached for these rows
+        if len(left):
+            tables = [self.rejected, left] if len(self.rejected) else [left]
+            table = pd.concat(tables, ignore_index=True)
+            other.rejected = table.sort_values("index", kind="stable", ignore_index=True)
+        other.rows = self.rows[members]
+        other._whole = self, members
         return other
 
     def read(self, members: Tensor) -> Tensor:
         """(b, size, size) prepared images of some of the usable particles (indices into rows)."""
-        if self._kept is not None:
-            return self._kept[members]
+        if self._whole is not None:
+            whole, own = self._whole
+            return whole.read(own[members])
+        kept = self._cache.get(members)
+        if kept is not None:
+            return kept
         images = self.stack.read(self.rows[members]).to(self.device)
         images = normalise(-images if self.images.invert else images, self.background_radius)
-        return fourier_resize(images, self.size)
+        images = fourier_resize(images, self.size)
+        if self._flips and self.optics is not None:
+            images = phase_flip(images, self.optics[members])
+        self._cache.put(members, images)
+        return images
 
-    def parts(self) -> Iterator[Tensor]:
-        """Members (b,) of this process's batches, in order; `take` reads them."""
-        members = torch.arange(len(self))
-        yield from (part for part in members[shard(len(self))].split(self.batch_size) if len(part))
+    def parts(self, doing: str | None = None) -> Iterator[Tensor]:
+        """Members (b,) of this process's batches, in order.
 
-    def take(self, part: Tensor) -> Tensor:
-        """`read` of one of `parts`; several threads may do so at a time."""
-        if self._kept is not None:  # in order: no copy
-            return self._kept[int(part[0]) : int(part[-1]) + 1]
-        return self.read(part)
-
-    def batches(self, members: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs (members (b,), images (b, size, size)): this process's share of ``members``, or
-        of all particles, in order."""
-        if members is None:
-            yield from ((part, self.take(part)) for part in self.parts())
-            return
-        for part in members[shard(len(members))].split(self.batch_size):
+        Args:
+            doing: reported as progress while the batches are taken; None is silent.
+        """
+        done = 0
+        for part in torch.arange(len(self))[shard(len(self))].split(self.batch_size):
             if len(part):
-                yield part, self.read(part)
+                yield part
+                done += len(part)
+                if doing is not None:
+                    self.report(doing, done, len(self))
+
+    def report(self, doing: str, done: int, total: int) -> None:
+        """Tell the caller's ``progress``, if there is one."""
+        if self.progress is not None:
+            self.progress(doing, done, total)
 
 
-def _screened(stack: Stack, progress: Callable[[str, int, int], None] | None) -> pd.DataFrame:
+class _Cache:
+    """Prepared images in memory; one that has no room keeps nothing. Threads may share it."""
+
+    def __init__(self, n: int, size: int, device: torch.device) -> None:
+        self.shape, self.device = (n, size, size), device
+        self.images: Tensor | None = None
+        self.lock = threading.Lock()
+        self.there = torch.zeros(n, dtype=torch.bool)
+        self.has_room = 4 * n * size**2 <= CACHE_SHARE * available_memory(device)
+
+    def get(self, members: Tensor) -> Tensor | None:
+        """(b, size, size) images, or None if one of them has not been made."""
+        if self.images is None or not self.there[members].all():
+            return None
+        first, last = int(members[0]), int(members[-1])
+        if last - first + 1 == len(members) and (members.diff() == 1).all():
+            return self.images[first : last + 1]  # in order: no copy
+        return self.images[members.to(self.device)]
+
+    def put(self, members: Tensor, images: Tensor) -> None:
+        """Keep images (b, size, size), if there is room for all."""
+        if self.has_room and len(members):
+            with self.lock:
+                if self.images is None:
+                    self.images = torch.empty(self.shape, device=self.device)
+            self.images[members.to(self.device)] = images
+            self.there[members] = True
+
+
+def _screened(stack: Stack, progress: Progress | None) -> pd.DataFrame:
     """`screen.screen` of the whole stack, on every process."""
     rows = torch.arange(len(stack))[shard(len(stack))]
     done = 0
 
-    def tell(count: int) -> None:
+    def report(count: int) -> None:
         nonlocal done
         done += count
         if progress is not None:
             progress("read", done, len(stack))
 
-    found = screen(stack, progress=tell, rows=rows)
+    found = screen(stack, progress=report, rows=rows)
     bad = torch.tensor(found["index"].tolist(), dtype=torch.int64)
     everyone = gather_over_ranks(bad)
     # The few of other processes are looked at again, for their reasons.
@@ -157,13 +266,7 @@ def _screened(stack: Stack, progress: Callable[[str, int, int], None] | None) ->
 
 
 def _fingerprint(stack: Stack) -> str:
+    """The number of images and a checksum of up to 16 of them."""
     rows = torch.linspace(0, len(stack) - 1, min(16, len(stack))).round().long()
     pixels = stack.read(rows).cpu().contiguous().numpy()
     return f"{len(stack)}-{zlib.crc32(pixels.tobytes()):08x}"
-
-
-def _fits(stack: TensorStack, device: torch.device, bytes_each: int) -> bool:
-    """Whether a tensor's particles are on the GPU and there is room to keep them prepared."""
-    if device.type != "cuda" or stack.images.device.type != "cuda":
-        return False
-    return len(stack) * bytes_each <= torch.cuda.mem_get_info(stack.images.device)[0] // 4

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, optics_from_relion, phase_flip
+from cryoalign.images.ctf import Optics, optics_from_relion
 from cryoalign.runtime.arrays import Array, as_tensor
 
 
@@ -63,25 +62,6 @@ def as_stack(particles: Stack | Array) -> Stack:
             "dataset.stack (all its rows, without the dataset's transforms)"
         )
     return particles if isinstance(particles, Stack) else TensorStack(particles)
-
-
-class PhaseFlipped:
-    """A stack whose images come phase-flipped."""
-
-    def __init__(self, stack: Stack, optics: Optics) -> None:
-        if len(optics) != len(stack):
-            raise ValueError(f"{len(optics)} CTFs do not fit {len(stack)} particles")
-        self.stack, self.optics = stack, optics
-        self.shape, self.pixel_size = stack.shape, stack.pixel_size
-
-    def __len__(self) -> int:
-        return len(self.stack)
-
-    def read(self, rows: Tensor) -> Tensor:
-        """(b, h, w) float32 images; one of a single value stays so, for the screening to find."""
-        images = self.stack.read(rows)
-        flat = (images == images[:, :1, :1]).all(dim=(1, 2))
-        return torch.where(flat[:, None, None], images, phase_flip(images, self.optics[rows]))
 
 
 def optics_of(stack: Stack) -> Optics | None:

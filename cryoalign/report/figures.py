@@ -65,7 +65,7 @@ def montage(
     resolutions: Numbers,
     *,
     pixel_size: float | None = None,
-    largest_first: bool = True,
+    order: Numbers | pd.Series | None = None,
 ) -> Figure:
     """Class averages, each with its number, size and resolution.
 
@@ -75,7 +75,7 @@ def montage(
         sizes: (k,) particles.
         resolutions: (k,) Å, or pixels without ``pixel_size``; NaN or infinite: unknown.
         pixel_size: Å; draws a scale bar.
-        largest_first: else by class number.
+        order: (k,) place of each class; None puts the largest first.
     """
     images, counts, periods = _array(averages), _array(sizes), _array(resolutions)
     if images.ndim != 3 or not len(images) == len(counts) == len(periods) > 0:
@@ -92,7 +92,9 @@ def montage(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     unit = "Å" if pixel_size else "px"
-    for place, k in enumerate(np.argsort(-counts * largest_first, kind="stable")):
+    for place, k in enumerate(
+        np.argsort(-counts if order is None else np.asarray(order), kind="stable")
+    ):
         column, top = place % across, header + place // across * (1 + caption)
         label = f"{counts[k]:,.0f} · {_period(periods[k], unit)}" if counts[k] > 0 else ""
         _tile(axes, column, top, images[k] if label else None, f"{k + 1}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -65,23 +65,24 @@ def write_report(
     folder: str | Path,
     config: Mapping[str, Any] | None = None,
     figures: Mapping[str, Figure] | None = None,
-    numbers: Sequence[tuple[str, str]] = (),
+    *,
+    max_shift: float | None = None,
+    shift_key: str = "particle.max_shift",
 ) -> Path:
     """Write ``report.html`` into ``folder``, made if need be, and return its path.
 
     Args:
         alignment: what the run found.
         config: its settings, nested as in the YAML file; listed on the page. ``particles`` names
-            the input and the method's ``max_shift`` (`shift_key`) the limit that shifts are held
-            against. Classes of ``method: isac`` stay in their order, others' are sorted by size.
+            the input.
         figures: more pictures, by title, to stand after the run's own.
-        numbers: more headline figures, each with its name.
+        max_shift: the largest shift that the method tried, pixels of the input.
+        shift_key: the setting that allows larger ones.
     """
     config = config or {}
-    limit = shift_limit(alignment, config)
-    largest_first = config.get("method") != "isac"
-    pictures = list(_pictures(alignment, limit, figures or {}, largest_first))
-    table = class_table(alignment, largest_first)
+    largest_first = "order" not in alignment.class_quality
+    pictures = list(_pictures(alignment, max_shift, figures or {}, largest_first))
+    table = class_table(alignment)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("cryoalign.report", ""),
         autoescape=True,
@@ -90,8 +91,8 @@ def write_report(
     page = template.render(
         title="Class averages by cryoalign",
         subtitle=str(config.get("particles", "")),
-        numbers=[*_numbers(alignment, table), *numbers],
-        flags=flags(alignment, limit, shift_key(config)),
+        numbers=_numbers(alignment, table),
+        flags=flags(alignment, max_shift, shift_key),
         unit=_unit(alignment),
         montage=pictures[0],
         pictures=pictures[1:],
@@ -111,32 +112,18 @@ def write_report(
     return folder / "report.html"
 
 
-def shift_key(config: Mapping[str, Any]) -> str:
-    """The dotted key of the method's ``max_shift``."""
-    sections = {"classify": "likelihood", "rfa": "schedule", "isac": "isac"}
-    return f"{sections.get(str(config.get('method')), 'search')}.max_shift"
-
-
-def shift_limit(alignment: Alignment, config: Mapping[str, Any]) -> float | None:
-    """The method's ``max_shift`` in pixels of the input, which an alignment's shifts are in."""
-    settings = config.get(shift_key(config).partition(".")[0])
-    limit = settings.get("max_shift") if isinstance(settings, Mapping) else None
-    if isinstance(limit, list | tuple):  # of the steps of a schedule
-        limit = max(limit)
-    return None if limit is None else float(limit) * alignment.scale
-
-
-def class_table(alignment: Alignment, largest_first: bool = True) -> pd.DataFrame:
-    """``Alignment.class_frame`` with each class's share of the particles used."""
+def class_table(alignment: Alignment) -> pd.DataFrame:
+    """``Alignment.class_frame`` with each class's share of the particles used, by size or, where
+    the method gives one, in the order in which neighbours look alike."""
     table = alignment.class_frame()
     table["share"] = table["size"] / max(1, table["size"].sum())
-    if not largest_first:
-        return table
+    if "order" in table:
+        return table.sort_values("order", kind="stable")
     return table.sort_values("size", ascending=False, kind="stable")
 
 
 def flags(
-    alignment: Alignment, max_shift: float | None = None, key: str = "search.max_shift"
+    alignment: Alignment, max_shift: float | None = None, key: str = "particle.max_shift"
 ) -> list[str]:
     """What a look at the numbers finds wrong with a run, each with a remedy; empty if nothing.
 
@@ -263,6 +250,7 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
         ("iterations", f"{len(alignment.history):,}"),
         ("averages", f"{size} px{sampling}"),
         *more,
+        *((name, _percent(value)) for name, value in alignment.figures.items()),
     ]
 
 
@@ -297,9 +285,9 @@ def _pictures(
         alignment.class_sizes,
         alignment.resolution,
         pixel_size=alignment.pixel_size,
-        largest_first=largest_first,
+        order=alignment.class_quality.get("order"),
     )
-    order = "Largest class first" if largest_first else "By class number, neighbours alike"
+    order = "Largest class first" if largest_first else "Neighbours look alike"
     caption = f"{order}; each weighted by its own Fourier ring correlation."
     yield _picture("Class averages", caption, montage)
     poses = plot.pose_histograms(frame, limit, len(averages))

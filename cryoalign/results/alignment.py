@@ -39,6 +39,8 @@ class Alignment:
         particle_quality: n rows of what else is known of particles (`quality.conclude`); a column
             is missing where the method has nothing to say. NaN where set aside.
         class_quality: k rows of what else is known of classes, likewise.
+        tables: further tables by name that the method makes; a run writes each as CSV.
+        figures: further numbers by name, for the report.
     """
 
     pose: Pose
@@ -58,6 +60,8 @@ class Alignment:
     scale: float = 1.0
     particle_quality: pd.DataFrame = field(default_factory=pd.DataFrame)
     class_quality: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, k = len(self.pose), len(self.averages)
@@ -143,6 +147,12 @@ class Alignment:
                 **_columns("rejected", self.rejected),
                 **_columns("particle_quality", self.particle_quality),
                 **_columns("class_quality", self.class_quality),
+                **{f"figure.{name}": value for name, value in self.figures.items()},
+                **{
+                    key: column
+                    for name, table in self.tables.items()
+                    for key, column in _columns(f"table.{name}", table).items()
+                },
                 pixel_size=np.nan if self.pixel_size is None else self.pixel_size,
                 scale=self.scale,
             )
@@ -177,6 +187,15 @@ class Alignment:
                 rejected=_table("rejected", data),
                 particle_quality=_table("particle_quality", data),
                 class_quality=_table("class_quality", data),
+                tables={
+                    name: _table(f"table.{name}", data)
+                    for name in sorted({k.split(".")[1] for k in data if k.startswith("table.")})
+                },
+                figures={
+                    k.removeprefix("figure."): float(v)
+                    for k, v in data.items()
+                    if k.startswith("figure.")
+                },
                 pixel_size=None if np.isnan(data["pixel_size"]) else float(data["pixel_size"]),
                 scale=float(data["scale"]),
             )

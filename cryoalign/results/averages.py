@@ -16,6 +16,7 @@ from cryoalign.images.fourier import filter_shells, low_pass_curve
 from cryoalign.images.geometry import pixel_grid
 from cryoalign.images.masks import masked
 from cryoalign.operators.aligned_sums import sum_aligned
+from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose, compose
 from cryoalign.runtime.processes import sum_over_ranks
 from cryoalign.runtime.settings import FORBID
@@ -31,17 +32,14 @@ class Averaging:
     """How class averages become references.
 
     Attributes:
-        mask_radius: radius of the soft mask of references, pixels; None is the last ring.
-        mask_edge: width of its soft edge, pixels.
+        mask_edge: width of the soft edge of the mask, which begins at the particle's radius,
+            pixels.
         filter: `wiener` weights every class by its own half-set FRC; `none` leaves it.
         centre: `members` moves an average so that its members' boxes are centred on it on
             average, `mass` brings its centre of mass to the middle, `none` leaves it. Members'
             poses are moved along.
     """
 
-    mask_radius: float | None = Field(
-        default=None, gt=0, description="soft mask of references, px; null: the last ring"
-    )
     mask_edge: float = Field(default=4.0, ge=0, description="width of the mask's soft edge, px")
     filter: Literal["wiener", "none"] = Field(
         default="wiener", description="per-class filter from the half-set FRC"
@@ -68,6 +66,10 @@ class ClassSums:
         """(k,) members."""
         return self.count.sum(0)
 
+    def ordered(self, order: Tensor) -> ClassSums:
+        """The sums of the same classes in another order (k,)."""
+        return ClassSums(self.total[:, order], self.count[:, order])
+
     def averages(self) -> Tensor:
         """(k, size, size) float32 means over both halves; zero where a class is empty."""
         return _mean(self.total.sum(0), self.sizes)
@@ -92,6 +94,27 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def class_sums(
+    particles: PreparedParticles,
+    pose: Pose,
+    label: Tensor,
+    n_classes: int,
+    doing: str | None = None,
+) -> ClassSums:
+    """Sum prepared particles by class and half-set, over all processes.
+
+    Args:
+        particles: all of them; every process adds its share.
+        pose: (n,); label: (n,) class index.
+        n_classes: classes to sum.
+        doing: reported as progress; None is silent.
+    """
+    return sum_parts(
+        particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
+        particles.size, particles.device,
+    )  # fmt: skip
+
+
+def sum_parts(
     parts: Iterable[Tensor],
     read: Callable[[Tensor], Tensor],
     pose: Pose,

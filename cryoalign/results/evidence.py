@@ -28,7 +28,7 @@ from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked
 from cryoalign.images.polar import Rings
 from cryoalign.particles.prepare import PreparedParticles
-from cryoalign.pose import Pose
+from cryoalign.pose import Found, Pose
 from cryoalign.results.averages import TRUSTED, ClassSums, class_filters
 from cryoalign.results.pose_errors import Curvature, covariance_on, curvature_of, shells_of
 from cryoalign.runtime.processes import gather_over_ranks
@@ -39,20 +39,6 @@ SAMPLE = 2000  # particles that noise and its spread are measured on, at most
 LEAST_EVIDENCE = math.log(20)  # nats: 1 in 20 noise images would show as much
 FEW = 20  # particles of whom none can be called odd
 ODD = 3.5  # robust deviations (Iglewicz & Hoaglin 1993)
-
-
-class Aligned(NamedTuple):
-    """What a method found of n usable particles, on the CPU.
-
-    Attributes:
-        label: (n,) class index; pose: (n,) prepared pixels; score: (n,).
-        known: columns of (n,) that the method knows besides, such as posterior and margin.
-    """
-
-    label: Tensor
-    pose: Pose
-    score: Tensor
-    known: dict[str, Tensor]
 
 
 class Scope(NamedTuple):
@@ -76,7 +62,7 @@ def trials_of(n_classes: int, max_shift: float, radius: float, mirror: bool) -> 
 
 
 def judge(
-    particles: PreparedParticles, found: Aligned, sums: ClassSums, scope: Scope
+    particles: PreparedParticles, found: Found, sums: ClassSums, scope: Scope
 ) -> dict[str, Tensor]:
     """What there is to know of every usable particle, on every process.
 
@@ -88,7 +74,7 @@ def judge(
     """
     references = held_out(sums, scope.mask)
     # The other half's average: see the top.
-    other = found.label + len(sums.sizes) * (1 - particles.rows % 2)
+    other = found.label + len(sums.sizes) * (1 - particles.half)
     curvature = curvature_of(references, scope.rings)
     job = _Job(particles, found.pose, other, references, curvature, scope)
     few = torch.arange(0, len(particles), math.ceil(len(particles) / SAMPLE))
@@ -99,7 +85,7 @@ def judge(
     yardstick = _Yardstick(noise, centre, _deviation(roots, centre))
 
     def columns(members: Tensor) -> Tensor:
-        images = particles.take(members)
+        images = particles.read(members)
         covariance = job.covariance(members, images)
         sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
         judged = yardstick.judge(job.shells(members, images), scope.trials)
@@ -113,7 +99,7 @@ def judge(
     if len(unlike) < FEW:
         oddness = torch.zeros_like(oddness)
     # An average of few says as little against a particle as for it.
-    half = particles.rows % 2
+    half = particles.half
     judges = sums.count.cpu()[1 - half, found.label]
     evidence = torch.where(judges < TRUSTED, torch.nan, evidence)
     judged = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from cryoalign.images import frc
 from cryoalign.images.masks import masked
 from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment, over_all_rows
 from cryoalign.results.averages import ClassSums, class_sums
-from cryoalign.results.evidence import LEAST_EVIDENCE, Aligned, Scope, judge
+from cryoalign.results.evidence import LEAST_EVIDENCE, Scope, judge
 from cryoalign.runtime.settings import FORBID
 
 
@@ -35,40 +36,51 @@ class Quality:
 
 def conclude(
     particles: PreparedParticles,
-    found: Aligned,
+    found: Found,
     sums: ClassSums,
     scope: Scope,
-    history: pd.DataFrame,
-    settings: Quality | None = None,
+    history: list[dict[str, Any]],
+    quality: Quality | None = None,
+    *,
+    known: dict[str, Tensor] | None = None,
+    by_class: pd.DataFrame | None = None,
+    by_row: pd.DataFrame | None = None,
 ) -> Alignment:
-    """The result of a method, judged.
+    """The result of every method: judged, with error bars, classes sorted by size.
 
     Args:
         particles: those that were aligned.
-        found: what was found of them.
-        sums: of the classes they make.
-        scope: what poses were sought in.
-        history: of the run.
-        settings: what becomes of junk.
+        found: (n,) their classes, poses and scores.
+        sums: of the classes that they make.
+        scope: which poses were tried.
+        history: a row per step.
+        quality: what becomes of junk; None marks it.
+        known: columns (n,) that the method knows of the particles besides.
+        by_class: k rows that it knows of the classes.
+        by_row: columns that it knows of all rows of the input.
+
+    Returns:
+        The `Alignment`. Class 1 is the largest.
     """
-    judged = found.known | judge(particles, found, sums, scope)
-    n, rows, rejected = len(particles.stack), particles.rows, particles.rejected
-    label, pose, score = found.label, found.pose, found.score
-    if settings is not None and settings.junk == "set_aside":
+    judged = (known or {}) | judge(particles, found, sums, scope)
+    label, pose, score = found
+    if quality is not None and quality.junk == "set_aside":
         keep = judged["junk_score"] <= 0
-        rejected = pd.concat([rejected, _reasons(rows[~keep], judged, ~keep)], ignore_index=True)
-        rejected = rejected.sort_values("index", kind="stable", ignore_index=True)
-        parts = (part[keep[part]] for part in particles.parts())
-        sums = class_sums(
-            (part for part in parts if len(part)), particles.read, pose, label, rows % 2,
-            len(sums.sizes), particles.size, particles.device,
-        )  # fmt: skip
+        particles = particles.only(keep.nonzero().squeeze(1), _reasons(judged, ~keep))
         judged = {name: column[keep] for name, column in judged.items()}
-        rows, label, pose, score = rows[keep], label[keep], pose[keep], score[keep]
-    size, scale = particles.size, particles.scale
+        label, pose, score = label[keep], pose[keep], score[keep]
+        sums = class_sums(particles, pose, label, len(sums.sizes))
+    order = sums.sizes.argsort(descending=True, stable=True)
+    sums, order = sums.ordered(order), order.cpu()
+    label = order.argsort()[label]
+    n, rows, size, scale = len(particles.stack), particles.rows, particles.size, particles.scale
     curves = sums.frc(scope.mask)
     table = pd.DataFrame({name: column.numpy() for name, column in judged.items()}, rows.numpy())
     whole, class_number, scored = over_all_rows(n, rows, label, pose, score, scale)
+    compact = compactness(sums, scope.mask).cpu()
+    classes = [judge_classes(compact, label, judged["junk_score"])]
+    if by_class is not None:
+        classes.insert(0, by_class.iloc[order.numpy()].reset_index(drop=True))
     return Alignment(
         pose=whole,
         class_number=class_number,
@@ -77,22 +89,19 @@ def conclude(
         frc=curves.cpu(),
         resolution=frc.resolution(curves, size, particles.pixel_size or scale).cpu(),
         class_sizes=sums.sizes.cpu(),
-        history=history,
-        rejected=rejected,
+        history=pd.DataFrame(history),
+        rejected=particles.rejected,
         pixel_size=particles.pixel_size,
         scale=scale,
-        particle_quality=table.reindex(range(n)),
-        class_quality=judge_classes(
-            compactness(sums, scope.mask).cpu(), label, judged["junk_score"]
-        ),
+        particle_quality=pd.concat([by_row, table.reindex(range(n))], axis=1),
+        class_quality=pd.concat(classes, axis=1),
     )
 
 
-def _reasons(rows: Tensor, judged: dict[str, Tensor], those: Tensor) -> pd.DataFrame:
-    """Rows (j,) of junk as `Alignment.rejected` lists them."""
+def _reasons(judged: dict[str, Tensor], those: Tensor) -> list[str]:
+    """Why each of the particles marked in ``those`` (n,) is junk."""
     noise = judged["evidence"][those] < LEAST_EVIDENCE
-    words = ["junk: no more than noise" if n else "junk: unlike the others" for n in noise.tolist()]
-    return pd.DataFrame({"index": rows.numpy(), "reason": pd.array(words, dtype="str")})
+    return ["junk: no more than noise" if n else "junk: unlike the others" for n in noise.tolist()]
 
 
 def posterior_and_margin(share: Tensor, runner_up: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import psutil
 import torch
+
+from cryoalign.runtime.processes import world_size
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -88,3 +91,10 @@ def keep_freed_memory() -> None:
 def workers_for(device: torch.device) -> int:
     """As many as PyTorch would use threads on a CPU; a GPU needs one."""
     return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in this machine for each of its processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // world_size()

@@ -15,7 +15,7 @@ from cryoalign.operators.correlation import (
     unravel_place,
 )
 from cryoalign.operators.image_search import CPU_CHUNK, CUDA_CHUNK, image_peaks
-from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.pose import Found, Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
 from cryoalign.runtime.threads import keep_freed_memory
 from cryoalign.search.coarse_to_fine import (
@@ -46,11 +46,11 @@ class Match:
     score: Tensor
     pose: Pose
 
-    def best(self) -> tuple[Tensor, Tensor, Pose]:
-        """Class index (n,), score (n,) and pose (n,) of every particle's best reference."""
+    def best(self) -> Found:
+        """Every particle's best reference (n,), the pose on it and the score there."""
         score, label = self.score.max(1)
         row = torch.arange(len(label), device=label.device)
-        return label, score, self.pose[row, label]
+        return Found(label, self.pose[row, label], score)
 
 
 def match(images: Array, references: Array, search: Search) -> Match:
@@ -82,21 +82,19 @@ def match_spectra(images: Tensor, references: Tensor, search: Search, rings: Rin
     return Match(score, _pose(place, score, shifts, search, rings))
 
 
-def best_match(
-    images: Tensor, references: Tensor, search: Search, rings: Rings
-) -> tuple[Tensor, Tensor, Pose]:
-    """What ``match_spectra(...).best()`` gives, for less: only `CANDIDATES` are looked at closely.
+def best_match(images: Tensor, references: Tensor, search: Search, rings: Rings) -> Found:
+    """What ``match_spectra(...).best()`` gives, for less: only the `CANDIDATES` best references of
+    a particle are scored exactly.
 
     Args:
-        images, search, rings: as in `match`; references: (k, r, m) ring spectra.
-
-    Returns:
-        Class index (n,), score (n,) and pose (n,) of every particle's best reference.
+        images: (n, size, size), background zero.
+        references: (k, r, m) ring spectra.
+        search: the grid; rings: its rings.
     """
     score, place, shifts = _peaks(images, references, search, rings, CANDIDATES)
     score, label = score.max(1)
     place = place.gather(1, label.unsqueeze(1)).squeeze(1)
-    return label, score, _pose(place, score, shifts, search, rings)
+    return Found(label, _pose(place, score, shifts, search, rings), score)
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -117,7 +115,7 @@ class Target:
     screen: Screen | None
 
 
-def prepare(references: Tensor, search: Search) -> Target:
+def prepare_target(references: Tensor, search: Search) -> Target:
     """Make references (k, size, size) ready for `best_poses`.
 
     Raises:
@@ -133,16 +131,16 @@ def prepare(references: Tensor, search: Search) -> Target:
     return Target(search, rings, templates, reference_spectra(references, rings), None)
 
 
-def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
-    """Search, and refine if the search says so: the one door of alignment.
+def best_poses(images: Tensor, target: Target) -> Found:
+    """Every particle's best reference and pose: what alignment calls.
 
     Args:
         images: (n, size, size), background zero.
-        target: `prepare` of the references.
+        target: `prepare_target` of the references.
 
     Returns:
-        Class index (n,), pose (n,) and score (n,) of every particle's best reference. The score
-        is `refine`'s, or without refinement that of the grid.
+        A `Found` of (n,). Where the search refines, the score is that of `refine`, else the
+        grid's.
 
     Raises:
         ValueError: no images; a box, dtype or device that is not the references'.
@@ -151,12 +149,13 @@ def best_poses(images: Tensor, target: Target) -> tuple[Tensor, Pose, Tensor]:
     keep_freed_memory()
     images = images.detach()
     if target.screen is not None:
-        return adaptive_poses(images, target.templates, target.screen, target.rings)
+        return Found(*adaptive_poses(images, target.templates, target.screen, target.rings))
     assert target.spectra is not None
-    label, score, pose = best_match(images, target.spectra, target.search, target.rings)
-    if target.search.refine:
-        pose, score = refine_on(images, target.templates, label, pose, target.rings)
-    return label, pose, score
+    found = best_match(images, target.spectra, target.search, target.rings)
+    if not target.search.refine:
+        return found
+    pose, score = refine_on(images, target.templates, found.label, found.pose, target.rings)
+    return Found(found.label, pose, score)
 
 
 def match_all(images: Tensor, target: Target) -> Match:
@@ -173,7 +172,7 @@ def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> t
 
     Args:
         images: (n, size, size).
-        target: `prepare` of the references.
+        target: `prepare_target` of the references.
         label: (n,) the chosen reference; pose: (n,) `match_all`'s on it.
 
     Returns:

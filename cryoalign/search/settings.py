@@ -12,47 +12,74 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images.polar import Rings
+from cryoalign.particles.settings import Box, Particle
 from cryoalign.runtime.settings import FORBID
 
 
 @dataclass(frozen=True, config=FORBID)
-class Search:
-    """What poses are tried.
+class SearchSettings:
+    """How poses are searched: the section ``search`` of the settings.
 
     Attributes:
-        max_shift: largest shift tried along x and along y, pixels.
         shift_step: distance between trial shifts, pixels.
         first_ring: innermost ring, pixels.
-        last_ring: outermost ring, pixels; None is the largest that stays in the box.
         ring_step: distance between rings, pixels.
-        mirror: try mirrored particles too.
         refine: refine the best pose below the grid's steps.
-        mode: ``exhaustive`` tries the whole grid; ``adaptive`` screens it at lower resolution and
-            refines the best few (`adaptive`), whatever ``shift_step`` is. None is adaptive on a
-            CPU where poses are refined, else exhaustive.
+        mode: ``exhaustive`` tries the whole grid; ``adaptive`` tries a coarser one on smaller
+            images and refines the best few poses (`coarse_to_fine`), whatever ``shift_step`` is.
+            None is adaptive on a CPU where poses are refined, else exhaustive.
     """
 
-    max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
     shift_step: float = Field(default=1.0, gt=0, description="distance between trial shifts, px")
     first_ring: int = Field(default=1, ge=1, description="innermost ring, px")
-    last_ring: int | None = Field(
-        default=None, ge=2, description="outermost ring, px; null: the largest that fits the box"
-    )
     ring_step: int = Field(default=1, ge=1, description="distance between rings, px")
-    mirror: bool = Field(default=True, description="try mirrored particles too")
     refine: bool = Field(default=True, description="refine poses below the grid's steps")
     mode: Literal["exhaustive", "adaptive"] | None = Field(
         default=None,
-        description="exhaustive: the whole grid; adaptive: a screen, the best few refined; "
+        description="exhaustive: the whole grid; adaptive: a coarse grid, the best few refined; "
         "null: adaptive on a CPU, exhaustive on a GPU",
     )
 
     def __post_init__(self) -> None:
         if self.mode == "adaptive" and not self.refine:
             raise ValueError(
-                "search.mode adaptive lives by refinement: use search.refine: true, or "
-                "search.mode: exhaustive"
+                "search.mode=adaptive requires search.refine=true: its coarse poses are not exact; "
+                "or use search.mode=exhaustive"
             )
+
+    def on(self, particle: Particle, box: Box) -> Search:
+        """The search for a particle in prepared images.
+
+        Raises:
+            ValueError: particle and shifts do not fit the box.
+        """
+        radius = particle.radius_in(box)
+        own = {name: getattr(self, name) for name in SearchSettings.__dataclass_fields__}
+        search = Search(
+            **own,
+            max_shift=particle.max_shift_in(box),
+            last_ring=None if radius is None else round(radius),
+            mirror=particle.mirror,
+        )
+        search.rings(box.size)
+        return search
+
+
+@dataclass(frozen=True, config=FORBID)
+class Search(SearchSettings):
+    """All poses that are tried: `SearchSettings` and what the particle and its box allow.
+
+    Attributes:
+        max_shift: largest shift tried along x and along y, pixels.
+        last_ring: outermost ring, pixels; None is the largest that stays in the box.
+        mirror: try mirrored particles too.
+    """
+
+    max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
+    last_ring: int | None = Field(
+        default=None, ge=2, description="outermost ring, px; null: the largest that fits the box"
+    )
+    mirror: bool = Field(default=True, description="try mirrored particles too")
 
     def is_adaptive(self, device: torch.device) -> bool:
         """Whether particles on this device are screened first."""
@@ -70,8 +97,8 @@ class Search:
         if self.last_ring is not None and self.last_ring > room:
             raise ValueError(
                 f"last_ring {self.last_ring} px with max_shift {self.max_shift:g} px does not fit "
-                f"a box of {size} px: use search.last_ring <= {room}, or a smaller "
-                "search.max_shift"
+                f"a box of {size} px: use a last ring (particle.radius) of at most {room} px, or a "
+                "smaller max_shift"
             )
         if self.first_ring > room >= 2:
             raise ValueError(
@@ -81,7 +108,7 @@ class Search:
         if room < 2:
             raise ValueError(
                 f"a box of {size} px with max_shift {self.max_shift:g} px leaves no ring: use a "
-                "smaller search.max_shift"
+                "smaller max_shift"
             )
         return Rings(self.first_ring, self.last_ring or room, self.ring_step)
 

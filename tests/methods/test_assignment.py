@@ -22,7 +22,7 @@ from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.state import MraState
 from cryoalign.operators.correlation import correlation_table
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.match import log_evidence, prepare
+from cryoalign.search.match import log_evidence, prepare_target
 from cryoalign.search.settings import Search
 
 
@@ -123,7 +123,7 @@ def test_soft_weights_are_the_formula_in_double_precision() -> None:
     data = simulate(6, 3, size=24, snr=1.0, max_shift=1.0, seed=1)
     search = Search(max_shift=1, mode="exhaustive")
     temperature = 0.02
-    evidence = log_evidence(data.images, prepare(data.views, search), temperature)
+    evidence = log_evidence(data.images, prepare_target(data.views, search), temperature)
     found = soft_weights(evidence, temperature)
     rings = search.rings(24)
     polar = to_polar(data.images.double(), rings, search.shifts().double())

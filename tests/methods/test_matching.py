@@ -24,7 +24,7 @@ from cryoalign.methods.state import MraState
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose
 from cryoalign.results.averages import Averaging
-from cryoalign.search.match import Target, prepare
+from cryoalign.search.match import Target, prepare_target
 from cryoalign.search.settings import Search
 
 N, K, SIZE = 40, 3, 32
@@ -42,7 +42,7 @@ def matched(data: Simulation) -> tuple[Alternation, Target, Matched]:
     images[4] = torch.nan  # halves go by the row of the input
     prepared = prepare_particles(images, None, "cpu", 0.1, 7, None)
     turns = Alternation(prepared, Averaging(), SEARCH.rings(SIZE), None)
-    target = prepare(data.views, SEARCH)
+    target = prepare_target(data.views, SEARCH)
     return turns, target, match_particles(turns, target)
 
 
@@ -123,7 +123,7 @@ def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPat
 
     def spy_prepare(references: Tensor, *rest: Any) -> Target:
         searched.append(references)
-        return prepare(references, *rest)
+        return prepare_target(references, *rest)
 
     def spy_weigh(*args: Any) -> Tensor:
         cooling.append(args[3])

@@ -11,7 +11,7 @@ from cryoalign.images.masks import masked, normalise, soft_mask
 from cryoalign.io.formats import write_images
 from cryoalign.methods.mra import align_multi_reference, split_largest
 from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images
+from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose, compose, wrap_degrees

@@ -8,7 +8,8 @@ from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.methods.references import seed_references
-from cryoalign.particles.prepare import Images, PreparedParticles
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose
 from cryoalign.runtime.processes import choose_device

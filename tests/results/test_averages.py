@@ -14,10 +14,10 @@ from cryoalign.results.averages import (
     ClassSums,
     centring,
     class_filters,
-    class_sums,
     displacement,
     filtered_averages,
     move,
+    sum_parts,
 )
 
 SEED = 33
@@ -46,9 +46,7 @@ def parts(n: int, size: int) -> tuple[torch.Tensor, ...]:
 
 def sums_of(batch: int) -> ClassSums:
     images, pose, label, half = stack()
-    return class_sums(
-        parts(len(images), batch), images.__getitem__, pose, label, half, K, SIZE, CPU
-    )
+    return sum_parts(parts(len(images), batch), images.__getitem__, pose, label, half, K, SIZE, CPU)
 
 
 def test_class_sums_are_the_loop():
@@ -99,7 +97,7 @@ def test_aligned_copies_average_to_the_original():
         particles.append(scipy.ndimage.affine_transform(picture, linear, offset, order=3))
     images = torch.from_numpy(np.stack(particles)).float()
     label, half = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 2
-    found = class_sums(
+    found = sum_parts(
         parts(len(images), 5), images.__getitem__, pose.to(torch.float32), label, half, 1, 48, CPU
     )
     assert np.abs(found.averages()[0].numpy() - picture).max() < 0.02

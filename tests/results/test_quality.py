@@ -13,7 +13,7 @@ from cryoalign.images.masks import soft_mask
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.particles.prepare import Images
+from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate
 from cryoalign.report.page import flags, write_report
 from cryoalign.results.alignment import Alignment

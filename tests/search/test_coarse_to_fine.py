@@ -11,7 +11,7 @@ from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search import coarse_to_fine as adaptive
 from cryoalign.search.coarse_to_fine import coarse_shifts, prepare_screen, reduce, screen_factor
-from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
@@ -26,7 +26,7 @@ def one_thread():
 
 
 def found(images: torch.Tensor, references: torch.Tensor, mode: str, **search: float):
-    return best_poses(images, prepare(references, Search(mode=mode, **search)))
+    return best_poses(images, prepare_target(references, Search(mode=mode, **search)))
 
 
 def errors(data: Simulation, n: int, label: torch.Tensor, pose: Pose) -> tuple[float, float, float]:

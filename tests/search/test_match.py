@@ -7,7 +7,7 @@ from cryoalign.operators.correlation import correlation_table
 from cryoalign.operators.image_search import image_peaks
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import wrap_degrees
-from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.settings import Search
 
 pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
@@ -84,7 +84,7 @@ def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
 @pytest.mark.parametrize("mode", ["adaptive", "exhaustive"])
 def test_input_that_does_not_fit_is_refused(mode: str) -> None:
     search, views = Search(max_shift=2, mode=mode), torch.randn(3, 32, 32)
-    target = prepare(views, search)
+    target = prepare_target(views, search)
     for wrong, words in (
         (torch.randn(0, 32, 32), "no images"),
         (torch.randn(2, 30, 30), "box of 32 px"),
@@ -102,7 +102,7 @@ def test_input_that_does_not_fit_is_refused(mode: str) -> None:
         (torch.ones(2, 32, 32, dtype=torch.int32), "float"),
     ):
         with pytest.raises(ValueError, match=words):
-            prepare(wrong, search)
+            prepare_target(wrong, search)
         with pytest.raises(ValueError, match=words):
             match(torch.randn(2, 32, 32), wrong, search)
 

@@ -1,20 +1,19 @@
-"""The climb from random particles to classes, step by step.
+"""From random particles to classes, by expectation maximisation with splitting and merging.
 
 Expectation maximisation with the full likelihood (classes, hands, angles and shifts weighted, CTF
-and noise spectrum in the model; `expectation`) finds most views from random single particles if
-it starts with more classes than asked, at a resolution where the table is small. What it leaves
-is of two kinds, views that have several classes and classes that hold several views, and both are
-mended by moves that need no luck: *merging* the classes that explain their members as well
-together (`merge`), and *splitting* every class by an expectation maximisation of its own members
-alone, which costs no more than a class each. Merging back to the number asked then keeps what
-splitting found. Cycles of these, then ever more rings.
+and noise spectrum in the model; `em_step`) finds most views from random single particles if it
+starts with more classes than asked, at a resolution where the table is small. Two kinds of error
+are left: views that have several classes, and classes that hold several views. Both are mended by
+moves that need no luck: *merging* the classes that explain their members as well together
+(`merging`), and *splitting* every class by an expectation maximisation of its own members alone.
+Merging back to the number asked then keeps what splitting found. Cycles of these are made while
+they raise the likelihood, then the resolution rises.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -24,7 +23,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.methods.classify.band import Band, Found, shift_grid, sums_over_ranks
 from cryoalign.methods.classify.em_step import (
     Features,
     Sums,
@@ -37,13 +35,17 @@ from cryoalign.methods.classify.em_step import (
 )
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
+from cryoalign.methods.classify.resolution_level import (
+    Classified,
+    ResolutionLevel,
+    shift_grid,
+    sums_over_ranks,
+)
 from cryoalign.methods.classify.whitening import Observations
-from cryoalign.methods.state import ClimbState
+from cryoalign.methods.state import State, pose_tensors
+from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
 from cryoalign.runtime.settings import FORBID
-
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, steps done, steps in all) now and then."""
 
 START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
 SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
@@ -55,31 +57,21 @@ FEWEST = 8  # members per child of a class that is split
 
 @dataclass(frozen=True, config=FORBID)
 class Likelihood:
-    """What the likelihood knows and how it is climbed.
+    """How classes are found by likelihood: the section ``likelihood`` of the settings.
 
     Attributes:
-        mask_radius: of the particle, pixels of the prepared images; None is 0.4 of the box.
-        max_shift: how far off centre particles may be, pixels.
-        mirror: whether mirrored particles are of one class.
-        ctf: use the CTF where the STAR file has a defocus; false never does.
-        start: how a climb starts: `singles` from random particles by expectation maximisation
-            over all particles; `stochastic` by steps on random subsets that grow; `invariants`
-            from groups that look alike before anything is aligned.
-        starts: independent starts, of which the likeliest goes on.
+        start: where the first classes come from: `singles` from random particles by expectation
+            maximisation over all particles; `stochastic` by steps on random subsets that grow;
+            `invariants` from groups of particles that look alike before any is aligned.
+        starts: number of independent starts, of which the likeliest goes on.
         surplus: classes to start with, per class asked.
-        split: children that every class is split into.
-        cycles: of splitting, merging and relaxing at a resolution, at most: the first that does
-            not gain is the last.
-        start_detail, end_detail: resolution of the start and the end, periods across the
+        split: number of parts that every class is split into.
+        cycles: cycles of splitting and merging at a resolution, at most: the first that does not
+            raise the likelihood is the last.
+        start_detail, end_detail: resolution of the start and of the end, in periods across the
             particle's diameter.
     """
 
-    mask_radius: float | None = Field(
-        default=None, gt=0, description="radius of the particle, px; null: 0.4 of the box"
-    )
-    max_shift: float = Field(default=3.0, ge=0, description="how far off centre, px")
-    mirror: bool = Field(default=True, description="mirrored particles are of one class")
-    ctf: bool = Field(default=True, description="use the CTF where the STAR file has a defocus")
     start: Literal["singles", "stochastic", "invariants"] = Field(
         default="singles",
         description="singles: from random particles; stochastic: by growing random subsets; "
@@ -87,9 +79,9 @@ class Likelihood:
     )
     starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
     surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
-    split: int = Field(default=3, ge=2, description="children every class is split into")
+    split: int = Field(default=3, ge=2, description="parts that every class is split into")
     cycles: int = Field(
-        default=4, ge=0, description="of splitting, merging and relaxing, while they gain"
+        default=4, ge=0, description="cycles of splitting and merging, while they gain"
     )
     start_detail: float = Field(
         default=8.0, gt=1, description="resolution at the start, periods across the particle"
@@ -112,14 +104,18 @@ class Plan:
 
     Attributes:
         likelihood: the settings.
-        n_classes: classes asked.
+        n_classes: number of classes asked.
         radius: of the particle, pixels.
+        max_shift: how far off centre a particle may be, pixels.
+        mirror: whether mirrored particles are tried.
         size: box, pixels.
     """
 
     likelihood: Likelihood
     n_classes: int
     radius: float
+    max_shift: float
+    mirror: bool
     size: int
 
     def __post_init__(self) -> None:
@@ -127,8 +123,8 @@ class Plan:
         if self.size < 16 or self.radius > room:
             raise ValueError(
                 f"a particle of radius {self.radius:g} px leaves no background in a box of "
-                f"{self.size} px: likelihood.mask_radius can be at most {room:g}, of a box of 16 "
-                "px at least"
+                f"{self.size} px: particle.radius can be at most {room:g} px, of a box of 16 px "
+                "at least"
             )
 
     def ring(self, detail: float) -> int:
@@ -138,12 +134,12 @@ class Plan:
 
     @property
     def levels(self) -> list[tuple[int, float, float]]:
-        """Last ring, reach and step of the trial shifts: wide and coarse, then narrow and fine
-        about what was found."""
+        """Last ring, largest shift and step of the trial shifts of every level: wide and coarse,
+        then narrow and fine about what was found."""
         start, end = self.ring(self.likelihood.start_detail), self.ring(self.likelihood.end_detail)
-        reach = self.likelihood.max_shift
-        wide = 2.0 if reach >= 2 else 1.0
-        return [(start, reach, wide), (round((start + end) / 2), 1.0, 1.0), (end, 1.0, 0.5)]
+        wide = 2.0 if self.max_shift >= 2 else 1.0
+        middle = round((start + end) / 2)
+        return [(start, self.max_shift, wide), (middle, 1.0, 1.0), (end, 1.0, 0.5)]
 
 
 class _Rest(NamedTuple):
@@ -151,96 +147,106 @@ class _Rest(NamedTuple):
 
     evidence: float  # mean log-evidence of a particle
     classes: Tensor  # (k, r, m)
-    found: Found
+    found: Classified
     sums: Sums
 
 
-class Climb:
-    """The climb, with one process's particles, in step with the other processes'."""
+class SplitAndMerge:
+    """One process's particles on their way to classes, in step with the other processes'."""
 
     def __init__(
-        self, plan: Plan, observations: Observations, n: int, seed: int,
-        progress: Progress | None = None,
-    ) -> None:  # fmt: skip
+        self, plan: Plan, observations: Observations, particles: PreparedParticles, seed: int
+    ) -> None:
         """
         Args:
             plan: the settings.
             observations: of this process's shard of the particles.
-            n: particles of all processes.
-            seed: of the random choices, the same on all.
-            progress: told after every step.
+            particles: all of them; their ``report`` is called after every step.
+            seed: seed of the random choices, the same on all processes.
         """
-        self.plan, self.observations, self.n = plan, observations, n
+        self.plan, self.observations, self.particles = plan, observations, particles
+        self.n = len(particles)
         self.generator = torch.Generator().manual_seed(seed)
-        self.progress, self.history = progress, list[dict[str, Any]]()
+        self.history = list[dict[str, Any]]()
         self.clock = time.perf_counter()
-        self._band: tuple[int, Band] | None = None
+        self._level: tuple[int, ResolutionLevel] | None = None
 
-    def begin(self) -> ClimbState:
+    def begin(self) -> State:
         """The likeliest of the starts."""
-        band = self.band(0, torch.zeros(self.n, 2))
-        found = [self.start(band) for _ in range(self.plan.likelihood.starts)]
-        return self.state(0, 0, band, max(found, key=lambda each: each.evidence))
+        level = self.level(0, torch.zeros(self.n, 2))
+        found = [self.start(level) for _ in range(self.plan.likelihood.starts)]
+        return self.state(0, 0, level, max(found, key=lambda each: each.evidence))
 
-    def advance(self, state: ClimbState) -> ClimbState:
-        """A cycle of splitting and merging or, where that gains no more, more rings."""
+    def advance(self, state: State) -> State:
+        """A cycle of splitting and merging or, where that gains no more, a higher resolution."""
         self.history = list(state.history)
-        self.generator.set_state(state.generator)
-        band, level = self.band(state.level, state.own), state.level + 1
-        if state.cycle < self.plan.likelihood.cycles and level < len(self.plan.levels):
-            trial = self.merge(band, self.split(band, state.found.label), "cycle")
-            if trial.evidence > state.evidence:
-                return self.state(state.level, state.cycle + 1, band, trial)
-        finer = self.band(level, state.found.shift)
-        classes = extend(state.classes.to(band.device), band.rings, finer.rings)
-        return self.state(level, 0, finer, self.relax(finer, classes, "relax"))
+        self.generator.set_state(state["generator"])
+        number, cycle = int(state["level"]), int(state["cycle"])
+        level = self.level(number, state["own_shift"])
+        if cycle < self.plan.likelihood.cycles and number + 1 < len(self.plan.levels):
+            trial = self.merge(level, self.split(level, state["label"]), "cycle")
+            if trial.evidence > float(state["evidence"]):
+                return self.state(number, cycle + 1, level, trial)
+        finer = self.level(number + 1, state["shift"])
+        classes = extend(state["classes"].to(level.device), level.rings, finer.rings)
+        return self.state(number + 1, 0, finer, self.relax(finer, classes, "relax"))
 
-    def state(self, level: int, cycle: int, band: Band, rest: _Rest) -> ClimbState:
-        """Where the climb is."""
-        return ClimbState(
-            level=level,
-            cycle=cycle,
-            done=level + 1 == len(self.plan.levels),
-            evidence=rest.evidence,
-            classes=rest.classes.cpu(),
-            own=band.own,
-            found=rest.found,
+    def state(self, number: int, cycle: int, level: ResolutionLevel, rest: _Rest) -> State:
+        """Where the classification stands, at a level and after so many cycles there."""
+        found = rest.found
+        return State(
+            "classify",
+            self.particles.fingerprint,
+            iteration=len(self.history),
+            done=number + 1 == len(self.plan.levels),
             history=list(self.history),
-            generator=self.generator.get_state(),
+            tensors={
+                "level": torch.tensor(number),
+                "cycle": torch.tensor(cycle),
+                "evidence": torch.tensor(rest.evidence, dtype=torch.float64),
+                "classes": rest.classes.cpu(),
+                "own_shift": level.own,
+                "label": found.label,
+                **pose_tensors(found.pose),
+                "posterior": found.share,
+                "runner_up": found.runner_up,
+                "generator": self.generator.get_state(),
+            },
+            unsaved={"work": self},
         )
 
-    def band(self, level: int, own: Tensor) -> Band:
-        """What a level iterates; the last one asked for is kept, with its features."""
-        if self._band is None or self._band[0] != level:
-            last, reach, step = self.plan.levels[level]
+    def level(self, number: int, own: Tensor) -> ResolutionLevel:
+        """A level of resolution; the last one asked for is kept, with its features."""
+        if self._level is None or self._level[0] != number:
+            last, reach, step = self.plan.levels[number]
             device = self.observations.polar.device
-            band = Band(
+            level = ResolutionLevel(
                 self.observations, shard(self.n).start, own, shift_grid(reach, step, device),
-                self.observations.rings.to(last), self.plan.likelihood.mirror,
+                self.observations.rings.to(last), self.plan.mirror,
             )  # fmt: skip
-            self._band = level, band
-        return self._band[1]
+            self._level = number, level
+        return self._level[1]
 
-    def start(self, band: Band) -> _Rest:
+    def start(self, level: ResolutionLevel) -> _Rest:
         """From random single particles, more than the classes asked, merged to as many."""
         if self.plan.likelihood.start == "invariants":
-            return self.relax(band, self.alike(band), "start")
+            return self.relax(level, self.from_invariants(level), "start")
         many = math.ceil(self.plan.likelihood.surplus * self.plan.n_classes)
         rows = self.random(self.n)[: min(many, self.n // 2)]
         if self.plan.likelihood.start == "stochastic":
-            classes = self.descend(band, rows)
+            classes = self.from_subsets(level, rows)
         else:
-            classes = band.single_particles(rows, band.signal_power())
-        rest = self.relax(band, classes, "start", START_STEPS)
-        return self.merge(band, rest.sums, "start")
+            classes = level.single_particles(rows, level.signal_power())
+        rest = self.relax(level, classes, "start", START_STEPS)
+        return self.merge(level, rest.sums, "start")
 
-    def alike(self, band: Band) -> Tensor:
+    def from_invariants(self, level: ResolutionLevel) -> Tensor:
         """Classes of particles that look alike before any is aligned (`invariants`).
 
         An expectation maximisation of every group's own members, from the one most like them.
         """
         rows = self.random(self.n)[:SAMPLE].sort().values
-        here = (rows[band.is_here(rows)] - band.start).to(band.device)
+        here = (rows[level.is_here(rows)] - level.start).to(level.device)
         polar = torch.view_as_real(self.observations.polar[here])
         some = Observations(
             torch.view_as_complex(gather_over_ranks(polar)),
@@ -248,16 +254,16 @@ class Climb:
             self.observations.rings,
         )
         seeds = seeds_from_invariants(
-            some, some.rings, shift_grid(self.plan.likelihood.max_shift, 1.0, band.device),
-            self.plan.n_classes, mirror=band.mirror, seed=int(self.random(2**16)[0]),
+            some, some.rings, shift_grid(self.plan.max_shift, 1.0, level.device),
+            self.plan.n_classes, mirror=level.mirror, seed=int(self.random(2**16)[0]),
         )  # fmt: skip
-        label, members = same_on_all_ranks(seeds.label), same_on_all_ranks(seeds.member)
-        families = [_Family(band, rows[label == c]) for c in range(self.plan.n_classes)]
-        classes = band.single_particles(rows[members], band.signal_power())
-        _, classes = self.raise_families(band, families, list(classes.split(1)))
+        label, member = same_on_all_ranks(seeds.label), same_on_all_ranks(seeds.member)
+        groups = [_Members(level, rows[label == c]) for c in range(self.plan.n_classes)]
+        classes = level.single_particles(rows[member], level.signal_power())
+        _, classes = self.expect_members(level, groups, list(classes.split(1)))
         return classes
 
-    def descend(self, band: Band, seeds: Tensor) -> Tensor:
+    def from_subsets(self, level: ResolutionLevel, seeds: Tensor) -> Tensor:
         """Classes by small steps on random subsets that grow, while rings are added.
 
         The sums of a subset are the gradient of its log-likelihood with respect to the classes;
@@ -265,12 +271,12 @@ class Climb:
         maximisation: Cappé & Moulines 2009). What few particles know is soon forgotten, and early
         wrong turns with it.
         """
-        rise = torch.linspace(COARSEST, 1.0, RISES) * band.rings.last
-        bands = [replace(band, rings=band.rings.to(max(3, round(r)))) for r in rise.tolist()]
-        classes = bands[0].single_particles(seeds, bands[0].signal_power())
+        rise = torch.linspace(COARSEST, 1.0, RISES) * level.rings.last
+        levels = [replace(level, rings=level.rings.to(max(3, round(r)))) for r in rise.tolist()]
+        classes = levels[0].single_particles(seeds, levels[0].signal_power())
         first = min(self.n, SUBSET * len(seeds))
         step = 0
-        for before, now in zip([bands[0], *bands], bands, strict=False):
+        for before, now in zip([levels[0], *levels], levels, strict=False):
             classes, total = extend(classes, before.rings, now.rings), None
             for _ in range(SUBSET_STEPS):
                 grown = (step / (RISES * SUBSET_STEPS)) ** 2 / 2  # up to half of all
@@ -283,44 +289,46 @@ class Climb:
                 self.note("subset", now, len(classes), evidence)
         return classes
 
-    def merge(self, band: Band, sums: Sums, step: str) -> _Rest:
+    def merge(self, level: ResolutionLevel, sums: Sums, step: str) -> _Rest:
         """Merged to the number of classes asked, and relaxed."""
-        apart = shift_grid(self.plan.likelihood.max_shift + 1, 1.0, band.device)
-        merged, _ = merge_classes(sums, band.rings, apart, self.plan.n_classes, band.mirror)
-        return self.relax(band, maximise(merged, band.rings), step)
+        apart = shift_grid(self.plan.max_shift + 1, 1.0, level.device)
+        merged, _ = merge_classes(sums, level.rings, apart, self.plan.n_classes, level.mirror)
+        return self.relax(level, maximise(merged, level.rings), step)
 
-    def relax(self, band: Band, classes: Tensor, step: str, steps: int = RELAX_STEPS) -> _Rest:
+    def relax(
+        self, level: ResolutionLevel, classes: Tensor, step: str, steps: int = RELAX_STEPS
+    ) -> _Rest:
         """Plain expectation maximisation, until it rests or for so many steps."""
         evidence = -math.inf
         for _ in range(steps):
-            found, sums = band.expect(classes)
-            classes = maximise(sums, band.rings)
+            found, sums = level.expect(classes)
+            classes = maximise(sums, level.rings)
             before, evidence = evidence, float(found.log_evidence.mean())
-            self.note(step, band, len(classes), evidence, found)
+            self.note(step, level, len(classes), evidence, found)
             if evidence - before < SETTLED * abs(evidence):
                 break
         return _Rest(evidence, classes, found, sums)
 
-    def split(self, band: Band, label: Tensor) -> Sums:
+    def split(self, level: ResolutionLevel, label: Tensor) -> Sums:
         """Children of every class: an expectation maximisation of its members alone."""
-        groups = [(label == c).nonzero().squeeze(1) for c in range(int(label.max()) + 1)]
-        groups = [members for members in groups if len(members)]
-        seeds = [members[self.seeds(len(members))] for members in groups]
-        children = [len(each) for each in seeds]
-        classes = band.single_particles(torch.cat(seeds), band.signal_power())
-        families = [_Family(band, members) for members in groups]
-        return self.raise_families(band, families, list(classes.split(children)))[0]
+        members = [(label == c).nonzero().squeeze(1) for c in range(int(label.max()) + 1)]
+        members = [each for each in members if len(each)]
+        seeds = [each[self.seeds(len(each))] for each in members]
+        classes = level.single_particles(torch.cat(seeds), level.signal_power())
+        groups = [_Members(level, each) for each in members]
+        counts = [len(each) for each in seeds]
+        return self.expect_members(level, groups, list(classes.split(counts)))[0]
 
-    def raise_families(
-        self, band: Band, families: list[_Family], classes: list[Tensor]
+    def expect_members(
+        self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
     ) -> tuple[Sums, Tensor]:
-        """Sums and images of all classes, those of each family made of its members alone."""
+        """Sums and images of all classes, where each group's classes are made of its members."""
         children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
-            pairs = zip(families, classes, strict=True)
-            parts = list(band.over(lambda pair: pair[0].expect(pair[1]), pairs))
+            pairs = zip(groups, classes, strict=True)
+            parts = list(level.over(lambda pair: pair[0].expect(pair[1]), pairs))
             sums = sums_over_ranks(join_classes(parts))
-            images = maximise(sums, band.rings)
+            images = maximise(sums, level.rings)
             classes = list(images.split(children))
         return sums, images
 
@@ -334,13 +342,18 @@ class Climb:
         return torch.randperm(n, generator=self.generator)
 
     def note(
-        self, step: str, band: Band, k: int, evidence: float, found: Found | None = None
+        self,
+        step: str,
+        level: ResolutionLevel,
+        k: int,
+        evidence: float,
+        found: Classified | None = None,
     ) -> None:
         """A row of the history; steps on subsets know nothing of all particles."""
         row = {
             "iteration": len(self.history) + 1,
             "step": step,
-            "rings": band.rings.last,
+            "rings": level.rings.last,
             "classes": k,
             "log_evidence": evidence,
             "certainty": math.nan,
@@ -359,16 +372,15 @@ class Climb:
             }
         self.history.append(row)
         self.clock = time.perf_counter()
-        if self.progress is not None:
-            self.progress(step, len(self.history), 0)
+        self.particles.report(step, len(self.history), 0)
 
 
-class _Family:
+class _Members:
     """The members of a class, of which its children are made; this process's part of them."""
 
-    def __init__(self, band: Band, members: Tensor) -> None:
-        here = band.is_here(members)
-        self.band, self.rows = band, members[here]
+    def __init__(self, level: ResolutionLevel, members: Tensor) -> None:
+        here = level.is_here(members)
+        self.level, self.rows = level, members[here]
         self.half = (torch.arange(len(members)) % 2)[here]
         self.kept: Features | None = None
 
@@ -376,7 +388,7 @@ class _Family:
         """Sums of an E-step of these members over these classes alone."""
         if not len(self.rows):
             return no_sums(classes)
-        made = self.kept or self.band.of(self.rows)
-        if self.band.fits(len(self.band.observations)):
+        made = self.kept or self.level.of(self.rows)
+        if self.level.fits(len(self.level.observations)):
             self.kept = made
-        return expect(made, classes, half=self.half, mirror=self.band.mirror)[1]
+        return expect(made, classes, half=self.half, mirror=self.level.mirror)[1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -25,7 +24,6 @@ from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import assign_equal
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.isac.realignment import (
     BATCH,
     Pyramid,
@@ -38,16 +36,14 @@ from cryoalign.methods.isac.realignment import (
     scores_at,
 )
 from cryoalign.methods.isac.stability import common_frame, core_members, mean_pose, pixel_errors
-from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.methods.state import State, pose_tensors
+from cryoalign.particles.prepare import PreparedParticles, Progress
+from cryoalign.particles.settings import Box, Particle
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.coarse_to_fine import reduce
-
-Progress = Callable[[str, int, int], None]
-"""Told (what is being done, steps done, steps in all) now and then."""
 
 SHARING = 8  # iterations of sharing out, at most, in a pass
 RESTED = 0.02  # share of particles that change class below which it is at rest
@@ -57,29 +53,26 @@ KICK, EVERY = 90.0, 4  # degrees that angles are rounded to, every so many itera
 
 @dataclass(frozen=True, config=FORBID)
 class Isac:
-    """What a stable class is, and how it is looked for.
+    """What a stable class is, and how it is looked for: the section ``isac`` of the settings.
 
     Attributes:
-        images_per_group: particles that a class is given; so many times fewer classes are tried.
+        images_per_group: number of particles that a class is given; the number of classes of a
+            generation is that of its particles divided by this.
         min_group_size: stable members that a class needs; None is 0.3 of `images_per_group`.
         threshold: pixel error below which a particle is stable, pixels of the shrunk images.
-        core: a stable particle whose score is so many deviations below the median of its class is
-            left out, as noise among real particles is; None leaves none out.
-        runs: independent realignments of every class.
-        passes: of sharing out and realigning, at most, in a generation.
-        mask_radius: of the particle, pixels of the prepared images; None is 0.4 of the box.
-        target_radius: that particles are shrunk to, pixels; smaller ones stay as they are.
-        max_shift: how far off centre particles may be, pixels of the prepared images.
-        mirror: whether mirrored particles are of one class.
-        ctf: whether to flip phases where the STAR file has a defocus.
+        core: a stable particle whose score is so many standard deviations below the median of its
+            class is left out; this catches noise among real particles. None leaves none out.
+        runs: number of independent realignments of every class.
+        passes: passes of assigning particles to classes and realigning, at most, in a generation.
+        target_radius: radius that particles are shrunk to, pixels; smaller ones stay as they are.
         prealign: iterations, at most, of the alignment that centres particles; 0 for none.
         start: first references of a generation: random particles, or classes by likelihood.
         slack: how far classes may be from equal size, as a share of it.
-        repeats: independent runs of everything, of which the first is the result and the others
-            tell how much of it comes out again.
+        repeats: number of independent runs of everything. The first is the result; the others
+            show how much of it is found again.
     """
 
-    images_per_group: int = Field(default=200, ge=4, description="particles a class is given")
+    images_per_group: int = Field(default=200, ge=4, description="particles that a class is given")
     min_group_size: int | None = Field(
         default=None, ge=2, description="stable members a class needs; null: 0.3 of the group"
     )
@@ -93,23 +86,17 @@ class Isac:
         "stable particle is left out; null: none is",
     )
     runs: int = Field(default=5, ge=2, description="independent realignments of every class")
-    passes: int = Field(default=4, ge=1, description="of a generation, at most")
-    mask_radius: float | None = Field(
-        default=None, gt=0, description="radius of the particle, px; null: 0.4 of the box"
-    )
+    passes: int = Field(default=4, ge=1, description="passes of a generation, at most")
     target_radius: int = Field(
         default=29, ge=8, description="radius that particles are shrunk to, px"
     )
-    max_shift: float = Field(default=3.0, ge=0, description="how far off centre, px")
-    mirror: bool = Field(default=True, description="mirrored particles are of one class")
-    ctf: bool = Field(default=True, description="flip phases where the STAR file has a defocus")
     prealign: int = Field(default=14, ge=0, description="iterations of centring, at most")
     start: Literal["random", "likelihood"] = Field(
         default="random", description="first references of a generation"
     )
     slack: float = Field(default=0.5, ge=0, description="how far from equal size classes may be")
     repeats: int = Field(
-        default=1, ge=1, description="independent runs; more than one tell what comes out again"
+        default=1, ge=1, description="independent runs; more than one show what is found again"
     )
 
     def __post_init__(self) -> None:
@@ -134,84 +121,74 @@ class Scale(NamedTuple):
     max_shift: float
 
 
-def scale_of(isac: Isac, size: int) -> Scale:
-    """The shrunk images of prepared ones of ``size`` pixels."""
-    room = (size - 1) // 2 - math.ceil(isac.max_shift)
-    radius = isac.mask_radius or min(0.4 * size, room)
+def scale_of(isac: Isac, particle: Particle, box: Box) -> Scale:
+    """The shrunk images of the prepared ones.
+
+    Raises:
+        ValueError: the particle and its shifts do not fit the box.
+    """
+    size, reach = box.size, particle.max_shift_in(box)
+    room = (size - 1) // 2 - math.ceil(reach)
+    radius = particle.radius_in(box) or min(0.4 * size, room)
     if not 4 <= radius <= room:
         raise ValueError(
-            f"a particle of radius {radius:g} px that may be {isac.max_shift:g} px off centre does "
-            f"not fit a box of {size} px: use an isac.mask_radius from 4 to {room}, or a smaller "
-            "isac.max_shift"
+            f"a particle of radius {radius:g} px that may be {reach:g} px off centre does not fit "
+            f"a box of {size} px: use a particle.radius from 4 to {room} px, or a smaller "
+            "particle.max_shift"
         )
     small = max(16, math.ceil(size * min(1.0, isac.target_radius / radius)))
     small = min(small, size)
     factor = size / small
-    reach = isac.max_shift / factor
-    last = min(round(radius / factor), (small - 1) // 2 - math.ceil(reach))
-    return Scale(small, factor, last, reach)
+    last = min(round(radius / factor), (small - 1) // 2 - math.ceil(reach / factor))
+    return Scale(small, factor, last, reach / factor)
 
 
 @plain_dataclass(frozen=True, eq=False)
-class Job:
-    """What stays the same from one generation to the next."""
+class Work:
+    """What stays the same from one generation to the next.
+
+    Attributes:
+        particles: all of them.
+        isac, averaging: the settings.
+        mirror: whether mirrored particles are tried.
+        scale: of the shrunk images.
+    """
 
     particles: PreparedParticles
     isac: Isac
     averaging: Averaging
+    mirror: bool
     scale: Scale
-    progress: Progress | None
-
-    def tell(self, doing: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(doing, done, total)
 
     def shrunk(self) -> Tensor:
         """(n, size, size) the prepared particles, shrunk."""
         parts = map_in_order(
-            lambda part: fourier_resize(self.particles.take(part), self.scale.size),
+            lambda part: fourier_resize(self.particles.read(part), self.scale.size),
             self.particles.parts(),
             workers_for(self.particles.device),
         )
         return torch.cat(list(parts))
 
     def pyramid(self, images: Tensor) -> Pyramid:
-        half = self.particles.rows % 2
-        averaging = replace(self.averaging, mask_radius=None)
+        """Shrunk images (n, size, size) at two resolutions."""
         return build_pyramid(
-            images, half, self.scale.last_ring, self.scale.max_shift, self.isac.mirror, averaging
-        )
+            images, self.particles.half, self.scale.last_ring, self.scale.max_shift, self.mirror,
+            self.averaging,
+        )  # fmt: skip
 
 
-def generations(
-    job: Job,
-    resume: MraState | None,
-    iterations: int,
-    seed: int,
-    on_iteration: Callable[[MraState], None] | None,
-) -> MraState:
-    """Generation after generation, until nothing new is found.
+def centre_particles(work: Work, images: Tensor) -> Pose:
+    """(n,) whole-pixel shifts that centre shrunk images (n, size, size)."""
+    shift = prealign(work.pyramid(images), work.isac.prealign, work.particles.report)
+    return replace(Pose.identity(len(images)), shift=shift.round())
 
-    In the state, ``pose`` is in pixels of the shrunk images: of a particle accounted for its pose
-    in its class (``label``), of another (-1) the shift that centres it.
-    """
-    images = job.shrunk()
-    state = _first_state(job, images) if resume is None else _checked(job, resume)
-    centre = Pose.identity(len(state.label))
-    centre = replace(centre, shift=torch.where(state.label[:, None] < 0, state.pose.shift, 0.0))
-    particles = job.pyramid(_moved(images, centre))
-    del images
-    while state.iteration < iterations and not state.settled:
-        rest = (state.label < 0).nonzero().squeeze(1)
-        if len(rest) < job.isac.least:
-            break
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * state.iteration)
-        started = time.perf_counter()
-        found = _generation(job, particles.take(rest), generator, state.iteration + 1)
-        state = _accept(job, state, rest, found, started)
-        if on_iteration is not None:
-            on_iteration(state)
-    return state
+
+def centred_pyramid(work: Work, images: Tensor, label: Tensor, pose: Pose) -> Pyramid:
+    """Shrunk images at two resolutions, those without a class (label -1) centred by their shift."""
+    centre = replace(
+        Pose.identity(len(label)), shift=torch.where(label[:, None] < 0, pose.shift, 0.0)
+    )
+    return work.pyramid(_moved(images, centre))
 
 
 def _moved(images: Tensor, pose: Pose) -> Tensor:
@@ -224,25 +201,7 @@ def _moved(images: Tensor, pose: Pose) -> Tensor:
     return torch.cat(list(map_in_order(moved, parts, workers_for(images.device))))
 
 
-def _checked(job: Job, state: MraState) -> MraState:
-    if len(state.label) != len(job.particles) or state.fingerprint != job.particles.fingerprint:
-        raise ValueError(
-            "the checkpoint is of other particles: resume with the same input, or start another run"
-        )
-    return state
-
-
-def _first_state(job: Job, images: Tensor) -> MraState:
-    n = len(images)
-    shift = prealign(job.pyramid(images), job.isac.prealign, job.tell)
-    pose = replace(Pose.identity(n), shift=shift.round())
-    return MraState(
-        0, images.new_zeros(0, *images.shape[1:]).cpu(), torch.full((n,), -1), pose,
-        torch.full((n,), torch.nan), fingerprint=job.particles.fingerprint,
-    )  # fmt: skip
-
-
-def prealign(particles: Pyramid, iterations: int, tell: Callable[[str, int, int], None]) -> Tensor:
+def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
     """(n, 2) shifts that centre particles, in pixels of the higher resolution.
 
     All are aligned to their own average, over and over. Now and then angles are rounded to a
@@ -258,7 +217,7 @@ def prealign(particles: Pyramid, iterations: int, tell: Callable[[str, int, int]
         )
         pose = match_low(particles, references).pose[:, 0]
         rest = float((pose.shift != before).any(1).double().mean()) < RESTED
-        tell("centring", i + 1, iterations)
+        report("centring", i + 1, iterations)
         if rest:
             break
         if (i + 1) % EVERY == 0:
@@ -266,8 +225,9 @@ def prealign(particles: Pyramid, iterations: int, tell: Callable[[str, int, int]
     return pose.shift * particles.screen.factor
 
 
-class _Found(NamedTuple):
-    """Of a generation's particles (n,): class, pose, pixel error, whether stable; and of itself."""
+class Generation(NamedTuple):
+    """What a generation found: class, pose, pixel error of its particles (n,), whether they are
+    stable; its classes and passes, and how far the last two passes agree."""
 
     label: Tensor
     pose: Pose
@@ -278,18 +238,27 @@ class _Found(NamedTuple):
     agreement: float
 
 
-def _generation(job: Job, particles: Pyramid, generator: torch.Generator, number: int) -> _Found:
-    """Passes of sharing out and realigning, until stable members are the same as before."""
-    isac, radius = job.isac, job.scale.last_ring
+def generation(
+    work: Work, particles: Pyramid, generator: torch.Generator, number: int
+) -> Generation:
+    """Passes of assigning and realigning, until stable members are the same as before.
+
+    Args:
+        work: what stays the same.
+        particles: those that no class accounts for yet.
+        generator: of the random choices.
+        number: of the generation, for the progress.
+    """
+    isac, radius, report = work.isac, work.scale.last_ring, work.particles.report
     k = max(1, len(particles) // isac.images_per_group)
-    references = _start(job, particles, k, generator)
+    references = _start(work, particles, k, generator)
     before, agreement = torch.full((len(particles),), -1), 0.0
     for step in range(isac.passes):
-        job.tell(f"generation {number}: sharing out", step * k, isac.passes * k)
+        report(f"generation {number}: assigning", step * k, isac.passes * k)
         label = _share(particles, references, k, isac.slack)
 
         def tell(done: int, step: int = step) -> None:
-            job.tell(f"generation {number}: realigning", step * k + done, isac.passes * k)
+            report(f"generation {number}: realigning", step * k + done, isac.passes * k)
 
         runs = realign_groups(particles, label, k, isac.runs, generator, tell)
         runs = common_frame(runs, label, k, radius, isac.threshold)
@@ -302,20 +271,21 @@ def _generation(job: Job, particles: Pyramid, generator: torch.Generator, number
         if agreement > AGREE and agreement - last < RISING:
             break
         references = _stable_references(particles, label, stable, pose, k)
-    return _Found(label, pose, error.float(), stable, k, step + 1, agreement)
+    return Generation(label, pose, error.float(), stable, k, step + 1, agreement)
 
 
-def _start(job: Job, particles: Pyramid, k: int, generator: torch.Generator) -> Tensor:
+def _start(work: Work, particles: Pyramid, k: int, generator: torch.Generator) -> Tensor:
     """(k, t, t) first references at the lower resolution."""
     low = particles.low
-    if job.isac.start == "likelihood" and k > 1:
-        likelihood = Likelihood(
-            mask_radius=job.scale.last_ring, max_shift=job.scale.max_shift, mirror=job.isac.mirror
-        )
+    if work.isac.start == "likelihood" and k > 1:
+        particle = Particle(
+            radius=f"{work.scale.last_ring} px", max_shift=f"{work.scale.max_shift} px",
+            mirror=work.mirror,
+        )  # fmt: skip
         seed = int(torch.randint(2**31, (1,), generator=generator))
         found = classify(
-            particles.high.images, k, likelihood=likelihood, averaging=particles.averaging,
-            seed=seed, device=str(low.images.device), progress=job.progress,
+            particles.high.images, k, particle=particle, averaging=particles.averaging,
+            seed=seed, device=str(low.images.device), progress=work.particles.progress,
         )  # fmt: skip
         averages = found.filtered_averages().to(low.images.device)
         return masked(reduce(averages, low.images.shape[-1]), low.mask)
@@ -373,22 +343,25 @@ def _agreement(before: Tensor, now: Tensor, k: int) -> float:
     return float((common[either > 0] / either[either > 0]).mean()) if either.any() else 0.0
 
 
-def _accept(job: Job, state: MraState, rest: Tensor, found: _Found, started: float) -> MraState:
-    """The state with a generation's large enough stable classes."""
+def accept(work: Work, state: State, rest: Tensor, found: Generation, started: float) -> State:
+    """The state with the stable classes of a generation that are large enough.
+
+    Args:
+        work: what stays the same; state: before the generation.
+        rest: (m,) the particles it was made of; found: what it found of them.
+        started: seconds on the clock when it began.
+    """
     sizes = torch.bincount(found.label[found.stable], minlength=found.classes)
-    good = sizes >= job.isac.least
+    good = sizes >= work.isac.least
     accepted = sum(row["accepted"] for row in state.history)
     number = accepted + torch.cumsum(good, 0) - 1
     kept = found.stable & good[found.label]
     members = rest[kept]
-    label, score = state.label.clone(), state.score.clone()
-    label[members], score[rest] = number[found.label[kept]], found.error
-    centre = state.pose[members]
-    pose = compose(centre, found.pose[kept])
-    angle, shift, mirror = (
-        state.pose.angle.clone(), state.pose.shift.clone(), state.pose.mirror.clone(),
-    )  # fmt: skip
-    angle[members], shift[members], mirror[members] = pose.angle, pose.shift, pose.mirror
+    label, error = state["label"].clone(), state["pixel_error"].clone()
+    label[members], error[rest] = number[found.label[kept]], found.error
+    moved = compose(state.pose[members], found.pose[kept])
+    angle, shift, mirror = (each.clone() for each in pose_tensors(state.pose).values())
+    angle[members], shift[members], mirror[members] = moved.angle, moved.shift, moved.mirror
     accounted = int((label >= 0).sum())
     row = {
         "iteration": state.iteration + 1,
@@ -403,12 +376,12 @@ def _accept(job: Job, state: MraState, rest: Tensor, found: _Found, started: flo
         "seconds": round(time.perf_counter() - started, 3),
     }
     left = len(label) - accounted
-    return replace(
-        state,
-        iteration=state.iteration + 1,
-        label=label,
+    done = bool(not good.any() or left < 2 * work.isac.images_per_group)
+    return state.next(
+        row,
+        done=done,
         pose=Pose(angle, shift, mirror),
-        score=score,
-        history=[*state.history, row],
-        settled=not good.any() or left < 2 * job.isac.images_per_group,
+        unsaved=state.unsaved,
+        label=label,
+        pixel_error=error,
     )

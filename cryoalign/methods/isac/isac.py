@@ -1,4 +1,4 @@
-"""Iterative stable alignment and clustering (ISAC): the classes that come out again.
+"""Iterative stable alignment and clustering (ISAC): classes whose members align alike every time.
 
 Yang, Fang, Chittuluri, Asturias & Penczek 2012. Particles are shrunk and centred, classified in
 generations until what is left is not stable (`generations`), and the averages of stable members
@@ -8,107 +8,74 @@ are made at full size and put into an order in which neighbours look alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images import frc
 from cryoalign.images.ctf import Optics
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
-from cryoalign.methods.isac.generations import Isac, Job, Progress, generations, scale_of
+from cryoalign.methods.base import Method, OnStep, align
+from cryoalign.methods.isac.generations import (
+    Isac,
+    Work,
+    accept,
+    centre_particles,
+    centred_pyramid,
+    generation,
+    scale_of,
+)
 from cryoalign.methods.isac.ordering import order_averages
-from cryoalign.methods.isac.realignment import scaled
 from cryoalign.methods.isac.stability import match_classes, reproducibility
-from cryoalign.methods.state import MraState
-from cryoalign.particles.prepare import Images, PreparedParticles
-from cryoalign.particles.stack import PhaseFlipped, Stack, as_stack, optics_of
-from cryoalign.pose import Pose, compose
-from cryoalign.results.alignment import Alignment, over_all_rows
-from cryoalign.results.averages import Averaging, ClassSums, class_sums, filtered_averages
+from cryoalign.methods.references import find_all
+from cryoalign.methods.state import State, pose_tensors
+from cryoalign.particles.prepare import PreparedParticles, Progress
+from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.stack import Stack
+from cryoalign.pose import Found, compose
+from cryoalign.results.alignment import Alignment
+from cryoalign.results.averages import Averaging, class_sums, filtered_averages
+from cryoalign.results.evidence import Scope, trials_of
+from cryoalign.results.quality import Quality, conclude
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import choose_device, world_size
-from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
 UNSTABLE = "in no stable class"
 
 
-@dataclass(frozen=True, eq=False)
-class StableClasses:
-    """What ISAC found.
-
-    Attributes:
-        alignment: stable members of accepted classes, neighbours alike, with each class's
-            ``pixel_error``, the mean of its members', in ``class_quality``; all other particles are
-            set aside (class number 0) and listed in ``rejected``, with the reason.
-        pixel_error: (n,) between realignments, pixels of the shrunk images, of every particle of
-            the input when it was last measured; NaN where unusable, infinite where hands differ.
-        generation: (n,) in which a particle was accounted for; 0 = it was not.
-        matched: a row per pair of a class and the one that it is in a repeated run (`repeat`;
-            `stability.match_classes`); empty without repeats.
-        reproduced: share of the particles accounted for in the first run or a repeat that both
-            have in matched classes, the mean over repeats; NaN without.
-    """
-
-    alignment: Alignment
-    pixel_error: Tensor
-    generation: Tensor
-    matched: pd.DataFrame
-    reproduced: float = math.nan
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per input particle: index, class_number, generation, pixel_error."""
-        return pd.DataFrame(
-            {
-                "index": range(len(self.generation)),
-                "class_number": self.alignment.class_number.numpy(),
-                "generation": self.generation.numpy(),
-                "pixel_error": self.pixel_error.numpy(),
-            }
-        )
-
-
 def classify_stable(
-    particles: Stack | Array,
+    particles: Stack | Array | PreparedParticles,
     *,
     optics: Optics | None = None,
+    particle: Particle | None = None,
     isac: Isac | None = None,
     images: Images | None = None,
     averaging: Averaging | None = None,
+    quality: Quality | None = None,
     iterations: int = 20,
     seed: int = 0,
     device: str = "auto",
-    batch_size: int | None = None,
-    max_rejected: float = 0.1,
-    resume: MraState | None = None,
-    on_iteration: Callable[[MraState], None] | None = None,
+    resume: State | None = None,
+    on_step: OnStep | None = None,
     progress: Progress | None = None,
 ) -> StableClasses:
-    """Find classes whose members' poses come out alike whenever they are aligned anew.
+    """Find classes whose members' poses are the same whenever they are aligned anew.
 
     The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
 
     Args:
-        particles: a stack (`io.read_particles`) or an array (n, size, size), a tensor or another
-            (`interop.Array`).
-        optics: the CTFs of an array's particles; a stack's come from its STAR file.
-        isac: see `Isac`.
-        images: how particles are prepared.
-        averaging: how averages become references.
-        iterations: generations, at most.
-        seed: of the random choices.
-        device: auto, cpu or cuda.
-        batch_size: particles read at a time; None chooses.
-        max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
-        resume: go on from this state, with the same particles and settings.
-        on_iteration: called with the state after every generation (of the first run).
-        progress: called now and then.
+        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
+            `prepare` made ready.
+        optics: CTFs of the particles of an array; those of a stack come from its STAR file.
+        particle, isac, averaging, quality, iterations, seed: see `StableClassification`.
+        images, device: how and where particles are prepared, unless they are.
+        resume, on_step, progress: see `base.align`. A step is a generation.
 
     Returns:
         The `StableClasses`.
@@ -117,38 +84,53 @@ def classify_stable(
         ValueError: anything that does not fit, or several processes, before work starts; or no
             class is stable.
     """
-    if world_size() > 1:
-        raise ValueError("ISAC (method=isac) runs in one process: start it without torchrun")
-    isac, averaging = isac or Isac(), averaging or Averaging()
-    stack = as_stack(particles)
-    if optics is None and isac.ctf:
-        optics = optics_of(stack)
-    scale = scale_of(isac, (images or Images()).box or stack.shape[0])
-    prepared = PreparedParticles(
-        stack, images or Images(), choose_device(device), max_rejected, batch_size, progress
-    )
-    if optics is not None:
-        prepared = prepared.over(PhaseFlipped(stack, optics))
-    if len(prepared) < isac.images_per_group:
-        raise ValueError(
-            f"{len(prepared)} usable particles make no group of isac.images_per_group "
-            f"{isac.images_per_group}: make it smaller; a class is one group"
-        )
-    job = Job(prepared, isac, averaging, scale, progress)
-    state = generations(job, resume, iterations, seed, on_iteration)
-    matched, shares = list[pd.DataFrame](), list[float]()
-    first = _finish(job, state)
-    for again in range(1, isac.repeats):
-        other = generations(job, None, iterations, seed + again, None)
-        numbers = torch.zeros_like(first.alignment.class_number)
-        numbers[prepared.rows] = other.label + 1
-        pairs = match_classes(first.alignment.class_number, numbers)
-        matched.append(pairs.assign(repeat=again))
-        shares.append(reproducibility(first.alignment.class_number, numbers))
-    share = sum(shares) / len(shares) if shares else math.nan
-    return replace(
-        first, matched=pd.concat(matched or [first.matched], ignore_index=True), reproduced=share
-    )
+    method = StableClassification(
+        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
+        isac=isac or Isac(), averaging=averaging or Averaging(), iterations=iterations,
+    )  # fmt: skip
+    prepared = method.prepared(particles, images, device, progress, optics)
+    return StableClasses(align(method, prepared, resume=resume, on_step=on_step, progress=progress))
+
+
+@dataclass(frozen=True, eq=False)
+class StableClasses:
+    """What ISAC found.
+
+    Attributes:
+        alignment: stable members of accepted classes; all other particles are set aside (class
+            number 0) and listed in ``rejected``, with the reason. ``class_quality`` has each
+            class's ``pixel_error``, the mean of its members', and ``order``, the place in an order
+            in which neighbours look alike.
+    """
+
+    alignment: Alignment
+
+    @property
+    def pixel_error(self) -> Tensor:
+        """(n,) between realignments, pixels of the shrunk images, of every particle of the input
+        when it was last measured; NaN where unusable, infinite where hands differ."""
+        return torch.from_numpy(self.alignment.particle_quality["pixel_error"].to_numpy().copy())
+
+    @property
+    def generation(self) -> Tensor:
+        """(n,) in which a particle was accounted for; 0 = it was not."""
+        return torch.from_numpy(self.alignment.particle_quality["generation"].to_numpy().copy())
+
+    @property
+    def matched(self) -> pd.DataFrame:
+        """A row per pair of a class and the one that it is in a repeated run (``repeat``;
+        `stability.match_classes`); empty without repeats."""
+        return self.alignment.tables.get("reproducibility", _NO_MATCH)
+
+    @property
+    def reproduced(self) -> float:
+        """Share of the particles accounted for in the first run or a repeat that both have in
+        matched classes, the mean over repeats; NaN without."""
+        return self.alignment.figures.get("reproduced", math.nan)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per input particle: index, class_number, generation, pixel_error."""
+        return self.alignment.tables["stability"]
 
 
 _NO_MATCH = pd.DataFrame(
@@ -158,100 +140,166 @@ _NO_MATCH = pd.DataFrame(
 )
 
 
-class _Averaged(NamedTuple):
-    """Members (n,) of stable classes, on averages that stand in order."""
+@dataclass(frozen=True)
+class StableClassification(Method):
+    """ISAC.
 
-    label: Tensor
-    pose: Pose  # pixels of the prepared images
-    score: Tensor
-    sums: ClassSums
-    frc: Tensor  # (k, shells)
+    In its state, poses are in pixels of the shrunk images: of a particle accounted for its pose
+    in its class (``label``), of another (label -1) the shift that centres it.
 
+    Attributes:
+        iterations: generations at most.
+        isac: what a stable class is.
+        averaging: how averages become references.
+    """
 
-def _finish(job: Job, state: MraState) -> StableClasses:
-    """Everything that the result tells, for all particles of the input."""
-    members = (state.label >= 0).nonzero().squeeze(1)
-    if not len(members):
-        raise ValueError(
-            f"no class has {job.isac.least} stable members: allow a larger isac.threshold, a "
-            "smaller isac.min_group_size, or a smaller isac.images_per_group "
-            f"(now {job.isac.images_per_group}, of {len(job.particles)} particles)"
+    name = "isac"
+    purpose = "stable classes of equal size"
+    instead = {"n_classes": "isac.images_per_group"}  # noqa: RUF012
+    in_order = True
+    in_processes = False
+
+    iterations: int = 20
+    isac: Isac = field(default_factory=Isac)
+    averaging: Averaging = field(default_factory=Averaging)
+
+    def check(self, box: Box, n: int | None = None) -> None:
+        scale_of(self.isac, self.particle, box)
+        if n is not None and n < self.isac.images_per_group:
+            raise ValueError(
+                f"{n} usable particles make no group of isac.images_per_group "
+                f"{self.isac.images_per_group}: make it smaller; a class is one group"
+            )
+
+    def radius(self, box: Box) -> float:
+        return self.particle.radius_or_part(box)
+
+    def max_shift(self, box: Box) -> float:
+        return self.particle.max_shift_in(box)
+
+    def start(self, particles: PreparedParticles) -> State:
+        work = self._work(particles)
+        images, n = work.shrunk(), len(particles)
+        pose, label = centre_particles(work, images), torch.full((n,), -1)
+        error = torch.full((n,), torch.nan)
+        return State(
+            self.name,
+            particles.fingerprint,
+            tensors={"label": label, "pixel_error": error, **pose_tensors(pose)},
+            unsaved={"pyramid": centred_pyramid(work, images, label, pose)},
         )
-    particles = job.particles
-    pose = scaled(state.pose[members], job.scale.factor)
-    made = _average(job, members, state.label[members], pose)
-    rows = particles.rows[members]
-    all_pose, class_number, score = over_all_rows(
-        len(particles.stack), rows, made.label, made.pose, made.score, particles.scale
-    )
-    pixel = particles.pixel_size or particles.scale
-    alignment = Alignment(
-        pose=all_pose,
-        class_number=class_number,
-        score=score,
-        averages=made.sums.averages().cpu(),
-        frc=made.frc.cpu(),
-        resolution=frc.resolution(made.frc, particles.size, pixel).cpu(),
-        class_sizes=made.sums.sizes.cpu(),
-        history=pd.DataFrame(state.history),
-        rejected=_set_aside(particles, state),
-        pixel_size=particles.pixel_size,
-        scale=particles.scale,
-        class_quality=_mean_error(state.score[members], made.label, len(made.frc)),
-    )
-    error = torch.full((len(class_number),), torch.nan)
-    error[particles.rows] = state.score
-    born = torch.tensor([row["iteration"] for row in state.history for _ in range(row["accepted"])])
-    generation = torch.zeros_like(class_number)
-    generation[rows] = born[state.label[members]]
-    return StableClasses(alignment, error, generation, _NO_MATCH)
 
+    def is_done(self, state: State) -> bool:
+        left = int((state["label"] < 0).sum())
+        return state.done or state.iteration >= self.iterations or left < self.isac.least
 
-def _mean_error(error: Tensor, label: Tensor, k: int) -> pd.DataFrame:
-    """Of members (n,) of k classes, none empty: their mean pixel error."""
-    total = torch.bincount(label, error.double(), minlength=k)
-    mean = total / torch.bincount(label, minlength=k)
-    return pd.DataFrame({"pixel_error": mean.float().numpy()})
+    def step(self, particles: PreparedParticles, state: State) -> State:
+        started, work = time.perf_counter(), self._work(particles)
+        pyramid = state.unsaved.get("pyramid")
+        if pyramid is None:
+            pyramid = centred_pyramid(work, work.shrunk(), state["label"], state.pose)
+        state.unsaved["pyramid"] = pyramid
+        rest = (state["label"] < 0).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * state.iteration)
+        found = generation(work, pyramid.take(rest), generator, state.iteration + 1)
+        return accept(work, state, rest, found, started)
 
+    def finish(self, particles: PreparedParticles, state: State) -> Alignment:
+        """Averages at full size, and how much of them further runs find again."""
+        first = self._conclude(particles, state)
+        stability = first.to_frame()[["index", "class_number", "generation", "pixel_error"]]
+        tables = {"stability": stability}
+        matched, shares = list[pd.DataFrame](), list[float]()
+        for again in range(1, self.isac.repeats):
+            method = replace(self, seed=self.seed + again)
+            other = method.start(particles)
+            while not method.is_done(other):
+                other = method.step(particles, other)
+            numbers = torch.zeros_like(first.class_number)
+            numbers[particles.rows] = other["label"] + 1
+            pairs = match_classes(first.class_number, numbers)
+            matched.append(pairs.assign(repeat=again))
+            shares.append(reproducibility(first.class_number, numbers))
+        if not shares:
+            return replace(first, tables=tables)
+        tables["reproducibility"] = pd.concat(matched, ignore_index=True)
+        return replace(first, tables=tables, figures={"reproduced": sum(shares) / len(shares)})
 
-def _average(job: Job, members: Tensor, label: Tensor, pose: Pose) -> _Averaged:
-    """Averages at full size, neighbours alike and turned onto each other; poses refined on them."""
-    particles, size, k = job.particles, job.particles.size, int(label.max()) + 1
-    radius = job.scale.last_ring * job.scale.factor
-    edge = job.averaging.mask_edge
-    mask = soft_mask(size, job.averaging.mask_radius or radius, edge, particles.device)
-    rings = Rings(last_ring=min(round(radius), (size - 1) // 2 - 1))  # room for a shift
-    parts = torch.arange(len(members)).split(particles.batch_size)
-
-    def read(rows: Tensor) -> Tensor:
-        return particles.read(members[rows])
-
-    def sums() -> ClassSums:
-        half = particles.rows[members] % 2
-        return class_sums(parts, read, pose, label, half, k, size, particles.device)
-
-    references = masked(filtered_averages(sums(), job.averaging, mask), mask)
-
-    def refined(rows: Tensor) -> tuple[Pose, Tensor]:
-        images = read(rows)
-        where = images.device
-        found, score = refine(
-            images, references, label[rows].to(where), pose[rows].to(where), rings
+    def line(self, row: Mapping[str, Any]) -> str:
+        return (
+            f"generation {row['iteration']:3d}: {row['accepted']} of {row['classes']} classes "
+            f"accepted, {row['stable_share']:.1%} of {row['particles']} particles stable; "
+            f"{row['accounted']} accounted for ({row['accounted_share']:.1%}), "
+            f"{row['seconds']:.1f} s"
         )
-        return found.to("cpu"), score.cpu()
 
-    found = list(map_in_order(refined, parts, workers_for(particles.device)))
-    search = Search(max_shift=1, last_ring=rings.last_ring, mirror=job.isac.mirror)
-    order, turn = order_averages(references, search)
-    pose = compose(Pose.cat([p for p, _ in found]), turn[label])
-    label = order.argsort()[label]
-    done = sums()
-    return _Averaged(label, pose, torch.cat([s for _, s in found]), done, done.frc(mask))
+    def _work(self, particles: PreparedParticles) -> Work:
+        if self.particle.ctf:
+            particles = particles.phase_flipped()
+        scale = scale_of(self.isac, self.particle, particles.box)
+        return Work(particles, self.isac, self.averaging, self.particle.mirror, scale)
+
+    def _conclude(self, particles: PreparedParticles, state: State) -> Alignment:
+        """Poses refined on averages at full size, which are put in order; the common conclusion."""
+        members = (state["label"] >= 0).nonzero().squeeze(1)
+        if not len(members):
+            raise ValueError(
+                f"no class has {self.isac.least} stable members: allow a larger isac.threshold, a "
+                "smaller isac.min_group_size, or a smaller isac.images_per_group "
+                f"(now {self.isac.images_per_group}, of {len(particles)} particles)"
+            )
+        work, label = self._work(particles), state["label"][members]
+        some = work.particles.only(members, UNSTABLE)
+        size, device, k = some.size, some.device, int(label.max()) + 1
+        radius = work.scale.last_ring * work.scale.factor
+        mask = soft_mask(size, self.particle.radius_in(some.box) or radius,
+                         self.averaging.mask_edge, device)  # fmt: skip
+        rings = Rings(last_ring=min(round(radius), (size - 1) // 2 - 1))  # room for a shift
+        pose = state.pose[members].scaled(work.scale.factor)
+        sums = class_sums(some, pose, label, k)
+        references = masked(filtered_averages(sums, self.averaging, mask), mask)
+
+        def refined(rows: Tensor) -> Found:
+            own, start = label[rows].to(device), pose[rows].to(device)
+            return Found(own, *refine(some.read(rows), references, own, start, rings))
+
+        found = find_all(some, refined)
+        search = Search(max_shift=1, last_ring=rings.last_ring, mirror=self.particle.mirror)
+        order, turn = order_averages(references, search)
+        found = Found(label, compose(found.pose, turn[label]), found.score)
+        trials = trials_of(
+            k, self.particle.max_shift_in(some.box), rings.last_ring, self.particle.mirror
+        )
+        by_class = pd.DataFrame(
+            {
+                "order": (order.argsort() + 1).numpy(),
+                "pixel_error": _class_means(state["pixel_error"][members], label, k).numpy(),
+            }
+        )
+        return conclude(
+            some,
+            found,
+            class_sums(some, found.pose, label, k),
+            Scope(mask, rings, trials),
+            state.history,
+            self.quality,
+            by_class=by_class,
+            by_row=self._by_row(particles, state),
+        )
+
+    def _by_row(self, particles: PreparedParticles, state: State) -> pd.DataFrame:
+        """Pixel error and generation of all rows of the input."""
+        error = torch.full((len(particles.stack),), torch.nan)
+        error[particles.rows] = state["pixel_error"]
+        counts = [(row["iteration"], row["accepted"]) for row in state.history]
+        born = torch.tensor([number for number, accepted in counts for _ in range(accepted)])
+        generation = torch.zeros(len(error), dtype=torch.int64)
+        label = state["label"]
+        generation[particles.rows[label >= 0]] = born[label[label >= 0]]
+        return pd.DataFrame({"generation": generation.numpy(), "pixel_error": error.numpy()})
 
 
-def _set_aside(particles: PreparedParticles, state: MraState) -> pd.DataFrame:
-    """Unusable particles, and those not accounted for, in the order of the input."""
-    left = particles.rows[state.label < 0].numpy()
-    unstable = pd.DataFrame({"index": left, "reason": [UNSTABLE] * len(left)})
-    table = pd.concat([particles.rejected, unstable]) if len(particles.rejected) else unstable
-    return table.sort_values("index", ignore_index=True)
+def _class_means(values: Tensor, label: Tensor, k: int) -> Tensor:
+    """(k,) means of values (n,) over the members of classes, none of them empty."""
+    total = torch.bincount(label, values.double(), minlength=k)
+    return (total / torch.bincount(label, minlength=k)).float()

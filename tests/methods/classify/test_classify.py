@@ -13,11 +13,11 @@ from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.methods.classify import band as module
 from cryoalign.methods.classify import classify as classification
-from cryoalign.methods.classify.band import shift_grid
 from cryoalign.methods.classify.classify import classify
+from cryoalign.methods.classify.resolution_level import shift_grid
 from cryoalign.methods.classify.split_and_merge import Climb, Likelihood, Plan
 from cryoalign.methods.classify.whitening import Observations, observe
-from cryoalign.particles.prepare import Images
+from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import PhaseFlipped, TensorStack, optics_of
 

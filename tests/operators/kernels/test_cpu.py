@@ -21,7 +21,7 @@ from cryoalign.operators.image_search import image_peaks
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, build, cpu
 from cryoalign.operators.ring_products import ring_factors
 from cryoalign.particles.simulate import Simulation, simulate
-from cryoalign.search.match import best_poses, match, prepare
+from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.settings import Search
 
 
@@ -117,7 +117,7 @@ def test_batches_and_threads_change_no_bit() -> None:
 @pytest.mark.parametrize("mode", ["exhaustive", "adaptive"])
 def test_the_choice_is_that_of_pytorch(mode, monkeypatch) -> None:
     made = simulate(60, 6, size=64, snr=0.05, seed=5)
-    target = prepare(made.views, Search(max_shift=3, last_ring=25, mode=mode))
+    target = prepare_target(made.views, Search(max_shift=3, last_ring=25, mode=mode))
     label, pose, score = best_poses(made.images, target)
     monkeypatch.setenv(CRYOALIGN_NO_KERNELS, "1")
     assert not cpu.usable()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from cryoalign.methods.classify.band import Band
 
 from cryoalign.methods.classify import band as module
-from cryoalign.methods.classify.band import Band, shift_grid
 from cryoalign.methods.classify.em_step import expect, mix_sums
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
+from cryoalign.methods.classify.resolution_level import shift_grid
 from cryoalign.methods.classify.whitening import Observations
 
 RINGS = FourierRings(40, 5, 16.0)

@@ -1,4 +1,4 @@
-"""Particles on some Fourier rings about their own centres, with trial shifts: what is iterated.
+"""A level of resolution: particles on some Fourier rings about their own centres, and trial shifts.
 
 Each process keeps its shard of the particles; what is found of them is known to all.
 """
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-class Found(NamedTuple):
+class Classified(NamedTuple):
     """What an E-step found of n particles, on the CPU.
 
     Attributes:
@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Band:
+class ResolutionLevel:
     """This process's particles, some rings of them, and trial shifts.
 
     Attributes:
@@ -109,7 +109,7 @@ class Band:
         """``function`` of each item, in order, on all cores."""
         return map_in_order(function, items, workers_for(self.device))
 
-    def expect(self, classes: Tensor) -> tuple[Found, Sums]:
+    def expect(self, classes: Tensor) -> tuple[Classified, Sums]:
         """An E-step of all particles, on every process.
 
         Args:
@@ -117,17 +117,19 @@ class Band:
         """
         keep = self.fits(len(self.observations))
 
-        def step(rows: Tensor) -> tuple[Found, Sums]:
+        def step(rows: Tensor) -> tuple[Classified, Sums]:
             made = self.cache.get(int(rows[0])) or self.of(rows)
             if keep:
                 self.cache[int(rows[0])] = made
             posterior, sums = expect(made, classes, half=rows % 2, mirror=self.mirror)
-            return self.found(rows, posterior), sums
+            return self.classified(rows, posterior), sums
 
         rows = torch.arange(self.start, self.start + len(self.observations))
         steps = list(self.over(step, rows.split(CHUNK[self.device.type])))
-        found = Found(*(torch.cat(of) for of in zip(*(each for each, _ in steps), strict=True)))
-        found = Found(*(gather_over_ranks(each) for each in found))
+        found = Classified(
+            *(torch.cat(of) for of in zip(*(each for each, _ in steps), strict=True))
+        )
+        found = Classified(*(gather_over_ranks(each) for each in found))
         return found, sums_over_ranks(add_sums([sums for _, sums in steps]))
 
     def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:
@@ -143,7 +145,7 @@ class Band:
         sums = add_sums([no_sums(classes), *(sums for _, sums in steps)])
         return float(evidence) / len(rows), sums_over_ranks(sums)
 
-    def found(self, rows: Tensor, posterior: Posterior) -> Found:
+    def classified(self, rows: Tensor, posterior: Posterior) -> Classified:
         """The likeliest class and pose of particles (b,)."""
         two = torch.nn.functional.pad(posterior.share, (0, 1)).topk(2, dim=1)
         label = two.indices[:, :1]
@@ -151,7 +153,7 @@ class Band:
             each.gather(1, label).squeeze(1)
             for each in (posterior.angle, posterior.shift, posterior.hand)
         )
-        return Found(
+        return Classified(
             posterior.log_evidence.cpu(),
             two.values[:, 0].cpu(),
             two.values[:, 1].cpu(),
