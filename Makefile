@@ -1,5 +1,6 @@
 # make demo   install into .venv, simulate a small stack, align and classify it
 # make test   install into .venv, run the test suite and the linters
+# make sabotage  turn features off one by one: does the test that watches each one fail?
 # make bench  install into .venv, list what can be measured
 # An environment of your own: make test VENV=/path/to/it
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long-test lint bench clean
+.PHONY: demo test long-test sabotage lint bench clean
 
 # The stamp is newer than what it was installed from, or pip runs again.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -33,6 +34,9 @@ test: $(VENV)/installed
 
 long-test: $(VENV)/installed
 	$(BIN)/pytest -m long
+
+sabotage: $(VENV)/installed
+	$(BIN)/python tests/sabotage.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench --help

@@ -8,6 +8,10 @@ import numpy as np
 import torch
 
 from cryoalign.images.ctf import Optics
+from cryoalign.images.frc import ring_correlation
+from cryoalign.images.geometry import transform
+from cryoalign.images.masks import masked, normalise
+from cryoalign.results.alignment import Alignment
 
 
 def bilinear(image: np.ndarray, x: float, y: float) -> float:
@@ -89,3 +93,17 @@ def ctf(optics: Optics, size: int) -> torch.Tensor:
     defocus = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (theta - torch.deg2rad(angle)))
     chi = torch.pi * wavelength * defocus * k2 - torch.pi / 2 * cs * 1e7 * wavelength**3 * k2**2
     return torch.sin(chi + torch.asin(amplitude))
+
+
+def curves_by_row(images: torch.Tensor, found: Alignment, mask: torch.Tensor) -> torch.Tensor:
+    """(k, shells) FRC of a result's classes, made again from its table: even against odd rows."""
+    halves = []
+    for half in (0, 1):
+        means = []
+        for number in range(1, len(found.averages) + 1):
+            own = (found.class_number == number).nonzero().squeeze(1)
+            own = own[own % 2 == half]
+            prepared = normalise(images[own], images.shape[-1] / 2)
+            means.append(transform(prepared, found.pose[own]).mean(0))
+        halves.append(masked(torch.stack(means), mask))
+    return ring_correlation(*halves)

@@ -157,6 +157,23 @@ def test_aligned_particles_lie_alike(fitted: MultiReferenceAligner) -> None:
     assert alike(out) > 2 * alike(before)
 
 
+def test_what_is_searched_is_masked_and_filtered(fitted: MultiReferenceAligner) -> None:
+    """New particles must not be drawn by what noise the averages hold beyond the molecule."""
+    y, x = np.mgrid[:40, :40] - 20
+    outside = np.hypot(x, y) > SEARCH.last_ring + 4 + 1  # the mask's edge, and a pixel
+    assert outside.sum() > 100
+    assert not fitted.averages_[:, outside].any()
+    window = np.cos(np.pi * np.clip(np.hypot(x, y) / (2 * SEARCH.last_ring), 0, 0.5)) ** 2
+    plain = fitted.alignment_.averages.numpy()
+
+    def fine(images: np.ndarray) -> float:
+        """Power beyond 0.35 per pixel in the middle, where the averages' halves hardly agree."""
+        k = np.hypot(np.fft.fftfreq(40)[:, None], np.fft.fftfreq(40))
+        return float((np.abs(np.fft.fft2(images * window)) ** 2)[:, k > 0.35].sum())
+
+    assert fine(fitted.averages_) < 0.3 * fine(plain)
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -83,6 +83,20 @@ def test_epochs_differ_and_repeat(workers) -> None:
     assert order(DataLoader(stream(shuffle=False), batch_size=10)) == list(range(N))
 
 
+def test_processes_and_workers_have_orders_of_their_own() -> None:
+    """Else particles of one place in their blocks would always meet."""
+    one, other = stream(), stream()
+    other.rank = 1
+    assert [int(s["index"]) for s in one] != [int(s["index"]) for s in other]
+    for seed in range(3):
+        found = order(DataLoader(stream(seed=seed), batch_size=8, num_workers=2))
+        # Batches of 8 come from workers in turn; a window is three of each, of blocks of 8, the
+        # last of which has fewer.
+        first = [i for start in (0, 16, 32) for i in found[start : start + 8]]
+        second = [i for start in (8, 24, 40) for i in found[start : start + 8]]
+        assert [i % 8 for i in first] != [i % 8 for i in second]
+
+
 def test_more_workers_than_blocks() -> None:
     few = ParticleStream(ParticleDataset(TensorStack(IMAGES)), block=103)
     assert sorted(order(DataLoader(few, batch_size=10, num_workers=2))) == list(range(N))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from cryoalign.images.geometry import transform
@@ -21,6 +22,7 @@ from cryoalign.methods.matching import (
 )
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.state import MraState
+from cryoalign.particles.prepare import prepare
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose
 from cryoalign.results.averages import Averaging
@@ -112,6 +114,62 @@ def test_robust_ranks_the_correntropies(
     plain = assign_particles(turns, target, Assignment("robust"), label, 0).label
     assert torch.equal(plain, assign_robust(found.scores, label))
     assert not torch.equal(plain, ranked)
+
+
+def test_the_robust_strategy_resists_a_reference_that_attracts_all() -> None:
+    """One reference is clean, the others noisy: most particles correlate best with the clean one,
+    whatever they show."""
+    made = simulate(n=120, n_classes=K, size=SIZE, snr=0.3, max_shift=1.0, seed=3)
+    found: dict[str, list[float]] = {"robust": [], "best": []}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(made.views.shape, generator=generator)
+        noise[0] = 0
+        references = made.views + 2 * made.views.std() * noise
+        view = made.class_number - 1
+        wrong = torch.rand(len(view), generator=generator) < 0.3
+        label = torch.where(wrong, (view + 1) % K, view)
+        prepared = prepare_particles(made.images, None, "cpu", 0.1, None, None)
+        turns = Alternation(prepared, Averaging(), SEARCH.rings(SIZE), None)
+        target = prepare(references, SEARCH)
+        found["best"].append(
+            adjusted_rand_score(view, match_particles(turns, target).scores.argmax(1))
+        )
+        for _ in range(3):
+            label = assign_particles(turns, target, Assignment("robust"), label, 0).label
+        found["robust"].append(adjusted_rand_score(view, label))
+    assert min(found["robust"]) > 0.7
+    assert max(found["best"]) < 0.5
+
+
+def test_the_stochastic_strategy_climbs_from_the_class_a_particle_is_in(
+    matched: tuple[Alternation, Target, Matched],
+) -> None:
+    turns, target, found = matched
+    rows, best = torch.arange(N - 1), found.scores.argmax(1)
+    how = Assignment("stochastic")
+    ends = []
+    for seed in range(3):
+        label = found.scores.argmin(1)
+        after = assign_particles(turns, target, how, label, seed).label
+        assert (found.scores[rows, after] > found.scores[rows, label]).all()
+        assert 0.25 < (after == best).double().mean() < 0.75  # one of two that are better
+        ends.append(after)
+    assert not torch.equal(ends[0], ends[1])
+    new = assign_particles(turns, target, how, torch.full((N - 1,), -1), 0).label
+    assert torch.equal(new, best)
+
+
+def test_a_particle_counts_in_several_classes_while_it_is_hot(data: Simulation) -> None:
+    """Soft averages are of more members than there are particles; the last ones are hard."""
+    states: list[MraState] = []
+    align_multi_reference(
+        data.images, data.views, iterations=4, search=SEARCH, settle=0, min_class_share=0,
+        assign=Assignment("soft", anneal=100.0, anneal_iterations=3), on_iteration=states.append,
+    )  # fmt: skip
+    members = [int(state.sums.sizes.sum()) for state in states if state.sums is not None]
+    assert members[0] > 2 * N
+    assert members[-1] == N
 
 
 def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,14 @@ def test_true_views_as_references(data: Simulation) -> None:
         assert correlation > 0.999
 
 
-def test_blind_finds_the_views(data: Simulation) -> None:
-    """From a good start: of seeds 0 to 7, three end with views mixed (ARI 0.62-0.67)."""
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_blind_finds_the_views(data: Simulation, seed: int) -> None:
+    """Whatever particles it starts from, where classes below half of the mean are re-seeded: of
+    seeds 0 to 15 each ends with an index of 0.98 or more."""
     found = align_multi_reference(
-        data.images, "random", n_classes=4, iterations=12, search=SEARCH, seed=3
-    )
+        data.images, "random", n_classes=4, iterations=12, search=SEARCH, min_class_share=0.5,
+        seed=seed,
+    )  # fmt: skip
     agreement = adjusted_rand_score(data.class_number, found.class_number)
     assert agreement > 0.95
     assert (found.class_sizes > 0).all()
@@ -60,7 +63,7 @@ def test_blind_finds_the_views(data: Simulation) -> None:
         centre = torch.rad2deg(torch.atan2(turn.sin().mean(), turn.cos().mean()))
         assert wrap_degrees(same.angle - centre).abs().median() < 2
     assert set(found.history.columns) >= {"iteration", "mean_score", "reassigned"}
-    assert found.history["mean_score"].is_monotonic_increasing
+    assert found.history["mean_score"].is_monotonic_increasing  # of seeds 0 to 9
 
 
 def test_batch_size_changes_nothing(data: Simulation) -> None:

@@ -135,6 +135,16 @@ def test_errors_say_what_and_why():
         prepared(noise(), Images(background_radius=25.0))
 
 
+@pytest.mark.parametrize("changed", [0, -1])
+def test_the_fingerprint_sees_the_first_and_the_last_image(changed: int):
+    images = noise()
+    before = prepared(images).fingerprint
+    assert prepared(images.clone()).fingerprint == before
+    images[changed, 3, 3] += 1
+    assert prepared(images).fingerprint != before
+    assert prepared(images[1:]).fingerprint != before
+
+
 def test_choose_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU

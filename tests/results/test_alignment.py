@@ -1,5 +1,6 @@
 """`Alignment`: what is saved is what is loaded, and what is not ours is refused."""
 
+import dataclasses
 import pickle
 import zipfile
 from pathlib import Path
@@ -166,6 +167,23 @@ def test_to_frame_is_one_row_per_particle():
         assert row["mirror"] == int(alignment.pose.mirror[i])
     assert frame["mirror"].dtype == np.int64
     assert frame.loc[frame["class_number"] == 0, ["angle", "score"]].isna().all(axis=None)
+
+
+def test_a_class_of_few_is_filtered_as_the_others_are():
+    """By the mean curve of classes with 8 members or more, and members in both halves."""
+    made = made_up()
+    curves = torch.tensor([[1, 0.8, 0.5, 0.2], [1, 0.9, 0.9, 0.9], [1, 0.0, 0.0, 0.0]])
+    sizes = torch.tensor([40, 7, 40])
+    found = dataclasses.replace(made, frc=curves, class_sizes=sizes).filtered_averages()
+    # Rings 1 and 2 of the smoothed first curve, 2 F / (1 + F); a 6 x 6 box ends at ring 3.
+    smooth = np.array([(1 + 0.8 + 0.5) / 3, (0.8 + 0.5 + 0.2) / 3])
+    expected = 2 * smooth / (1 + smooth)
+    for c in range(3):
+        plain, filtered = (np.fft.rfft2(x[c].numpy()) for x in (made.averages, found))
+        for ring in (1, 2):
+            np.testing.assert_allclose(
+                filtered[ring, 0] / plain[ring, 0], expected[ring - 1], rtol=1e-4
+            )
 
 
 def test_frame_is_a_copy():

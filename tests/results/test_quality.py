@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oracle import curves_by_row
 from sklearn.metrics import roc_auc_score
 
 from bench.agreement import pose_errors
@@ -81,6 +82,9 @@ def test_junk_is_set_aside_and_everything_adds_up() -> None:
     assert out[(kind >= 0).numpy()].mean() > 0.85
     assert {"junk: no more than noise", "junk: unlike the others"} < set(reasons)
     assert (aside.class_frame()["junk_share"] == 0).all()
+    # Half-sets are those of the rows, whatever is left out.
+    curves = curves_by_row(images, aside, soft_mask(SIZE, SEARCH.last_ring, 4.0))
+    torch.testing.assert_close(aside.frc, curves, atol=1e-3, rtol=0)
     # The averages are of the others alone.
     again = align_multi_reference(
         images[~out], views, iterations=1, search=SEARCH, max_rejected=0, device="cpu"
@@ -165,6 +169,7 @@ def test_evidence_keeps_its_promise_of_noise() -> None:
     """Noise alone, aligned to anything: one in twenty at most seems a particle."""
     made = simulate(n=N, n_classes=K, size=SIZE, snr=0.2, max_shift=2.0, seed=1)
     images = torch.randn(N, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    images[0] = torch.nan  # set aside, it moves no other into the other half
     found = align_multi_reference(images, made.views, iterations=1, search=SEARCH, device="cpu")
     assert (found.to_frame()["evidence"] > LEAST_EVIDENCE).mean() < 0.05
     assert any("marked as junk" in flag for flag in flags(found))

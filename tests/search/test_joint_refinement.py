@@ -205,6 +205,22 @@ def test_no_step_lowers_the_score(solver: str) -> None:
     assert (rise.sum(0) > 0.01).all()
 
 
+@pytest.mark.parametrize("solver", ["gauss-newton", "lbfgs"])
+def test_a_step_is_no_longer_than_the_peak_is_wide(solver: str) -> None:
+    """Of noise, where the model of the loss would lead anywhere."""
+    given = small_set()
+    generator = torch.Generator().manual_seed(3)
+    given["particles"] = torch.randn(12, 32, 32, generator=generator, dtype=torch.float64)
+    found, start = refine_jointly(**given, solver=solver, steps=1), given["pose"]
+    turn = (found.pose.angle - start.angle + 180) % 360 - 180
+    moves = [turn, *(found.pose.shift - start.shift).T, found.magnification - 1]
+    longest = (2.0, 0.7, 0.7, 0.02)
+    for move, most in zip([*moves, found.defocus_offset], (*longest, 500.0), strict=True):
+        assert move.abs().max() <= most * (1 + 1e-6)
+    # A step is shortened as a whole: each of these meets one of its limits.
+    assert any(move.abs().max() > 0.999 * most for move, most in zip(moves, longest, strict=True))
+
+
 def test_solvers_end_at_one_optimum() -> None:
     given = small_set()
     one, other = (refine_jointly(**given, solver=s) for s in ("gauss-newton", "lbfgs"))

@@ -104,3 +104,24 @@ def test_the_operator_keeps_its_promises_for_strided_poses() -> None:
     label, angle = torch.tensor([0, 1, 0]), torch.rand(6, generator=generator)[::2]
     arguments = (images, templates, label, angle, shift, angle > 0.5, 1, 9, 1)
     torch.library.opcheck(refine_poses, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_steps_go_up_and_not_far_even_of_noise() -> None:
+    """White noise on both sides: least squares has nothing to follow, and steps overshoot."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(100, 32, 32, generator=generator)
+    references = torch.randn(3, 32, 32, generator=generator)
+    start = Pose(
+        torch.rand(100, generator=generator) * 360 - 180,
+        torch.rand(100, 2, generator=generator) * 2 - 1,
+        torch.rand(100, generator=generator) < 0.5,
+    )
+    label, rings = torch.arange(100) % 3, Search(max_shift=1).rings(32)
+    given = (images, references, label, start, rings)
+    scores = [refine(*given, steps=steps)[1] for steps in (0, 1, 2, 4)]
+    rise = torch.stack(scores).diff(dim=0)
+    assert rise.min() > -1e-5  # rounding
+    assert rise.sum(0).mean() > 0.01
+    once, _ = refine(*given, steps=1)
+    assert (once.shift - start.shift).abs().max() < 0.701
+    assert wrap_degrees(once.angle - start.angle).abs().max() < 2.001

@@ -168,7 +168,8 @@ def references_of(
             some, moved.angle, moved.shift, moved.mirror, member.to(images.device), len(there)
         )
 
-    for there, part in map_in_order(summed, used.split(BATCH), workers_for(images.device)):
+    parts = [rows for rows in used.split(BATCH) if len(rows)]  # none where no label is used
+    for there, part in map_in_order(summed, parts, workers_for(images.device)):
         total.index_add_(0, there.to(images.device), part)
     count = torch.bincount(group[used], minlength=2 * k).to(images.device)
     sums = ClassSums(total.view(2, k, size, size), count.view(2, k))

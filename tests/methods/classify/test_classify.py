@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import ctf as ctf_formula
 from oracle import some_optics
+from sklearn.metrics import adjusted_rand_score
 
 from bench.agreement import agreement
 from cryoalign.images.ctf import ctf_2d
@@ -28,6 +29,7 @@ QUICK = Likelihood(cycles=1, max_shift=2.0)
 def test_all_views_are_found_from_nothing(
     start: Literal["singles", "stochastic", "invariants"],
 ) -> None:
+    """Of every start seeds 0 to 4 find them: an index of 0.99 or more, 98 % right or more."""
     made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
     likelihood = Likelihood(cycles=1, max_shift=2.0, start=start)
     found = classify(made.images, 6, likelihood=likelihood, seed=0, device="cpu")
@@ -43,6 +45,7 @@ def test_all_views_are_found_from_nothing(
 
 
 def test_with_a_ctf_and_particles_set_aside() -> None:
+    """Without the particle of NaN, seeds 0 to 5 have all classes and 99 % of the poses right."""
     made = simulate(n=300, n_classes=4, size=40, snr=2.0, max_shift=2.0, mirror=False, seed=2)
     optics = some_optics(300, pixel_size=4.0)
     spectra = torch.fft.rfft2(made.images) * ctf_2d(optics, 40)
@@ -148,16 +151,25 @@ def test_averages_are_of_phase_flipped_particles() -> None:
 
 
 def test_the_likeliest_start_goes_on() -> None:
+    """It finds the views where many a single start does not; which it is differs."""
     made = simulate(n=60, n_classes=4, size=32, snr=0.2, max_shift=1.0, seed=3)
     settings = Likelihood(starts=4, max_shift=1.0)
     plan = Plan(settings, 4, 12.8, 32)
     seen = observe(lambda rows: made.images[rows], 60, 32, None, 10, 12.8, 1.0)
-    climb = Climb(plan, seen, 60, 7)
-    band = climb.band(0, torch.zeros(60, 2))
-    evidence = [climb.start(band).evidence for _ in range(4)]  # as `begin` draws them
-    assert max(evidence) > min(evidence)
-    assert evidence.index(max(evidence)) not in (0, 3)  # neither the first nor the last by luck
-    assert Climb(plan, seen, 60, 7).begin().evidence == max(evidence)
+    places, chosen, single = set(), [], []
+    for seed in range(4):
+        climb = Climb(plan, seen, 60, seed)
+        band = climb.band(0, torch.zeros(60, 2))
+        starts = [climb.start(band) for _ in range(4)]  # as `begin` draws them
+        evidence = [start.evidence for start in starts]
+        begun = Climb(plan, seen, 60, seed).begin()
+        assert begun.evidence == max(evidence) > min(evidence)
+        places.add(evidence.index(max(evidence)))
+        chosen.append(adjusted_rand_score(made.class_number, begun.found.label))
+        single += [adjusted_rand_score(made.class_number, each.found.label) for each in starts]
+    assert len(places) > 1
+    assert min(chosen) > 0.95
+    assert np.mean(chosen) > np.mean(single) + 0.05
 
 
 def test_what_does_not_fit_is_refused() -> None:
