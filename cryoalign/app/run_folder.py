@@ -18,7 +18,8 @@ from cryoalign.methods.isac.isac import StableClasses
 from cryoalign.methods.state import MraState
 from cryoalign.report import figures as plot
 from cryoalign.report.embedding import embed, features, neighbour_purity
-from cryoalign.report.page import MAPS, shift_limit, write_report
+from cryoalign.report.page import shift_limit, write_report
+from cryoalign.report.pictures import draw, picture
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.files import replacing
 
@@ -82,14 +83,15 @@ def write_results(
         alignment.pixel_size,
     )
     alignment.save(folder / "alignment.npz")
-    pictures = _draw(config, alignment)
+    limit = shift_limit(alignment, as_mapping(config))
+    pictures = draw(alignment, limit, largest_first=config.method != "isac")
     maps = _embedding(config, stack, alignment) if config.embedding else None
     if maps is not None:
-        pictures["tsne.png"] = maps
-    for name, figure in pictures.items():
-        plot.save(figure, folder / name)
-    more = {} if maps is None else {MAPS: maps}
-    write_report(alignment, folder, used_mapping(config), more, numbers)
+        pictures.append(picture("tsne.png", maps))
+    for each in pictures:
+        with replacing(folder / each.name) as beside:
+            beside.write_bytes(each.png)
+    write_report(alignment, folder, used_mapping(config), pictures, numbers)
 
 
 def write_stable_classes(
@@ -156,27 +158,6 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
         alignment.class_number > 0,
         alignment.score,
     )
-
-
-def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
-    """Pictures by file name."""
-    limit = shift_limit(alignment, as_mapping(config))
-    size, classes = alignment.averages.shape[-1], len(alignment.averages)
-    made = {
-        "class_averages.png": plot.montage(
-            alignment.filtered_averages(),
-            alignment.class_sizes,
-            alignment.resolution,
-            pixel_size=alignment.pixel_size,
-            largest_first=config.method != "isac",  # whose neighbours look alike
-        ),
-        "histograms.png": plot.pose_histograms(alignment.to_frame(), limit, classes),
-        "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
-        "history.png": plot.history(alignment.history),
-    }
-    if "junk_score" in alignment.particle_quality:
-        made["quality.png"] = plot.quality(alignment.to_frame())
-    return made
 
 
 def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:
