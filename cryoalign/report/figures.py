@@ -38,7 +38,7 @@ HISTORY = {
     "reassigned": ("particles that changed class", "share of the particles"),
     "pose_change_px": ("median change of the pose", "pixels"),
     "empty_classes": ("empty classes", "number of classes"),
-    "stable_share": ("stable particles", "share of the generation's particles"),
+    "stable_share": ("stable particles", "share of the generation"),
     "accounted_share": ("particles in accepted classes", "share of all particles"),
 }
 """Columns of ``Alignment.history`` that are drawn, each with a title and the label of its axis."""
@@ -289,6 +289,7 @@ def history(table: pd.DataFrame, box_length: float | None = None) -> Figure:
         panel.set(xlabel="iteration", ylabel=unit)
         panel.set_title(title, fontsize=9)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.set_xlim(table["iteration"].min() - 0.5, table["iteration"].max() + 0.5)
         _scale_history(panel, name, values)
         _tidy(panel)
     if "step" in table:
@@ -319,7 +320,6 @@ def _mark_steps(figure: Figure, table: pd.DataFrame) -> None:
     for panel in figure.axes:
         for iteration, step in zip(table["iteration"], steps, strict=True):
             panel.axvspan(iteration - 0.5, iteration + 0.5, color=tint[step], lw=0, zorder=0)
-        panel.set_xlim(table["iteration"].min() - 0.5, table["iteration"].max() + 0.5)
     patches = [Patch(color=colour, label=step) for step, colour in tint.items()]
     figure.legend(handles=patches, loc="outside upper center", ncols=8, fontsize=8, frameon=False)
 
