@@ -9,8 +9,8 @@ For a stack that is larger than memory and on a slow disk, see `stream.ParticleS
 A sample is a dict with ``image`` (h, w) float32, ``index`` (row of the stack), and the metadata
 of the stack's STAR file: the fields of `ctf.Optics` (``defocus_u`` to ``pixel_size``) and of
 `pose.Pose` (``angle``, ``shift`` in pixels of the stack, ``mirror``). A transform is a function of
-a *batch* of samples (a dict of tensors with one row for each sample), so that ``DataLoader`` workers
-read and transform whole batches.
+a *batch* of samples (a dict of tensors with one row for each sample), so that the workers of a
+``DataLoader`` read and transform whole batches.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def test_a_single_block_without_pixel_size(tmp_path: Path, make_stack: MakeStack
         ("data_extra", "data_particles", None, "second block"),
         ("data_extra", "loop_", None, "second loop_"),
         ("loop_\n_rlnImageName", "l00p_\n_rlnImageName", None, "neither a label nor"),
-        ("None nan", "None n\x00n", None, "line 30 holds the character"),
+        ("None nan", "None n\x00n", None, "line 30 contains the character"),
         ("_rlnSomething  1.50", "_rlnSomething", None, "followed by one value"),
     ],
 )
@@ -278,7 +278,7 @@ def test_all_problems_are_told_together(star: Path, make_stack: MakeStack) -> No
 def test_files_that_are_no_particle_lists(tmp_path: Path) -> None:
     for name, content, words in (
         ("empty.star", b"", "no data_ block"),
-        ("binary.star", bytes(range(256)), "not text"),
+        ("binary.star", bytes(range(256)), "not a text file"),
         ("words.star", b"hello\n", "before the first data_"),
         ("none.star", b"data_particles\nloop_\n_rlnImageName\n", "no particles"),
         ("two.star", 2 * b"data_%d\nloop_\n_rlnImageName\n1@a.mrcs\n" % (1, 2), "several"),

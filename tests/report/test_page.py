@@ -1,5 +1,6 @@
 """The page, read back with Python's own HTML parser."""
 
+import base64
 import dataclasses
 from html.parser import HTMLParser
 
@@ -122,6 +123,8 @@ def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
     sources = [value for _, name, value in page.attributes if name in ("src", "href", "action")]
     assert len(sources) == 3 + 5  # thumbnails of the classes with particles; pictures
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    shown = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    assert {picture.png for picture in pictures} <= set(shown)  # none is drawn for a second time
     assert [[cell[0] for cell in row] for row in page.tables[2][1:]] == [
         ["search.max_shift", "3.0"],
         ["search.last_ring", "–"],

@@ -134,7 +134,13 @@ def test_it_is_saved_and_loaded(judged: tuple[Alignment, torch.Tensor], tmp_path
 
 def test_the_report_shows_it(judged: tuple[Alignment, torch.Tensor], tmp_path) -> None:
     page = write_report(judged[0], tmp_path).read_text(encoding="utf-8")
-    for words in ("Quality of the particles", "marked as junk", "effective classes", "compactness", "rank"):
+    for words in (
+        "Quality of the particles",
+        "marked as junk",
+        "effective classes",
+        "compactness",
+        "rank",
+    ):
         assert words in page
     assert "pose error (median standard deviation)" in page
 
