@@ -134,8 +134,8 @@ def _scan_line(line: str, outlines: list[_Outline]) -> str | None:
         known = {outline.name for outline in outlines}
         outlines.append(_Outline(line[5:]))
         if len(line.split()) > 1:
-            return "a data_ line with more text behind it"
-        return f"a second block {line}" if line[5:] in known else None
+            return "more text after the name in a data_ line"
+        return f"the block {line} appears twice" if line[5:] in known else None
     if not outlines:
         return None if not line or line.startswith("#") else "text before the first data_ line"
     block = outlines[-1]
@@ -148,7 +148,7 @@ def _scan_line(line: str, outlines: list[_Outline]) -> str | None:
         return "a second loop_ in one block" if again else None
     if line.startswith("_") and not block.lines:
         return _scan_label(line, block)
-    return _scan_row(line, block) if block.looped else "neither a label nor inside a loop_"
+    return _scan_row(line, block) if block.looped else "this line is not a label and not in a loop_"
 
 
 def _scan_label(line: str, block: _Outline) -> str | None:
@@ -156,7 +156,7 @@ def _scan_label(line: str, block: _Outline) -> str | None:
     known = label in block.labels
     block.labels.append(label)
     if not label or known:
-        return f"the label _{label} for a second time" if known else "a label without a name"
+        return f"the label _{label} appears twice" if known else "a label without a name"
     if block.looped:
         return None if block.labels_open else "a label after an empty line or a comment"
     try:
@@ -177,7 +177,7 @@ def _scan_row(line: str, block: _Outline) -> str | None:
                 break  # a comment to the end of the line
             values.append(next(group for group in match.groups() if group is not None))
         if any('"' in value for value in values):
-            return "a quote inside a value, which STAR readers take differently"
+            return "a quote inside a value, which STAR readers interpret differently"
         block.lines[-1] = "\t".join(f'"{value}"' for value in values)
     if len(values) != len(block.labels):
         return f"{len(values)} values for {len(block.labels)} labels"

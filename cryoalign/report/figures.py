@@ -216,10 +216,9 @@ def embedding(
 
 def _class_colours(count: int) -> np.ndarray:
     """(count, 4) RGBA colours; consecutive classes differ clearly."""
-    if count <= 10:
-        return np.asarray(matplotlib.colormaps["tab10"](np.arange(count)))
     if count <= 20:
-        return np.asarray(matplotlib.colormaps["tab20"](np.arange(count)))
+        name = "tab10" if count <= 10 else "tab20"
+        return np.asarray(matplotlib.colormaps[name](np.arange(count)))
     # Steps of the golden ratio in hue give consecutive classes different colours.
     return np.asarray(matplotlib.colormaps["hsv"](np.mod(np.arange(count) * 0.618034, 1)))
 
@@ -288,7 +287,7 @@ def history(table: pd.DataFrame, box_length: float | None = None) -> Figure:
         panel.plot(table["iteration"], values, "o-", color=BLUE, ms=3.5, lw=1.5)
         panel.set(xlabel="iteration", ylabel=unit)
         panel.set_title(title, fontsize=9)
-        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         panel.set_xlim(table["iteration"].min() - 0.5, table["iteration"].max() + 0.5)
         _scale_history(panel, name, values)
         _tidy(panel)

@@ -83,9 +83,11 @@ def write_report(
         montage=pictures[0],
         pictures=pictures[1:],
         data_uri=_data_uri,
-        classes=_rows(alignment, table),
+        classes=table.to_dict("records"),
+        thumbnails=_thumbnails(alignment, table),
+        columns=[column for column in CLASS_COLUMNS if column[0] in table],
+        number=_number,
         largest_first=largest_first,
-        more_columns=[name for key, name, _ in CLASS_COLUMNS if key in table],
         column_notes=" ".join(note for key, note in COLUMN_NOTES.items() if key in table),
         n_particles=len(alignment.pose),
         n_rejected=len(alignment.rejected),
@@ -263,26 +265,11 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
     ]
 
 
-def _rows(alignment: Alignment, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of the class table for the template."""
+def _thumbnails(alignment: Alignment, table: pd.DataFrame) -> dict[int, str]:
+    """Averages of the classes that have particles, as data URIs by class number."""
     averages = alignment.filtered_averages()
-    rows = []
-    for row in table.to_dict("records"):
-        image = averages[row["class_number"] - 1]
-        rows.append(
-            {str(name): value for name, value in row.items()}
-            | {
-                "thumbnail": _data_uri(thumbnail(image)) if row["size"] else "",
-                "resolution_text": _number(row["resolution"], 1),
-                "score_text": _number(row["mean_score"], 3),
-                "more": [
-                    (row[key], _number(row[key], digits))
-                    for key, _, digits in CLASS_COLUMNS
-                    if key in row
-                ],
-            }
-        )
-    return rows
+    filled = table.loc[table["size"] > 0, "class_number"].tolist()
+    return {number: _data_uri(thumbnail(averages[number - 1])) for number in filled}
 
 
 def _data_uri(png: bytes) -> str:
