@@ -34,15 +34,11 @@ def resolve(name: str, star: Path, root: Path | None, allow_outside: bool) -> Pa
             break
     if outside:
         what = f"the stack '{name}' leads outside {homes[0]}"
-        remedy = (
-            "if this is intended, set allow_outside=true, or set root to a folder that contains it"
-        )
+        remedy = "if this is intended, set allow_outside=true, or root to a folder that contains it"
     else:
         looked = [candidate] if Path(name).is_absolute() else bases
         what = f"the stack '{name}' is missing (searched in {', '.join(map(str, looked))})"
-        remedy = (
-            "restore it, or set root to the folder where its name starts (RELION's project folder)"
-        )
+        remedy = "restore it, or set root to the folder where its name starts (RELION's project)"
     raise input_error([Problem(star, None, what, remedy)])
 
 

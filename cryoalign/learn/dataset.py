@@ -167,11 +167,7 @@ def _need(fits: bool, what: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Normalise:
-    """Scale images to mean 0 and standard deviation 1 in the background (`masks.normalise`).
-
-    Attributes:
-        radius: px; pixels farther from the centre are background.
-    """
+    """Scale the background, beyond ``radius`` px, to mean 0 and standard deviation 1."""
 
     radius: float
 
@@ -184,12 +180,7 @@ class Normalise:
 
 @dataclass(frozen=True)
 class Mask:
-    """Set images to zero outside a disc with a soft edge (`masks.soft_mask`).
-
-    Attributes:
-        radius: px, radius of the disc.
-        edge: px, width of the soft edge.
-    """
+    """Set images to zero beyond ``radius`` px, with a soft edge of ``edge`` px."""
 
     radius: float
     edge: float = 4.0
@@ -206,11 +197,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class FourierCrop:
-    """Resample images to another box size; pixel size and shifts are converted.
-
-    Attributes:
-        size: side of the new box in px.
-    """
+    """Resample images to a box of ``size`` px; pixel size and shifts are converted."""
 
     size: int
 
@@ -245,16 +232,12 @@ class PhaseFlip:
 
 @dataclass(frozen=True)
 class RandomPose:
-    """Rotate, shift and mirror images at random.
+    """Rotate images, shift them by up to ``max_shift`` px along x and y, and mirror half of them.
 
     If a sample has a pose, it becomes the pose of the moved image. Otherwise the sample gets the
     pose that moves the new image back to the original. Random numbers come from PyTorch's
-    generator, which ``DataLoader`` seeds for every worker. After a `Mask`, the mask must leave room
-    for the shift.
-
-    Attributes:
-        max_shift: largest shift along x and y in px.
-        mirror: True mirrors half of the images.
+    generator, which ``DataLoader`` seeds for every worker. A `Mask` before this must leave room for
+    the shift. With ``mirror=False`` no image is mirrored.
     """
 
     max_shift: float = 0.0

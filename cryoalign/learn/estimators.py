@@ -135,10 +135,10 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
         return out
 
     def score(self, X: Any, y: None = None) -> float:
-        """Mean correlation coefficient of the particles with the averages that they fit best.
+        """Mean correlation coefficient (-1 to 1) of particles with the averages they fit best.
 
-        It is between -1 and 1, and higher is better. For the particles that were fitted it is too
-        optimistic, more so with more classes. ``y`` is ignored.
+        For the particles that were fitted it is too optimistic, more so with more classes. ``y`` is
+        ignored.
         """
         return float(self._find(X)[1].score.mean())
 

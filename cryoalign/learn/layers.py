@@ -62,11 +62,7 @@ def _full(array: Array | None) -> Tensor | None:
 
 
 class _OnRings(_FullPrecision):
-    """A module that samples images on rings.
-
-    Args:
-        rings: the rings, about the centre of the shifted image.
-    """
+    """A module that samples images on rings about the centre of the shifted image."""
 
     def __init__(self, rings: Rings) -> None:
         super().__init__()
@@ -112,11 +108,7 @@ class FourierShift(_FullPrecision):
 
 
 class RotationalCorrelation(_FullPrecision):
-    """Scores of all poses from the spectra of particles and references, as `correlation_table`.
-
-    Args:
-        mirror: True also computes the scores of the mirrored particles.
-    """
+    """Scores of all poses, with ``mirror`` also of mirrored particles, as `correlation_table`."""
 
     def __init__(self, mirror: bool = True) -> None:
         super().__init__()
@@ -128,12 +120,9 @@ class RotationalCorrelation(_FullPrecision):
 
 
 class PoseMarginal(_FullPrecision):
-    """Soft maximum of the scores over all poses, as `correlation.correlation_logsumexp`.
+    """Soft maximum of the scores over all poses, as `correlation_logsumexp`.
 
-    Args:
-        temperature: T in T log sum exp(score / T), in units of the score; a smaller one comes
-            closer to the maximum.
-        mirror: True also includes the mirrored particles.
+    ``temperature`` is in units of the score; a smaller one comes closer to the maximum.
     """
 
     def __init__(self, temperature: float, mirror: bool = True) -> None:

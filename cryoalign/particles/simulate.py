@@ -135,14 +135,10 @@ def _unit(rng: np.random.Generator) -> np.ndarray:
 
 
 def spread_views(k: int, seed: Seed = 0) -> Tensor:
-    """(k, 3) unit viewing directions, spread evenly over the sphere.
+    """(k, 3) unit viewing directions, spread evenly over the sphere; the same for the same seed.
 
     Opposite directions give mirrored views and count as the same direction, so no view is the
     mirror image of another. Random directions repel each other until they are at rest.
-
-    Args:
-        k: number of directions.
-        seed: seed of the first directions; the same seed gives the same result.
     """
     if k < 1:
         raise ValueError(f"spread_views needs k >= 1, not {k}")

@@ -122,11 +122,9 @@ class _Prepared:
 
 
 def pca(batches: Iterable[Tensor], n_components: int) -> np.ndarray:
-    """Principal component scores of (b, ...) batches, which are read twice.
+    """Scores (n, n_components) float32 of (b, ...) batches, which are read twice, by PCA.
 
-    Returns:
-        (n, n_components) float32; fewer components if the first batch has fewer images, or an image
-        has fewer pixels.
+    There are fewer components if the first batch has fewer images, or an image has fewer pixels.
     """
     model: IncrementalPCA | None = None
     for batch in batches:
