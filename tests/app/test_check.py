@@ -84,7 +84,7 @@ def test_check_and_read_tell_the_same(tmp_path: Path, make_stack: MakeStack) -> 
     assert told.value.problems == report.problems
     # 398 rows alike: a hundred one by one, one more for the rest.
     assert len(report.problems) == 101
-    assert "297 later rows likewise" in report.problems[-1].what
+    assert "297 later rows have the same problem" in report.problems[-1].what
 
 
 @pytest.mark.parametrize("size", [31, 32])

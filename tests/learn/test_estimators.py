@@ -238,9 +238,9 @@ def test_likelihood_and_reference_free() -> None:
 
 
 def test_bad_input_is_named(fitted: MultiReferenceAligner) -> None:
-    with pytest.raises(ValueError, match="X has n_features = 10, no square image"):
+    with pytest.raises(ValueError, match="X has n_features = 10, which is not a square image"):
         clone(fitted).fit(np.ones((5, 10)))
-    with pytest.raises(ValueError, match="40 x 30 px: give square ones"):
+    with pytest.raises(ValueError, match="40 x 30 px: give square images"):
         clone(fitted).fit(IMAGES[:, :, :30])
     with pytest.raises(ValueError, match="expecting 1600 features"):
         fitted.predict(IMAGES[:, :30, :30])

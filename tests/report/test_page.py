@@ -1,5 +1,6 @@
 """The page, read back with Python's own HTML parser."""
 
+import base64
 import dataclasses
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from cryoalign.pose import Pose
 from cryoalign.report.page import flags, shift_key, write_report
+from cryoalign.report.pictures import draw, picture
 from cryoalign.results.alignment import Alignment
 
 NASTY = """/data/<script>alert("x")</script>/{{ 7 * 7 }}/a&b 'c'.star"""
@@ -102,15 +104,17 @@ def test_stable_classes_stay_in_their_order(tmp_path):
         ("3", "0.40"),
         ("4", "0.10"),
     ]
-    assert "By class number, neighbours alike" in page.text
-    assert "Pixel error: the mean" in page.text
+    assert "Classes are in the order of their numbers" in page.text
+    assert "Pixel error is the mean" in page.text
     assert "Compactness" not in page.text
 
 
 def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
     config = {"particles": NASTY, "search": {"max_shift": 3.0, "last_ring": None}}
-    extra = {"<b>Before</b> & after": Figure(figsize=(1, 1))}
-    page = Page(write_report(alignment(), tmp_path, config, extra).read_text(encoding="utf-8"))
+    extra = picture("tsne.png", Figure(figsize=(1, 1)))
+    extra = dataclasses.replace(extra, title="<b>Before</b> & after")
+    pictures = [*draw(alignment()), extra]
+    page = Page(write_report(alignment(), tmp_path, config, pictures).read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1  # the table's sorting
     assert "b" not in page.tags
     assert "i" not in page.tags
@@ -119,6 +123,8 @@ def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
     sources = [value for _, name, value in page.attributes if name in ("src", "href", "action")]
     assert len(sources) == 3 + 5  # thumbnails of the classes with particles; pictures
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    shown = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    assert {picture.png for picture in pictures} <= set(shown)  # none is drawn for a second time
     assert [[cell[0] for cell in row] for row in page.tables[2][1:]] == [
         ["search.max_shift", "3.0"],
         ["search.last_ring", "–"],
@@ -130,7 +136,7 @@ def test_a_sound_run_raises_no_flag(tmp_path):
     sound = alignment((30, 28, 31), (8.0, 8.1, 7.9))
     assert flags(sound, 3.0) == []
     page = Page(write_report(sound, tmp_path, {"search": {"max_shift": 3.0}}).read_text("utf-8"))
-    assert "Nothing stands out" in page.text
+    assert "No warnings" in page.text
     assert flags(alignment((20,), (8.0,)), 3.0) == []  # one class has everything, rightly
 
 
@@ -161,7 +167,7 @@ def test_the_limit_is_in_pixels_of_the_input(tmp_path):
     config = {"search": {"max_shift": 1.5}}
     small = alignment((30, 28, 31), (8.0, 8.1, 7.9), scale=2.0)
     page = Page(write_report(small, tmp_path, config).read_text(encoding="utf-8"))
-    assert "Nothing stands out" in page.text
+    assert "No warnings" in page.text
 
 
 def test_many_rejected_particles_are_cut_short_but_counted(tmp_path):
