@@ -53,6 +53,11 @@ class SearchSettings:
         Raises:
             ValueError: particle and shifts do not fit the box.
         """
+        if isinstance(self, Search):
+            raise ValueError(
+                "a method takes SearchSettings as search: give largest shift, radius and mirror "
+                "by particle=Particle(radius=..., max_shift=..., mirror=...)"
+            )
         radius = particle.radius_in(box)
         own = {name: getattr(self, name) for name in SearchSettings.__dataclass_fields__}
         search = Search(

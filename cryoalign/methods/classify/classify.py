@@ -121,12 +121,14 @@ class Classification(Method):
         return self._work(particles).begin()
 
     def step(self, particles: PreparedParticles, state: State) -> State:
-        if len(state["classes"]) != self.n_classes:
-            raise ValueError(
-                f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: resume "
-                "with the same settings, or start another run"
-            )
-        work = state.unsaved.get("work") or self._work(particles)
+        work = state.unsaved.get("work")
+        if work is None:  # a checkpoint
+            if len(state["classes"]) != self.n_classes:
+                raise ValueError(
+                    f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
+                    "resume with the same settings, or start another run"
+                )
+            work = self._work(particles)
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
