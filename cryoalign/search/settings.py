@@ -105,6 +105,11 @@ class Search(SearchSettings):
                 f"a box of {size} px: use a last ring (particle.radius) of at most {room} px, or a "
                 "smaller max_shift"
             )
+        if self.last_ring is not None and self.last_ring < self.first_ring:
+            raise ValueError(
+                f"last_ring {self.last_ring} px lies inside first_ring {self.first_ring} px: make "
+                "the radius larger, or search.first_ring smaller"
+            )
         if self.first_ring > room >= 2:
             raise ValueError(
                 f"first_ring {self.first_ring} px lies outside the last ring that fits, {room} px: "

@@ -97,6 +97,10 @@ class Classification(Method):
     likelihood: Likelihood = field(default_factory=Likelihood)
     averaging: Averaging = field(default_factory=Averaging)
 
+    @classmethod
+    def needs_classes(cls, chosen: bool) -> bool:
+        return True
+
     def check(self, box: Box, n: int | None = None) -> None:
         self._plan(box)
         if n is None:
