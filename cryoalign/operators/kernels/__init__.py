@@ -47,11 +47,8 @@ def load_failed(kernels: str, error: Exception, instead: str) -> Status:
 def load() -> Status:
     """Load the CUDA library if it is built from the present sources and PyTorch supports CUDA."""
     if torch.version.cuda is None:
-        return Status(
-            False,
-            "this PyTorch has no CUDA: everything runs on the CPU",
-            "on a machine with an NVIDIA GPU, install a CUDA build of PyTorch",
-        )
+        advice = "on a machine with an NVIDIA GPU, install a CUDA build of PyTorch"
+        return Status(False, "this PyTorch has no CUDA: everything runs on the CPU", advice)
     from cryoalign.operators.kernels import build  # here, so that `python -m` can run it
 
     instead = "a GPU runs the operators in PyTorch"
@@ -70,21 +67,17 @@ def load() -> Status:
 def status() -> Status:
     """Whether the CUDA kernels are loaded and suit the GPUs of this machine, for messages."""
     found = load()
-    if found.loaded and not torch.cuda.is_available():
+    if not found.loaded:
+        return found
+    if not torch.cuda.is_available():
         return Status(True, found.message + "; but no GPU is visible", "check nvidia-smi")
-    if found.loaded:
-        names = [
-            (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
-            for i in range(torch.cuda.device_count())
-        ]
-        old = [name for name, capability in names if capability < NEEDED_CAPABILITY]
-        if old:
-            return Status(
-                True,
-                f"{found.message}; too old for them: {', '.join(old)}",
-                "use a card from Ampere (compute capability 8.0) or later",
-            )
-    return found
+    cards = range(torch.cuda.device_count())
+    old = [i for i in cards if torch.cuda.get_device_capability(i) < NEEDED_CAPABILITY]
+    if not old:
+        return found
+    names = ", ".join(map(torch.cuda.get_device_name, old))
+    advice = "use a card from Ampere (compute capability 8.0) or later"
+    return Status(True, f"{found.message}; too old for them: {names}", advice)
 
 
 def usable(device: torch.device) -> bool:

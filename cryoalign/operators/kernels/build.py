@@ -59,43 +59,34 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def source_hash() -> str:
-    """A hash of the sources, headers and compiler flags of the CUDA library."""
-    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
-    for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def _flags() -> list[str]:
     return [*FLAGS, *os.environ.get(EXTRA, "").split()]
 
 
 def library_name() -> str:
-    """File name of the CUDA library of the present sources."""
-    return f"_cuda_{source_hash()}.so"
+    """File name of the CUDA library of the present sources, headers and flags."""
+    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
+    for path in sorted(SOURCES.glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"_cuda_{digest.hexdigest()[:16]}.so"
 
 
 def cpu_library_name() -> str:
     """File name of the CPU library of the present source, for this kind of processor."""
-    digest = hashlib.sha256(" ".join(_cpu_flags()).encode())
+    prefix, flags = _cpu_target()
+    digest = hashlib.sha256(" ".join(flags).encode())
     digest.update((SOURCES / CPU_SOURCE).read_bytes())
-    return f"{_cpu_prefix()}{digest.hexdigest()[:16]}.so"
+    return f"{prefix}{digest.hexdigest()[:16]}.so"
 
 
-def _cpu_prefix() -> str:
+def _cpu_target() -> tuple[str, tuple[str, ...]]:
+    """How library names start and the compiler flags, for this kind of processor."""
     import torch
 
-    level = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
-    return f"_cpu_{sys.platform}_{platform.machine()}_{level}_"
-
-
-def _cpu_flags() -> tuple[str, ...]:
-    import torch
-
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    level = CPU_LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()) if x86 else ()
-    return (*CPU_FLAGS, *level)
+    machine, level = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    flags = CPU_LEVELS.get(level, ()) if machine in ("x86_64", "AMD64") else ()
+    level = level.replace(" ", "-").lower()
+    return f"_cpu_{sys.platform}_{machine}_{level}_", (*CPU_FLAGS, *flags)
 
 
 def cache_folder() -> Path:
@@ -172,7 +163,7 @@ def build(verbose: bool = False) -> Path:
         raise BuildError(f"no CUDA sources in {SOURCES}: reinstall cryoalign")
     with tempfile.TemporaryDirectory(prefix="cryoalign-build-") as scratch:
         objects = _compile(nvcc, Path(scratch), verbose)
-        command = [nvcc, *objects, *_torch_flags()[1], *LINK]
+        command = [nvcc, *objects, f"-L{_torch_folder() / 'lib'}", *LINK]
         return _link(command, library_name(), "_cuda_*.so", verbose)
 
 
@@ -186,8 +177,9 @@ def build_cpu(verbose: bool = False) -> Path:
         "the CPU kernels need a C++ compiler: install g++ or clang++ so that it is on the PATH, or "
         "set CXX",
     )
-    command = [compiler, *_cpu_flags(), str(SOURCES / CPU_SOURCE)]
-    return _link(command, cpu_library_name(), f"{_cpu_prefix()}*.so", verbose)
+    prefix, flags = _cpu_target()
+    command = [compiler, *flags, str(SOURCES / CPU_SOURCE)]
+    return _link(command, cpu_library_name(), f"{prefix}*.so", verbose)
 
 
 def _needed(compiler: str | None, message: str) -> str:
@@ -221,7 +213,7 @@ def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
 def _compile(nvcc: str, scratch: Path, verbose: bool) -> list[str]:
     """Compile all sources in parallel and return the object files."""
     report = ["-Xptxas=-v"] if verbose else []
-    flags = [*_flags(), *report, *_torch_flags()[0]]
+    flags = [*_flags(), *report, f"-I{_torch_folder() / 'include'}"]
 
     def one(source: Path) -> str:
         out = scratch / f"{source.stem}.o"
@@ -232,12 +224,10 @@ def _compile(nvcc: str, scratch: Path, verbose: bool) -> list[str]:
         return list(pool.map(one, sources()))
 
 
-def _torch_flags() -> tuple[list[str], list[str]]:
-    """Flags with which compiler and linker find PyTorch's headers and libraries."""
+def _torch_folder() -> Path:
     import torch
 
-    root = Path(torch.__file__).parent
-    return [f"-I{root / 'include'}"], [f"-L{root / 'lib'}"]
+    return Path(torch.__file__).parent
 
 
 def _run(command: list[str], verbose: bool) -> None:

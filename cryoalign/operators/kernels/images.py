@@ -71,17 +71,11 @@ def image_peaks(
 
 
 def pack_images(images: Tensor, rings: Rings, side: int, layout: peaks.Layout) -> peaks.Packed:
-    """Packed ring spectra of images at a square grid of trial shifts, 1 pixel apart.
+    """Packed spectra of images (n, h, w) float32 at side x side trial shifts, 1 pixel apart.
 
     The rings are sampled half an angle step away from the places that `polar` uses. At the
     frequencies that are kept, this changes the spectra of noisy images less than the rounding to
     half precision does.
-
-    Args:
-        images: (n, h, w) float32.
-        rings: the rings to sample.
-        side: number of shifts along one side of the grid.
-        layout: which rings and frequencies to keep.
     """
     gain, largest = _gains(rings, images.device)
     packed = peaks.empty_packed(images, len(images), (side**2,), layout)
@@ -107,15 +101,10 @@ def rescore(
     """Fill score and place (n, k): the pairs that matter are scored in single precision.
 
     Args:
-        images: (n, h, w) float32.
-        references: (k, r, m) complex64 ring spectra.
-        shifts: (s, 2) trial shifts, pixels.
-        rings: the rings.
+        images, references, shifts, rings: as of the operator.
         max_shift: the largest trial shift along x or y, pixels.
-        coarse, shift: (n, k, hands) results of `peaks.search_packed`.
-        candidates: how many of a particle's best references are scored again. The others keep
-            their coarse score, lowered below all rescored ones, and get place -1. None, or more
-            than `RESCORED`, means all references.
+        coarse, shift: (n, k, hands) from `peaks.search_packed`.
+        candidates: as in `peaks.rescore`, except that more than `RESCORED` means all references.
         score, place: (n, k) outputs.
     """
     few = 0 if candidates is None or candidates > RESCORED else min(candidates, coarse.shape[1])
@@ -211,19 +200,14 @@ def _pack_templates(templates: Tensor, last_ring: int) -> tuple[Tensor, Tensor]:
     holds the value, its two derivatives and one unused number for alignment in memory.
     """
     height, width = templates.shape[-2:]
-    reach = last_ring + 1
+    reach, y, x = last_ring + 1, height // 2, width // 2
     scale = templates.flatten(1).abs().amax(1) / TOP
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    packed = templates.new_zeros(
-        len(templates), 2 * reach + 1, 2 * reach + 1, 4, dtype=torch.float16
-    )
-    y, x = height // 2, width // 2
-    up, left = min(y, reach), min(x, reach)
-    down, right = min(height - 1 - y, reach), min(width - 1 - x, reach)
-    part = templates[:, :, y - up : y + down + 1, x - left : x + right + 1]
-    part = (part * inverse[:, None, None, None]).permute(0, 2, 3, 1)
-    packed[:, reach - up : reach + down + 1, reach - left : reach + right + 1, :3] = part
-    return packed, scale
+    # A negative margin cuts off.
+    margins = (reach - x, reach + 1 + x - width, reach - y, reach + 1 + y - height)
+    square = torch.nn.functional.pad(templates, margins) * inverse[:, None, None, None]
+    packed = torch.nn.functional.pad(square.half().permute(0, 2, 3, 1), (0, 1))
+    return packed.contiguous(), scale
 
 
 @functools.lru_cache(maxsize=8)

@@ -58,10 +58,8 @@ class Layout:
 
     @property
     def k_steps(self) -> int:
-        """Steps of 16 frequencies of one parity in the inverse transform.
-
-        They are 4 wherever the kernel for Hopper cards may run, which needs exactly 4.
-        """
+        """Steps of 16 frequencies of one parity in the inverse transform. The kernel for Hopper
+        cards needs 4, so they are 4 wherever it can run."""
         own = (len(self.steps) + 1) // 2
         return 4 if own < 4 and 192 < self.angles <= 256 else own
 
@@ -122,9 +120,12 @@ class Packed(NamedTuple):
     scale: Tensor
 
 
+# What a search takes: packed particles, packed references, and the layout of both.
+Task = tuple[Packed, Packed, Layout]
+
+
 def empty_packed(like: Tensor, members: int, shifts: tuple[int, ...], layout: Layout) -> Packed:
-    """Memory for packed spectra on the device of ``like``: of particles at ``shifts`` (s,), or of
-    references, for which ``shifts`` is ()."""
+    """Memory for packed spectra: ``shifts`` is (s,) for particles, () for references."""
     blocks = -(-members // 8)
     return Packed(
         like.new_empty(blocks, *shifts, layout.fragments, 32, 8, dtype=torch.half),
@@ -204,19 +205,11 @@ def search_two(
             float where there is no second shift.
         shift: (2, n, k, hands) int32; -1 where there is no second shift.
     """
-    device = particles.scale.device
-    score = torch.empty(2, n, k, 1 + mirror, device=device)
-    shift = torch.empty(2, n, k, 1 + mirror, device=device, dtype=torch.int32)
-    torch.ops.cryoalign_cuda.fused_peaks(
-        *particles,
-        *references,
-        dft_matrix(layout.angles, layout.k_steps, device),
-        layout.steps,
-        layout.angles,
-        portable_only() if portable is None else portable,
-        score,
-        shift,
-    )
+    portable = portable_only() if portable is None else portable
+    score = particles.scale.new_empty(2, n, k, 1 + mirror)
+    shift = torch.empty_like(score, dtype=torch.int32)
+    task = _task(particles, references, layout)
+    torch.ops.cryoalign_cuda.fused_peaks(*task, portable, score, shift)
     return score, shift
 
 
@@ -226,26 +219,17 @@ def fused_peaks(
     """The operator `correlation_peaks`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    references, layout, packed = _packed_references(references)
+    references = references.resolve_conj().contiguous()
     n, k = len(particles), len(references)
     score = references.new_empty(n, k, dtype=torch.float)
     place = torch.empty(n, k, dtype=torch.int64, device=references.device)
 
-    def run(rows: slice) -> None:
-        some = particles[rows].resolve_conj().contiguous()
-        coarse, shift = search_two(
-            pack_particles(some, layout), packed, layout, len(some), k, mirror
-        )
+    def run(rows: slice, some: Tensor, packed: Task) -> None:
+        coarse, shift = search_two(*packed, len(some), k, mirror)
         rescore(some, references, coarse, shift, candidates, score[rows], place[rows])
 
-    in_batches(run, n, particles.shape[1] * layout.fragments * 64, particles.device)
+    _in_packed_batches(run, particles, references)
     return score, place
-
-
-def _packed_references(references: Tensor) -> tuple[Tensor, Layout, Packed]:
-    references = references.resolve_conj().contiguous()
-    layout = Layout.of_references(references)
-    return references, layout, pack_references(references, layout)
 
 
 def rescore(
@@ -290,24 +274,34 @@ def fused_logsumexp(
     """The operator `correlation_logsumexp`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    references, layout, packed = _packed_references(references)
-    n, k = len(particles), len(references)
-    out = references.new_empty(n, k, 1 + mirror, dtype=torch.float)
-    matrix = dft_matrix(layout.angles, layout.k_steps, out.device)
+    size = (len(particles), len(references), 1 + mirror)
+    out = references.new_empty(size, dtype=torch.float)
 
-    def run(rows: slice) -> None:
-        torch.ops.cryoalign_cuda.fused_logsumexp(
-            *pack_particles(particles[rows].resolve_conj().contiguous(), layout),
-            *packed,
-            matrix,
-            layout.steps,
-            layout.angles,
-            temperature,
-            out[rows],
-        )
+    def run(rows: slice, some: Tensor, packed: Task) -> None:
+        torch.ops.cryoalign_cuda.fused_logsumexp(*_task(*packed), temperature, out[rows])
 
-    in_batches(run, n, particles.shape[1] * layout.fragments * 64, particles.device)
+    _in_packed_batches(run, particles, references.resolve_conj().contiguous())
     return temperature * torch.logsumexp(out / temperature, 2)
+
+
+def _task(particles: Packed, references: Packed, layout: Layout) -> tuple[Any, ...]:
+    """The arguments that all searches of packed spectra have in common."""
+    matrix = dft_matrix(layout.angles, layout.k_steps, particles.scale.device)
+    return *particles, *references, matrix, layout.steps, layout.angles
+
+
+def _in_packed_batches(run: Callable[..., None], particles: Tensor, references: Tensor) -> None:
+    """Pack the references once and the particles batch by batch. ``run`` is called for each batch,
+    with its rows, its spectra and the search's task."""
+    layout = Layout.of_references(references)
+    packed = pack_references(references, layout)
+
+    def pack(rows: slice) -> None:
+        some = particles[rows].resolve_conj().contiguous()
+        run(rows, some, (pack_particles(some, layout), packed, layout))
+
+    bytes_each = particles.shape[1] * layout.fragments * 64
+    in_batches(pack, len(particles), bytes_each, particles.device)
 
 
 def serves(particles: Tensor, references: Tensor) -> bool:
@@ -331,13 +325,8 @@ def _most_frequencies(index: int) -> int:
 
 
 def in_batches(run: Callable[[slice], None], n: int, bytes_each: int, device: torch.device) -> None:
-    """Call ``run`` for batches of n particles that fit the free GPU memory.
-
-    Args:
-        run: called with the rows of a batch; called again with fewer if memory runs out.
-        n: number of particles.
-        bytes_each: bytes of packed spectra of one particle.
-        device: the GPU.
+    """Call ``run`` with the rows of one batch of n particles after another. The packed spectra of a
+    batch, ``bytes_each`` per particle, fit the free GPU memory; a batch is halved if they do not.
     """
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
