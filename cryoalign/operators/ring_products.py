@@ -86,18 +86,13 @@ def hand_peaks(
 
 
 def logsumexp_of(
-    particles: Tensor,
-    factors: RingFactors,
-    temperature: float,
-    mirror: bool,
-    block: int,
-    together: int,
+    particles: Tensor, factors: RingFactors, temperature: float, mirror: bool, *block: int
 ) -> Tensor:
     """(n, k): T log sum exp(score / T) over all poses, with T = ``temperature`` in units of the
-    score. See `hand_peaks` for the other arguments."""
+    score. The other arguments are those of `hand_peaks`, in its order."""
     n, s = particles.shape[:2]
     out = particles.new_empty(n, factors.size, dtype=particles.real.dtype)
-    for rows, some, x, room in _blocks(particles, factors, mirror, block, together):
+    for rows, some, x, room in _blocks(particles, factors, mirror, *block):
         logits = _logits(_tables(x, factors, some, mirror, room), s, temperature)
         out[rows, some] = temperature * torch.logsumexp(logits, (0, 1, 3))
     return out
@@ -109,8 +104,7 @@ def logsumexp_gradients(
     factors: RingFactors,
     temperature: float,
     mirror: bool,
-    block: int,
-    together: int,
+    *block: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `logsumexp_of` with respect to particles (n, s, r, m), references (k, r, m).
 
@@ -128,7 +122,7 @@ def logsumexp_gradients(
     # The weights of the frequencies in irfft: rfft times these weights is the transpose of irfft.
     multiplicity = grad.new_full((m, 1, 1, 1), 2.0 / a)
     multiplicity[0] = multiplicity[-1] = 1.0 / a
-    for rows, some, x, room in _blocks(particles, factors, mirror, block, together):
+    for rows, some, x, room in _blocks(particles, factors, mirror, *block):
         logits = _logits(_tables(x, factors, some, mirror, room), s, temperature)
         weight = (logits - logits.logsumexp((0, 1, 3), keepdim=True)).exp()
         weight = (weight * grad[rows, some].unsqueeze(1)).flatten(2, 3)  # (h, a, n' s, k')
