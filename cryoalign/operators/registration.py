@@ -42,16 +42,11 @@ def operator(
 
     def declare(body: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         in_pytorch: Body = body
-        signature = inspect.signature(body)
+        defaults = [each.default for each in inspect.signature(body).parameters.values()]
 
         def with_defaults(run: Body) -> Body:
             # PyTorch leaves out trailing arguments that have their default value.
-            def call(*args: Any, **kwargs: Any) -> Any:
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                return run(*bound.args)
-
-            return call
+            return lambda *args: run(*args, *defaults[len(args) :])
 
         def implementation(compiled: Body | None) -> Body:
             def run(*args: Any) -> Any:
@@ -62,18 +57,16 @@ def operator(
 
             return with_defaults(run)
 
-        name = body.__name__
+        name = f"cryoalign::{body.__name__}"
+        schema = torch.library.infer_schema(body, mutates_args=())
         defined = torch.library.custom_op(
-            f"cryoalign::{name}",
-            implementation(None),
-            mutates_args=(),
-            schema=torch.library.infer_schema(body, mutates_args=()),
+            name, implementation(None), mutates_args=(), schema=schema
         )
         for device, compiled in (("cpu", cpu), ("cuda", cuda)):
             if compiled is not None:
                 defined.register_kernel(device)(implementation(compiled))
         defined.register_fake(with_defaults(fake))
-        overload = getattr(torch.ops.cryoalign, name).default
+        overload = getattr(torch.ops.cryoalign, body.__name__).default
 
         @functools.wraps(body)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
