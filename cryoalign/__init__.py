@@ -1,6 +1,7 @@
 """cryoalign: alignment and classification of 2D cryo-EM particle images with PyTorch.
 
-    from cryoalign import align_multi_reference, read_particles
+    from cryoalign.methods.mra import align_multi_reference
+    from cryoalign.io.stack import read_particles
 
     particles = read_particles("particles.star")
     alignment = align_multi_reference(particles, n_classes=10)
