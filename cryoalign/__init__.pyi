@@ -5,8 +5,8 @@ from .learn.dataset import ParticleDataset
 from .methods.assignment import Assignment
 from .methods.base import align
 from .methods.classify.classify import classify
-from .methods.classify.split_and_merge import Likelihood
-from .methods.isac.generations import Isac
+from .methods.classify.settings import Likelihood
+from .methods.isac.settings import Isac
 from .methods.isac.isac import StableClasses, classify_stable
 from .methods.mra import align_multi_reference
 from .methods.rfa import align_reference_free

@@ -16,8 +16,8 @@ from cryoalign.app.schema import known_keys, load_settings
 from cryoalign.methods import METHODS
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.base import Method
-from cryoalign.methods.classify.split_and_merge import Likelihood
-from cryoalign.methods.isac.generations import Isac
+from cryoalign.methods.classify.settings import Likelihood
+from cryoalign.methods.isac.settings import Isac
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.particles.settings import Box, Images, Particle
 from cryoalign.results.averages import Averaging

@@ -16,7 +16,8 @@ from torch import Tensor
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
-from cryoalign.methods.classify.split_and_merge import Likelihood, Plan, SplitAndMerge
+from cryoalign.methods.classify.settings import Likelihood, Plan
+from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import observe
 from cryoalign.methods.references import find_all
 from cryoalign.methods.state import State

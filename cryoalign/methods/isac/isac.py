@@ -21,15 +21,14 @@ from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.isac.generations import (
-    Isac,
     Work,
     accept,
     centre_particles,
     centred_pyramid,
     generation,
-    scale_of,
 )
 from cryoalign.methods.isac.ordering import order_averages
+from cryoalign.methods.isac.settings import Isac, scale_of
 from cryoalign.methods.isac.stability import match_classes, reproducibility
 from cryoalign.methods.references import find_all
 from cryoalign.methods.state import State, pose_tensors
