@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.images.fourier import filter_shells, fourier_resize, low_pass_curve
+from cryoalign.images.fourier import filter_shells, fourier_resize, fourier_shrink, low_pass_curve
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import assign_equal
@@ -44,7 +44,6 @@ from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.coarse_to_fine import reduce
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, steps done, steps in all) now and then."""
@@ -263,7 +262,7 @@ def prealign(particles: Pyramid, iterations: int, tell: Callable[[str, int, int]
             break
         if (i + 1) % EVERY == 0:
             pose = replace(pose, angle=(pose.angle / KICK).round() * KICK)
-    return pose.shift * particles.screen.factor
+    return pose.shift * particles.coarse.factor
 
 
 class _Found(NamedTuple):
@@ -318,9 +317,9 @@ def _start(job: Job, particles: Pyramid, k: int, generator: torch.Generator) -> 
             seed=seed, device=str(low.images.device), progress=job.progress,
         )  # fmt: skip
         averages = found.filtered_averages().to(low.images.device)
-        return masked(reduce(averages, low.images.shape[-1]), low.mask)
+        return masked(fourier_shrink(averages, low.images.shape[-1]), low.mask)
     chosen = torch.randperm(len(particles), generator=generator)[:k]
-    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.screen.factor)
+    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.coarse.factor)
     images = low.images[chosen.to(low.images.device)]
     return masked(filter_shells(images, curve.to(images.device)), low.mask)
 
@@ -361,7 +360,7 @@ def _stable_references(
     """(k, t, t) averages of stable members, or of all where those are too few for half-sets."""
     enough = torch.bincount(label[stable], minlength=k) >= 4 * TRUSTED
     used = torch.where(stable | ~enough[label], label, -1)
-    low = scaled(pose, 1 / particles.screen.factor)
+    low = scaled(pose, 1 / particles.coarse.factor)
     return references_of(particles.low, particles.half, used, low, k, particles.averaging)[0]
 
 
