@@ -76,13 +76,13 @@ def wiener_curve(frc: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(curve[:, :1]), curve[:, 1:]], 1)
 
 
-def wiener_factors(frc: Tensor) -> Tensor:
+def wiener_factors(frc: Tensor, most: float = 1.0) -> Tensor:
     """(n, shells) the linear filter of least squared error for the average of two half-sets.
 
     The average of both halves has the signal-to-noise ratio SNR = 2 FRC / (1 - FRC), and the
     filter is SNR / (1 + SNR) = 2 FRC / (1 + FRC) (Rosenthal & Henderson 2003). The FRC is first
-    smoothed over three shells and clamped to [0, 1].
+    smoothed over three shells and clamped to [0, most].
     """
     padded = torch.nn.functional.pad(frc.unsqueeze(1), (1, 1), mode="replicate")
-    smooth = torch.nn.functional.avg_pool1d(padded, 3, stride=1).squeeze(1).clamp(0, 1)
+    smooth = torch.nn.functional.avg_pool1d(padded, 3, stride=1).squeeze(1).clamp(0, most)
     return 2 * smooth / (1 + smooth)

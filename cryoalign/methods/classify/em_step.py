@@ -30,6 +30,7 @@ from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
 
 # Entries of a block of the table: few enough for a CPU's cache, enough for few launches on a GPU.
 BLOCK = {"cpu": 2**21, "cuda": 2**27}
+HIGHEST_FRC = 0.999  # assumed in the filter of class images: none is free of noise
 NEGLIGIBLE = -25.0  # logarithm of a weight, relative to the particle's largest, that is left out
 
 
@@ -333,7 +334,7 @@ def maximise(sums: Sums, rings: FourierRings) -> Tensor:
     power = (torch.view_as_real(half).square().sum(-1) * twice).sum(-1)  # (2, k, r)
     frc = cross / power.prod(0).sqrt().clamp(min=1e-20)
     images = sums.signal.sum(0) / sums.weight.sum(0).clamp(min=1e-6)[..., None]
-    return images * wiener_factors(frc)[..., None]
+    return images * wiener_factors(frc, HIGHEST_FRC)[..., None]
 
 
 def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
