@@ -16,7 +16,7 @@ from bench.data import truth_of
 from bench.result import Result, Row
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.report.page import flags
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.quality import effective_classes

@@ -16,8 +16,8 @@ from cryoalign.io.formats import read_images, write_images
 from cryoalign.learn.dataset import ParticleDataset, RandomPose
 from cryoalign.learn.layers import AlignLayer
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.isac.generations import Isac
 from cryoalign.methods.isac.isac import classify_stable
+from cryoalign.methods.isac.settings import Isac
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
 from cryoalign.particles.simulate import simulate

@@ -16,7 +16,8 @@ from cryoalign.methods.classify import classify as classification
 from cryoalign.methods.classify import resolution_level as module
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.resolution_level import shift_grid
-from cryoalign.methods.classify.split_and_merge import Likelihood, Plan, SplitAndMerge
+from cryoalign.methods.classify.settings import Likelihood, Plan
+from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import Observations, observe
 from cryoalign.particles.prepare import prepare
 from cryoalign.particles.settings import Images, Particle
