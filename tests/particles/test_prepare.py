@@ -221,12 +221,14 @@ def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.
     for name, particles in kept.items():
         n, stack = len(particles), particles.stack
         assert isinstance(stack, Counted)
+        overlapping = [particles.read(torch.tensor([i, i + 1])) for i in (0, 1)]
         parts = list(torch.arange(n).split(3))
         first = torch.cat(list(map_in_order(particles.read, parts * 2, 4)))
         stack.rows.clear()
         again = torch.cat([particles.read(part) for part in particles.parts()])
         order = torch.tensor([n - 1, 0, 1, 1, 0])
         mixed = particles.read(order)
+        turned = particles.read(torch.tensor([0, 2, 1, 3]) % n)
         assert not stack.rows, name  # all is in memory by now
         expected = torch.cat([made[name].read(torch.tensor([i])) for i in range(n)])
         other = made[name].stack
@@ -237,6 +239,8 @@ def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.
         assert torch.equal(first, expected.repeat(2, 1, 1)), name
         assert torch.equal(again, expected), name
         assert torch.equal(mixed, expected[order]), name
+        assert torch.equal(turned, expected[torch.tensor([0, 2, 1, 3]) % n]), name
+        assert torch.equal(torch.cat(overlapping), expected[[0, 1, 1, 2]]), name
     for name in ("flipped part", "part of the flipped"):
         members = torch.tensor([0, 3, 4, 5, 6, 11, 20])
         all_of_it = torch.arange(len(members))
