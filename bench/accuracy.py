@@ -17,7 +17,7 @@ from cryoalign.images.ctf import phase_flip
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.joint_refinement import SOLVERS, Parameter, refine_jointly
+from cryoalign.search.joint_refinement import Parameter, refine_jointly
 from cryoalign.search.settings import Search
 
 
@@ -41,8 +41,8 @@ def run(
     class's mean is removed; angle and shift errors are those of particles with the right class
     and hand. The bound is for white noise over the whole box with an unknown amplitude.
 
-    With ``joint`` refine_jointly starts from those poses (of phase-flipped particles), each solver
-    in turn, without priors: simulated particles have a magnification of their own, N(1, 1 %), and
+    With ``joint`` refine_jointly starts from those poses (of phase-flipped particles), without
+    priors: simulated particles have a magnification of their own, N(1, 1 %), and
     a CTF whose defocus is known to N(0, 300 Å); those of files have what their files say.
     """
     search = Search(max_shift=max_shift, last_ring=last_ring)
@@ -115,17 +115,13 @@ def _joint_rows(known: KnownSet, search: Search, device: str) -> list[Row]:
     to = torch.device(device)
     on_device = (images.to(to), known.views.to(to), label.to(to), start.to(to))
     rows = [measure | {"method": "search", "ms": None} | _errors(known, start, None, bound, right)]
-    for solver in SOLVERS:
-        started = time.perf_counter()
-        refined = refine_jointly(
-            *on_device, parameters=parameters, optics=known.optics, solver=solver
-        )
-        pose = refined.pose.to("cpu")  # waits for a GPU
-        each = 1e3 * (time.perf_counter() - started) / len(images)
-        others = torch.stack([refined.magnification, refined.defocus_offset], 1).cpu()
-        errors = _errors(known, pose, others, bound, right)
-        rows.append(measure | {"method": solver, "ms": each} | errors)
-    return rows
+    started = time.perf_counter()
+    refined = refine_jointly(*on_device, parameters=parameters, optics=known.optics)
+    pose = refined.pose.to("cpu")  # waits for a GPU
+    each = 1e3 * (time.perf_counter() - started) / len(images)
+    others = torch.stack([refined.magnification, refined.defocus_offset], 1).cpu()
+    errors = _errors(known, pose, others, bound, right)
+    return [*rows, measure | {"method": "gauss-newton", "ms": each} | errors]
 
 
 def _true_optics(known: KnownSet) -> Any:

@@ -6,8 +6,8 @@ from .methods.assignment import Assignment
 from .methods.base import align
 from .methods.classify.classify import classify
 from .methods.classify.settings import Likelihood
-from .methods.isac.settings import Isac
 from .methods.isac.isac import StableClasses, classify_stable
+from .methods.isac.settings import Isac
 from .methods.mra import align_multi_reference
 from .methods.rfa import align_reference_free
 from .operators.correlation import correlation_at, correlation_peaks, correlation_table

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Likelihood:
-    """How classes are found by likelihood: the section ``likelihood`` of the settings.
-
-    Attributes:
-        start: where the first classes come from: `singles` from random particles by expectation
-            maximisation over all particles; `stochastic` by steps on random subsets that grow;
-            `invariants` from groups of particles that look alike before any is aligned.
-        starts: number of independent starts, of which the likeliest goes on.
-        surplus: classes to start with, per class asked.
-        split: number of parts that every class is split into.
-        cycles: cycles of splitting and merging at a resolution, at most: the first that does not
-            raise the likelihood is the last.
-        start_detail, end_detail: resolution of the start and of the end, in periods across the
-            particle's diameter.
-    """
+    """How classes are found by likelihood: the section ``likelihood`` of the settings."""
 
     start: Literal["singles", "stochastic", "invariants"] = Field(
         default="singles",
@@ -37,7 +23,7 @@ class Likelihood:
     surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
     split: int = Field(default=3, ge=2, description="parts that every class is split into")
     cycles: int = Field(
-        default=4, ge=0, description="cycles of splitting and merging, while they gain"
+        default=4, ge=0, description="cycles of splitting and merging, at most, while they gain"
     )
     start_detail: float = Field(
         default=8.0, gt=1, description="resolution at the start, periods across the particle"
@@ -54,7 +40,7 @@ class Likelihood:
             )
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """The settings in the units of the prepared images.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import filter_shells, fourier_resize, low_pass_curve
+from cryoalign.images.fourier import filter_shells, fourier_resize, fourier_shrink, low_pass_curve
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import assign_equal
@@ -40,7 +40,6 @@ from cryoalign.particles.settings import Particle
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.coarse_to_fine import reduce
 
 SHARING = 8  # iterations of sharing out, at most, in a pass
 RESTED = 0.02  # share of particles that change class below which it is at rest
@@ -127,7 +126,7 @@ def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
             break
         if (i + 1) % EVERY == 0:
             pose = replace(pose, angle=(pose.angle / KICK).round() * KICK)
-    return pose.shift * particles.screen.factor
+    return pose.shift * particles.coarse.factor
 
 
 class Generation(NamedTuple):
@@ -193,9 +192,9 @@ def _start(work: Work, particles: Pyramid, k: int, generator: torch.Generator) -
             seed=seed, device=str(low.images.device), progress=work.particles.progress,
         )  # fmt: skip
         averages = found.filtered_averages().to(low.images.device)
-        return masked(reduce(averages, low.images.shape[-1]), low.mask)
+        return masked(fourier_shrink(averages, low.images.shape[-1]), low.mask)
     chosen = torch.randperm(len(particles), generator=generator)[:k]
-    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.screen.factor)
+    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.coarse.factor)
     images = low.images[chosen.to(low.images.device)]
     return masked(filter_shells(images, curve.to(images.device)), low.mask)
 
@@ -236,7 +235,7 @@ def _stable_references(
     """(k, t, t) averages of stable members, or of all where those are too few for half-sets."""
     enough = torch.bincount(label[stable], minlength=k) >= 4 * TRUSTED
     used = torch.where(stable | ~enough[label], label, -1)
-    low = scaled(pose, 1 / particles.screen.factor)
+    low = scaled(pose, 1 / particles.coarse.factor)
     return references_of(particles.low, particles.half, used, low, k, particles.averaging)[0]
 
 

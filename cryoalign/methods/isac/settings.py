@@ -6,34 +6,18 @@ import math
 from typing import Literal, NamedTuple
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from cryoalign.particles.settings import Box, Particle
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Isac:
-    """What a stable class is, and how it is looked for: the section ``isac`` of the settings.
+    """What a stable class is, and how it is looked for: the section ``isac`` of the settings."""
 
-    Attributes:
-        images_per_group: number of particles that a class is given; the number of classes of a
-            generation is that of its particles divided by this.
-        min_group_size: stable members that a class needs; None is 0.3 of `images_per_group`.
-        threshold: pixel error below which a particle is stable, pixels of the shrunk images.
-        core: a stable particle whose score is so many standard deviations below the median of its
-            class is left out; this catches noise among real particles. None leaves none out.
-        runs: number of independent realignments of every class.
-        passes: passes of assigning particles to classes and realigning, at most, in a generation.
-        target_radius: radius that particles are shrunk to, pixels; smaller ones stay as they are.
-        prealign: iterations, at most, of the alignment that centres particles; 0 for none.
-        start: first references of a generation: random particles, or classes by likelihood.
-        slack: how far classes may be from equal size, as a share of it.
-        repeats: number of independent runs of everything. The first is the result; the others
-            show how much of it is found again.
-    """
-
-    images_per_group: int = Field(default=200, ge=4, description="particles that a class is given")
+    images_per_group: int = Field(
+        default=200, ge=4, description="particles that a class is given, which sets their number"
+    )
     min_group_size: int | None = Field(
         default=None, ge=2, description="stable members a class needs; null: 0.3 of the group"
     )
@@ -49,15 +33,20 @@ class Isac:
     runs: int = Field(default=5, ge=2, description="independent realignments of every class")
     passes: int = Field(default=4, ge=1, description="passes of a generation, at most")
     target_radius: int = Field(
-        default=29, ge=8, description="radius that particles are shrunk to, px"
+        default=29, ge=8, description="radius that particles are shrunk to, px; smaller ones stay"
     )
-    prealign: int = Field(default=14, ge=0, description="iterations of centring, at most")
+    prealign: int = Field(default=14, ge=0, description="iterations of centring, at most; 0: none")
     start: Literal["random", "likelihood"] = Field(
-        default="random", description="first references of a generation"
+        default="random",
+        description="first references of a generation: random particles, or classes by likelihood",
     )
-    slack: float = Field(default=0.5, ge=0, description="how far from equal size classes may be")
+    slack: float = Field(
+        default=0.5, ge=0, description="how far from equal size classes may be, a share of it"
+    )
     repeats: int = Field(
-        default=1, ge=1, description="independent runs; more than one show what is found again"
+        default=1,
+        ge=1,
+        description="independent runs; the first is the result, others show what is found again",
     )
 
     def __post_init__(self) -> None:
