@@ -4,7 +4,7 @@ with classes sorted by size, error bars and evidence."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -175,6 +175,24 @@ def test_gone_on_from_any_step_the_result_is_the_same(name: str, tmp_path: Path)
         )  # fmt: skip
         assert_same_result(again, done.result)
         assert [each.iteration for each in told] == [s.iteration for s in done.states[i + 1 :]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gone_on_from_a_state_in_memory_the_settings_are_those_given(name: str) -> None:
+    """What a run leaves in its states for the next step is not taken over: it may be of other
+    settings."""
+    state, tried = finished(name).states[1], replace(method(name), particle=Particle(mirror=False))
+    one = align(tried, particles(), resume=state)
+    bare = replace(state, unsaved={})
+    other = align(tried, particles(), resume=bare)
+    assert_same_result(one, other)
+
+
+def test_a_classification_of_another_number_of_classes_is_refused() -> None:
+    for state in finished("classify").states:
+        for k in (2, 4):
+            with pytest.raises(ValueError, match=f"checkpoint has 3 classes, not {k}"):
+                align(replace(method("classify"), n_classes=k), particles(), resume=state)
 
 
 def test_a_state_of_another_method_is_refused() -> None:
