@@ -1,7 +1,5 @@
 """A run: settings in, a folder of results out."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from itertools import count

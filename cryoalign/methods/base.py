@@ -5,8 +5,6 @@ step at a time, and finishes with an `Alignment`. `align` does the rest: it chec
 goes on from it, and calls back after every step.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace

@@ -4,8 +4,6 @@ The classes are found on Fourier rings by likelihood (`split_and_merge`); poses 
 against the averages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
