@@ -14,6 +14,7 @@ from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.report import figures as plot
+from cryoalign.report.montage import montage
 
 
 def main(
@@ -30,13 +31,13 @@ def main(
 
     output.mkdir(exist_ok=True)
     alignment.to_frame().to_csv(output / "particles.csv", index=False)
-    montage = plot.montage(
+    shown = montage(
         alignment.filtered_averages(),
         alignment.class_sizes,
         alignment.resolution,
         pixel_size=alignment.pixel_size,
     )
-    plot.save(montage, output / "class_averages.png")
+    plot.save(shown, output / "class_averages.png")
     print(f"{output}/particles.csv and {output}/class_averages.png are written")
 
 

@@ -46,7 +46,7 @@ from cryoalign.methods.classify.whitening import noise_spectrum
 from cryoalign.particles.simulate import Phantom, phantom, project, spread_views
 from cryoalign.pose import Pose
 from cryoalign.report import figures as plot
-from cryoalign.report.figures import BLUE, GREY, INK, ORANGE
+from cryoalign.report.montage import BLUE, GREY, INK, ORANGE
 from cryoalign.runtime.settings import FORBID
 from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.settings import Search

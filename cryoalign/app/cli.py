@@ -1,4 +1,8 @@
-"""The ``cryoalign`` command: run, check, simulate, doctor."""
+"""The ``cryoalign`` command: run, check, simulate, doctor, build-kernels.
+
+PyTorch and the rest of the package are imported by the commands that use them, so that ``--help``
+and ``--version`` answer at once.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +16,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from cryoalign.app.check import check_stack
-from cryoalign.app.doctor import examine
-from cryoalign.app.run import run
-from cryoalign.app.run_folder import box_of
-from cryoalign.app.schema import describe, known_keys, load_settings
-from cryoalign.app.settings import RunConfig, SimulateConfig, load_config
-from cryoalign.operators.kernels import build
-from cryoalign.particles.simulate import simulate, write_simulation
-from cryoalign.report.page import flags
-from cryoalign.results.alignment import Alignment
-from cryoalign.runtime.processes import choose_device, process_group, rank, world_size
+if TYPE_CHECKING:
+    from cryoalign.app.settings import RunConfig
 
 LISTED = 15
 """Classes in the table that a run ends with."""
 NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"
-_KEYS = "settings as key=value, e.g. search.max_shift=4 (the keys are listed below)"
+_KEYS = "settings as key=value, e.g. seed=4 (the keys are listed below)"
 PARTICLES = (".star", ".mrcs", ".mrc", ".npy")
 
 
@@ -52,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
-    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        return _tell(error)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        return _report_error(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's: a GPU's memory is full
+            raise
+        return _report_error(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "cryoalign", description="Align and classify cryo-EM particles."
     )
     parser.add_argument("--version", action="version", version=f"cryoalign {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
 
-    runs = _add(commands, "run", _run, "align particles and average their classes", RunConfig)
+    runs = _add(commands, "run", _run, "align particles and average their classes", "RunConfig")
     runs.add_argument(
         "words",
         metavar="CONFIG|STACK|key=value",
@@ -73,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "the particles",
     )
 
-    check = _add(commands, "check", _check, "list all that is wrong with a stack", RunConfig)
+    check = _add(commands, "check", _check, "list all that is wrong with a stack", "RunConfig")
     check.add_argument("stack", metavar="STACK", help="STAR file, .mrcs, .mrc or .npy")
     check.add_argument(
         "settings",
@@ -83,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="as for run, so that box, rings and shifts are checked too",
     )
 
-    make = _add(commands, "simulate", _simulate, "make a stack with known poses", SimulateConfig)
+    make = _add(commands, "simulate", _simulate, "make a stack with known poses", "SimulateConfig")
     make.add_argument("folder", metavar="OUT", help="folder to write into")
     make.add_argument("settings", metavar="key=value", nargs="*", default=[], help=_KEYS)
 
@@ -97,21 +91,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A command's parser, whose help ends with the keys of its settings, if it has some."""
+
+    settings = ""  # name of a class in `app.settings`
+
+    def format_help(self) -> str:
+        if self.settings:
+            from cryoalign.app import settings
+            from cryoalign.app.schema import describe
+
+            keys = describe(getattr(settings, self.settings))
+            self.epilog = f"keys (name, type, default, meaning):\n{keys}"
+        return super().format_help()
+
+
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[_CommandParser],
     name: str,
     command: Callable[[argparse.Namespace], int],
     purpose: str,
-    schema: type,
-) -> argparse.ArgumentParser:
+    settings: str,
+) -> _CommandParser:
     parser = commands.add_parser(
         name,
         help=purpose,
         description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"keys (name, type, default, meaning):\n{describe(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=command)
+    parser.settings = settings
     return parser
 
 
@@ -123,6 +132,10 @@ def _version() -> str:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    from cryoalign.app.run import run
+    from cryoalign.app.settings import load_config
+    from cryoalign.runtime.processes import choose_device, process_group, rank
+
     config = load_config(*_sorted_words(parsed.words))
     # The group ends after an error was told, so that its end is not told first by the others.
     with process_group(choose_device(config.device)):
@@ -156,6 +169,11 @@ def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _check(parsed: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cryoalign.app.check import check_stack
+    from cryoalign.app.settings import load_config
+
     # The words of a run, so that one line can be turned into the other.
     words = [f"particles={parsed.stack}", *parsed.settings]
     if not any(word.startswith(("n_classes=", "method=isac")) for word in words):
@@ -175,6 +193,12 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cryoalign.app.doctor import examine
+
     table = Table(box=None, show_header=False)
     for finding in examine():
         table.add_row(finding.what, Text(finding.found, overflow="fold"))
@@ -185,10 +209,16 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _build_kernels(parsed: argparse.Namespace) -> int:
+    from cryoalign.operators.kernels import build
+
     return build.main(parsed.verbose)
 
 
 def _simulate(parsed: argparse.Namespace) -> int:
+    from cryoalign.app.schema import known_keys, load_settings
+    from cryoalign.app.settings import SimulateConfig
+    from cryoalign.particles.simulate import simulate, write_simulation
+
     settings = load_settings(SimulateConfig, None, parsed.settings)
     arguments = {key: getattr(settings, key) for key, _ in known_keys(SimulateConfig)}
     star = write_simulation(parsed.folder, simulate(**arguments))
@@ -202,6 +232,15 @@ def _simulate(parsed: argparse.Namespace) -> int:
 
 def _show(folder: Path, config: RunConfig) -> None:
     """Where the results are, the largest classes, and what deserves a second look."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cryoalign.app.run_folder import box_of
+    from cryoalign.report.page import flags
+    from cryoalign.results.alignment import Alignment
+
     alignment = Alignment.load(folder / "alignment.npz")
     classes = alignment.class_frame().sort_values("size", ascending=False, kind="stable")
     unit = "Å" if alignment.pixel_size else "px"
@@ -233,6 +272,8 @@ def _first_to_fail() -> bool:
 
     When one fails the others do, for want of it: only the first has something to tell.
     """
+    from cryoalign.runtime.processes import rank, world_size
+
     # torchrun gives each process a file of its own, <folder of this attempt>/<rank>/error.json.
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if world_size() == 1 or errors is None:
@@ -246,12 +287,12 @@ def _first_to_fail() -> bool:
     return True
 
 
-def _tell(error: BaseException) -> int:
+def _report_error(error: BaseException) -> int:
     if os.environ.get("CRYOALIGN_DEBUG"):
         traceback.print_exception(error)
     interrupted = isinstance(error, KeyboardInterrupt)
     text = str(error) or "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":
         text = (
             f"the GPU's memory does not suffice: use a smaller batch_size, or images.box ({text})"
         )

@@ -17,7 +17,8 @@ from cryoalign.methods.state import State
 from cryoalign.particles.settings import Box
 from cryoalign.report import figures as plot
 from cryoalign.report.embedding import embed, features, neighbour_purity
-from cryoalign.report.page import MAPS, write_report
+from cryoalign.report.page import write_report
+from cryoalign.report.pictures import draw, picture
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.files import replacing
 
@@ -70,20 +71,21 @@ def write_results(
         alignment.pixel_size,
     )
     alignment.save(folder / "alignment.npz")
-    pictures = _draw(config, alignment)
+    method = config.made()
+    limit = method.max_shift(box_of(alignment)) * alignment.scale
+    pictures = draw(alignment, limit)
     maps = _embedding(config, stack, alignment) if config.embedding else None
     if maps is not None:
-        pictures["tsne.png"] = maps
-    for name, figure in pictures.items():
-        plot.save(figure, folder / name)
-    more = {} if maps is None else {MAPS: maps}
-    method = config.made()
+        pictures.append(picture("tsne.png", maps))
+    for each in pictures:
+        with replacing(folder / each.name) as beside:
+            beside.write_bytes(each.png)
     write_report(
         alignment,
         folder,
         used_mapping(config),
-        more,
-        max_shift=method.max_shift(box_of(alignment)) * alignment.scale,
+        pictures,
+        max_shift=limit,
         shift_key=method.shift_key,
     )
 
@@ -135,28 +137,6 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
         alignment.class_number > 0,
         alignment.score,
     )
-
-
-def _draw(config: RunConfig, alignment: Alignment) -> dict[str, Figure]:
-    """Pictures by file name."""
-    method = config.made()
-    limit = method.max_shift(box_of(alignment)) * alignment.scale
-    size, classes = alignment.averages.shape[-1], len(alignment.averages)
-    made = {
-        "class_averages.png": plot.montage(
-            alignment.filtered_averages(),
-            alignment.class_sizes,
-            alignment.resolution,
-            pixel_size=alignment.pixel_size,
-            order=alignment.class_quality.get("order"),
-        ),
-        "histograms.png": plot.pose_histograms(alignment.to_frame(), limit, classes),
-        "frc.png": plot.frc_curves(alignment.frc, alignment.pixel_size, size=size),
-        "history.png": plot.history(alignment.history),
-    }
-    if "junk_score" in alignment.particle_quality:
-        made["quality.png"] = plot.quality(alignment.to_frame())
-    return made
 
 
 def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:

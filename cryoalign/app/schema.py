@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -236,7 +236,8 @@ def _got(value: Value) -> str:
 def _kinds(field: FieldInfo) -> tuple[Any, ...]:
     """The types a field takes: int | None becomes (int, NoneType)."""
     kind = field.annotation
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)
 
 
 def _type_words(field: FieldInfo) -> str:

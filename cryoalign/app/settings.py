@@ -148,8 +148,7 @@ class RunConfig:
         """What does not go together, as far as that shows without a file."""
         yield from self._unused()
         chosen = self.references in SEEDINGS
-        needs = self.method != "rfa" and METHODS[self.method].uses("n_classes")
-        if needs and self.n_classes is None and (chosen or self.method == "classify"):
+        if self.n_classes is None and METHODS[self.method].needs_classes(chosen):
             yield f"n_classes is missing: method={self.method} needs it, e.g. n_classes=10"
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
@@ -157,6 +156,8 @@ class RunConfig:
             yield "resume needs output, the folder of the run to go on with"
         if METHODS[self.method].uses("assign"):
             yield from self._wrong_assignment()
+        if METHODS[self.method].uses("search.shift_step"):
+            yield from self._wrong_shifts()
         if self.images.box is not None:
             try:
                 self.made().check(Box(self.images.box, None))
@@ -174,6 +175,16 @@ class RunConfig:
                 yield f"{found}; {method.instead[key]} is its own"
             elif others := [name for name, each in METHODS.items() if each.uses(key)]:
                 yield f"{found}, or use method={' or '.join(others)}"
+
+    def _wrong_shifts(self) -> Iterator[str]:
+        """Trial shifts further apart than the largest one, as far as both are in pixels."""
+        reach, unit = self.particle.max_shift.split()
+        if unit == "px" and 0 < float(reach) < self.search.shift_step:
+            yield (
+                f"search.shift_step {self.search.shift_step:g} px is larger than "
+                f"particle.max_shift {reach} px, so that no shift would be tried: make it smaller, "
+                "or particle.max_shift 0 px"
+            )
 
     def _wrong_assignment(self) -> Iterator[str]:
         try:

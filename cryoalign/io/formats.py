@@ -1,4 +1,4 @@
-"""Which module reads and writes which image format."""
+"""Read and write images; the suffix of a file gives its format."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HEADERS = {".mrc": mrc.read_header, ".mrcs": mrc.read_header, ".npy": npy.read_
 
 
 def read_header(path: Path) -> ImageFile:
-    """The header of an image file, its format told by its suffix.
+    """The header of an image file; the suffix gives the format.
 
-    Raises FileNotFoundError if there is no such file, InputError (a ValueError) if its format is
-    not known or its header and its size do not agree.
+    Raises FileNotFoundError if the file does not exist, and InputError (a ValueError) if its format
+    is unknown or its header does not fit its size.
     """
     if path.suffix.lower() not in _HEADERS:
         what = f"images in the format '{path.suffix}' cannot be read"
@@ -35,24 +35,29 @@ def read_header(path: Path) -> ImageFile:
 
 
 def read_images(path: str | Path) -> Tensor:
-    """All images of a .mrcs, .mrc or .npy file as (n, h, w) float32, in memory: references.
+    """All images of a .mrcs, .mrc or .npy file as (n, h, w) float32 in memory, e.g. references.
 
-    Raises FileNotFoundError or InputError (a ValueError) as ``read_header``.
+    Raises the errors of `read_header`.
     """
     images = read_header(Path(path)).open()
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, as in a stack
+    with np.errstate(over="ignore"):  # too large for float32: infinite, as in a stack
         return torch.from_numpy(np.array(images, dtype=np.float32, order="C"))
 
 
 def image_pixel_size(path: str | Path) -> float | None:
-    """Ångström per pixel by an image file's header; None where it does not say."""
+    """Ångström per pixel from the header of an image file; None if it is not given there."""
     return read_header(Path(path)).pixel_size
 
 
 def write_images(path: str | Path, images: Array, pixel_size: float | None = None) -> None:
-    """Write (n, h, w) images as float32 to a .mrcs, .mrc or .npy file, whole or not at all.
+    """Write images as float32 to a .mrcs, .mrc or .npy file.
 
-    ``pixel_size`` (ångström) goes into an MRC header; None leaves it unset there.
+    If writing fails, an existing file stays as it was.
+
+    Args:
+        path: the file; its folder must exist.
+        images: (n, h, w).
+        pixel_size: Å per pixel for the header of an MRC file; None leaves it unset.
 
     Raises ValueError for another shape or suffix, FileNotFoundError if the folder is missing.
     """

@@ -1,4 +1,4 @@
-"""Image files of every format, seen alike: a header now, a memory map for each read."""
+"""An image file of any format: its header is kept, its pixels are mapped for each read."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cryoalign.io.problems import Problem, input_error
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What a header says of a file of n images: enough to map it into memory.
+    """The header of a file of n images, with all that is needed to map it into memory.
 
     Attributes:
         path: the file.
         shape: (n, h, w).
-        dtype: type of the stored pixels, byte order included.
-        offset: bytes before the first pixel.
+        dtype: type of the stored pixels, including the byte order.
+        offset: number of bytes before the first pixel.
         order: memory order of the stored array, "C" or "F".
-        pixel_size: ångström, None where the file does not say.
+        pixel_size: Å per pixel; None if the file does not give it.
     """
 
     path: Path
@@ -33,17 +33,19 @@ class ImageFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the pixels on disk."""
+        """Bytes of the pixels on disk."""
         return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def open(self) -> np.memmap:
-        """(n, h, w) read-only memory map; its pages leave this process when it is dropped.
+        """(n, h, w) read-only memory map; its memory is free again when it is deleted.
 
-        Raises InputError if the file was removed or shortened since its header was read.
+        Raises InputError if the file was removed or shortened after its header was read.
         """
         try:
             return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, self.order)
         except (OSError, ValueError) as error:
             what = f"cannot be mapped into memory ({error})"
-            remedy = "was it moved or rewritten during the run? Restore it and start again"
+            remedy = (
+                "it may have been moved or rewritten during the run: restore it and start again"
+            )
             raise input_error([Problem(self.path, None, what, remedy)]) from error

@@ -1,4 +1,4 @@
-"""Where the stacks that a STAR file names are."""
+"""Find the stacks that a STAR file names."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from cryoalign.io.problems import Problem, input_error
 
 
 def resolve(name: str, star: Path, root: Path | None, allow_outside: bool) -> Path:
-    """The file that a STAR file at ``star`` means by ``name``.
+    """The stack that the STAR file ``star`` means by ``name``.
 
-    Relative names are tried against ``root``, the STAR file's folder, its ancestors (RELION names
-    files from the project's folder), and the current folder. A name that is absolute, or whose
-    ``..`` climb out of the folder it starts from, must lie inside ``root`` or the STAR file's
-    folder unless ``allow_outside``. Paths are compared as written: symbolic links are a user's
-    own, on purpose.
+    A relative name is tried in ``root``, in the folder of the STAR file, in the folders above it
+    (RELION's names start at the project folder), and in the current folder. An absolute name, or
+    one that leaves its starting folder by ``..``, must lead into ``root`` or the folder of the STAR
+    file, unless ``allow_outside``. Symbolic links are not followed for this test: they are taken
+    as the user's intention.
 
-    Raises InputError (a ValueError) if it is missing or outside.
+    Raises InputError (a ValueError) if the stack is missing or outside.
     """
     folder = plain(star).parent
     homes = [folder] if root is None else [plain(root), folder]
-    # The file system's own root is left out: there "tmp/x" would mean the absolute "/tmp/x".
+    # Not the root of the file system, because "tmp/x" does not mean "/tmp/x".
     bases = dict.fromkeys([*homes, *folder.parents[:-1], plain(Path())])
     outside = False
     for base in bases:
@@ -34,14 +34,14 @@ def resolve(name: str, star: Path, root: Path | None, allow_outside: bool) -> Pa
             break
     if outside:
         what = f"the stack '{name}' leads outside {homes[0]}"
-        remedy = "if that is meant, set allow_outside, or set root to a folder that holds it"
+        remedy = "if this is intended, set allow_outside=true, or root to a folder that contains it"
     else:
         looked = [candidate] if Path(name).is_absolute() else bases
-        what = f"the stack '{name}' is missing (looked in {', '.join(map(str, looked))})"
-        remedy = "restore it, or set root to the folder its name starts from (RELION's project)"
+        what = f"the stack '{name}' is missing (searched in {', '.join(map(str, looked))})"
+        remedy = "restore it, or set root to the folder where its name starts (RELION's project)"
     raise input_error([Problem(star, None, what, remedy)])
 
 
 def plain(path: Path) -> Path:
-    """Absolute and without ``..``, but through symbolic links as written."""
+    """The absolute path without ``..``; symbolic links are not resolved."""
     return Path(os.path.normpath(path.absolute()))

@@ -1,4 +1,4 @@
-"""What can be wrong with an input, in one shape: which file, which row, what, and the remedy."""
+"""Problems of an input, each with the file, the row, a description and a remedy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-LISTED = 100  # problems of one kind told row by row; the rest are counted
-SHOWN = 5  # problems spelled out in an exception's message
+LISTED = 100  # problems of one kind that are listed by row; the rest are only counted
+SHOWN = 5  # problems in the message of an exception, so that it fits a screen
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with an input file.
+    """One problem of an input file.
 
     Attributes:
-        file: the file at fault.
-        row: 1-based data row of the STAR file that leads to it; None if it concerns the file.
-        what: what is wrong.
-        remedy: what to do about it.
+        file: the file with the problem.
+        row: 1-based data row of the STAR file; None if it concerns the whole file.
+        what: description of the problem.
+        remedy: what to do.
     """
 
     file: Path
@@ -34,13 +34,13 @@ class Problem:
 
 
 class InputError(ValueError):
-    """Input that cannot be used; ``problems`` holds all of it, the message the first few."""
+    """An input that cannot be used: all ``problems``, the first few also in the message."""
 
     problems: tuple[Problem, ...] = ()
 
 
 def input_error(problems: Sequence[Problem]) -> InputError:
-    """The exception that reports these problems."""
+    """An exception that reports these problems."""
     lines = [str(problem) for problem in problems[:SHOWN]]
     if len(problems) > 1:
         lines.insert(0, f"{len(problems)} problems (rows count from 1):")
@@ -54,9 +54,10 @@ def input_error(problems: Sequence[Problem]) -> InputError:
 def row_problems(
     file: Path, rows: np.ndarray, what: Callable[[int], str], remedy: str
 ) -> list[Problem]:
-    """One problem per 0-based row; past ``LISTED`` rows the rest are counted in one more."""
+    """One problem for each 0-based row; one more counts the rows after the first `LISTED`."""
     problems = [Problem(file, r + 1, what(r), remedy) for r in map(int, rows[:LISTED])]
     if len(rows) > LISTED:
-        rest = f"{what(int(rows[LISTED]))}, and {len(rows) - LISTED - 1} later rows likewise"
+        later = f"{len(rows) - LISTED - 1} later rows have the same problem"
+        rest = f"{what(int(rows[LISTED]))}, and {later}"
         problems.append(Problem(file, int(rows[LISTED]) + 1, rest, remedy))
     return problems

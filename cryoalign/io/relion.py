@@ -1,4 +1,4 @@
-"""Results as RELION reads them: particles with pose and class, class averages with statistics."""
+"""Write STAR files for RELION: particles with pose and class, statistics of class averages."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from cryoalign.io.stack import ParticleStack
 from cryoalign.io.star import Block, StarTables, write_star
 from cryoalign.pose import Pose, from_relion, to_relion
 
-VERSION = 30001  # of the layout with optics groups, RELION 3.1's
+VERSION = 30001  # RELION 3.1 writes this number; its files have optics groups
 SCORE = "cryoalignScore"
 CLASS_SIZE = "cryoalignClassSize"
-# RELION refuses an optics table without these; without defocus columns it does not use them.
+# RELION requires these columns in an optics table. It uses them only with defocus columns.
 _PLACEHOLDERS = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
 
 
 def read_pose(stack: ParticleStack) -> Pose:
-    """(n,) poses that the STAR file of a stack holds, in pixels and this package's convention.
+    """(n,) poses from the STAR file of a stack, in pixels and in the convention of `Pose`.
 
-    Raises ValueError if it holds none.
+    Raises ValueError if the STAR file has no poses.
     """
     if "rlnAnglePsi" not in stack.table:
-        raise ValueError(f"{stack.path}: no column rlnAnglePsi, so no poses; align it first")
+        raise ValueError(
+            f"{stack.path}: no column rlnAnglePsi, so there are no poses; align the particles first"
+        )
     columns = {str(label): values.to_numpy() for label, values in stack.table.items()}
-    # Without a pixel size there are no origins in ångström: `survey` refuses that.
+    # `survey` refuses origins in Å without a pixel size.
     return from_relion(columns, stack.pixel_size or 1.0)
 
 
@@ -44,27 +46,27 @@ def write_particles_star(
     keep: Tensor | np.ndarray | Sequence[int],
     score: Tensor,
 ) -> None:
-    """Write the kept particles with pose, class and score, whole or not at all.
+    """Write the kept particles with pose, class and score as a STAR file.
 
-    Every block and column of an input STAR file stays, in its layout; set are psi, class,
-    ``rlnIsFlip`` (0 or 1), and the origins: in ångström, or in pixels in RELION 3.0's layout. A
-    plain stack gets RELION 3.1's layout with one optics group, microscope values there being
-    placeholders, and a pixel size of 1 with a warning if it is not known.
+    All blocks and columns of an input STAR file are kept. The columns of psi, class, ``rlnIsFlip``
+    (0 or 1) and the origins are set; origins are in Å, or in pixels in the layout of RELION 3.0. A
+    plain stack gets the layout of RELION 3.1 with one optics group, whose microscope values are
+    placeholders. If its pixel size is not known, 1 Å is written and a warning is given.
 
     Args:
-        path: the .star file to write.
+        path: the .star file to write. If writing fails, an existing file stays as it was.
         stack: the input particles.
-        pose: (n,) particle onto reference, shifts in the stack's pixels.
+        pose: (n,) poses that move particles onto references, shifts in pixels of the stack.
         class_number: (n,) int, from 1.
-        keep: (n,) bool, or 0-based rows in the order to write; the others are left out.
-        score: (n,) correlation with the class, written as ``cryoalignScore``.
+        keep: (n,) bool, or the 0-based rows to write, in this order; others are left out.
+        score: (n,) correlation with the class average, written as ``cryoalignScore``.
 
     Raises ValueError if the lengths differ or a kept pose is not finite.
     """
     path = Path(path)
     lengths = (len(pose), len(class_number), len(score))
     if set(lengths) != {len(stack)}:
-        raise ValueError(f"{path}: {len(stack)} particles, but poses, classes, scores {lengths}")
+        raise ValueError(f"{path}: {len(stack)} particles, but {lengths} poses, classes and scores")
     rows = _rows(path, keep, len(stack))
     kept = pose[torch.as_tensor(rows)]
     wrong = ~(torch.isfinite(kept.angle) & torch.isfinite(kept.shift).all(-1))
@@ -94,10 +96,10 @@ def write_class_averages_star(
 
     Args:
         path: the .star file to write.
-        stack_name: the stack of averages as the STAR file names it, e.g. class_averages.mrcs.
-        class_sizes: (k,) particles in each class.
-        resolution: (k,) ångström, or pixels if ``pixel_size`` is None (a comment says so).
-        pixel_size: ångström per pixel of the averages.
+        stack_name: name of the stack of averages in the STAR file, e.g. class_averages.mrcs.
+        class_sizes: (k,) number of particles in each class.
+        resolution: (k,) in Å, or in pixels if ``pixel_size`` is None (a comment says so).
+        pixel_size: Å per pixel of the averages.
     """
     sizes = np.asarray(class_sizes, np.int64)
     classes = pd.DataFrame(
@@ -112,7 +114,9 @@ def write_class_averages_star(
     if pixel_size is not None:
         general["rlnPixelSize"] = pixel_size
     blocks: dict[str, Block] = {"model_general": general, "model_classes": classes}
-    note = () if pixel_size else ("pixel size not known: rlnEstimatedResolution is in pixels",)
+    note = (
+        () if pixel_size else ("the pixel size is not known: rlnEstimatedResolution is in pixels",)
+    )
     write_star(Path(path), StarTables(blocks, "model_classes", VERSION), note)
 
 
@@ -121,17 +125,17 @@ def _rows(path: Path, keep: Tensor | np.ndarray | Sequence[int], n: int) -> np.n
     rows = np.asarray(keep)
     if rows.dtype == bool:
         if rows.shape != (n,):
-            raise ValueError(f"{path}: keep has shape {rows.shape}, should be ({n},)")
+            raise ValueError(f"{path}: keep has shape {rows.shape}, but must have ({n},)")
         return np.flatnonzero(rows)
     if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= n):
-        raise ValueError(f"{path}: keep should be bools, or rows from 0 to {n - 1}")
+        raise ValueError(f"{path}: keep must hold bools, or rows from 0 to {n - 1}")
     return rows.astype(np.int64)
 
 
 def _pose_columns(
     tables: StarTables, pose: Pose, pixel_size: float | None
 ) -> dict[str, np.ndarray]:
-    """RELION's columns in the table's layout; all origins it has are set, so none goes stale."""
+    """Columns of the poses in the layout of the table, where all origin columns are replaced."""
     columns = to_relion(pose, pixel_size or 1.0)
     origins = {axis: columns.pop(f"rlnOrigin{axis}Angst") for axis in "XY"}
     for axis, origin in origins.items():
@@ -143,23 +147,35 @@ def _pose_columns(
 
 
 def _tables_of_plain_stack(path: Path, stack: ParticleStack) -> tuple[StarTables, tuple[str, ...]]:
-    """RELION 3.1's layout for a stack that came without a STAR file, and what to say of it."""
+    """The tables of a stack without a STAR file, and comments on values that are placeholders."""
     comments = ["voltage, spherical aberration and amplitude contrast are placeholders"]
     if stack.pixel_size is None:
         comments.append("the pixel size is not known: 1 A stands for it, so origins are in pixels")
         warnings.warn(f"{path}: {comments[-1]}", stacklevel=3)
-    optics = {"rlnOpticsGroup": 1, "rlnOpticsGroupName": "opticsGroup1", **_PLACEHOLDERS}
-    optics["rlnImagePixelSize"] = stack.pixel_size or 1.0
-    optics |= {"rlnImageSize": stack.shape[1], "rlnImageDimensionality": 2}
     name = _name_for(stack.path, path)
-    names = [f"{i:06d}@{name}" for i in range(1, len(stack) + 1)]
+    tables = one_group_tables(name, len(stack), stack.shape[1], stack.pixel_size or 1.0)
+    return tables, tuple(comments)
+
+
+def one_group_tables(stack_name: str, n: int, size: int, pixel_size: float) -> StarTables:
+    """Tables of RELION 3.1 for all n particles of one stack, in one optics group.
+
+    Args:
+        stack_name: name of the stack in the STAR file.
+        n: number of particles.
+        size: width of an image in px.
+        pixel_size: Å per pixel.
+    """
+    optics = {"rlnOpticsGroup": 1, "rlnOpticsGroupName": "opticsGroup1", **_PLACEHOLDERS}
+    optics |= {"rlnImagePixelSize": pixel_size, "rlnImageSize": size, "rlnImageDimensionality": 2}
+    names = [f"{i:06d}@{stack_name}" for i in range(1, n + 1)]
     particles = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": 1})
     blocks: dict[str, Block] = {"optics": pd.DataFrame([optics]), "particles": particles}
-    return StarTables(blocks, "particles", VERSION), tuple(comments)
+    return StarTables(blocks, "particles", VERSION)
 
 
 def _name_for(stack: Path, star: Path) -> str:
-    """How a STAR file names a stack: from their common folder if that finds it, else absolute."""
+    """Name of a stack for a STAR file: from their common folder if that works, or absolute."""
     stack, folder = plain(stack), plain(star).parent
     try:
         name = stack.relative_to(os.path.commonpath([stack, folder])).as_posix()

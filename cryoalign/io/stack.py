@@ -1,4 +1,4 @@
-"""Particles in files: read a few at a time, in any order, without keeping pages in memory."""
+"""Particles in files, read in any order, a few at a time."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from cryoalign.io.survey import Survey, survey
 
 
 class ParticleStack(Dataset[Tensor]):
-    """Particle images that stay on disk, one row each, in the order of the input's rows.
+    """Particle images that stay on disk, in the order of the rows of the input.
 
-    ``stack[i]`` is one image, ``stack.read(rows)`` a batch. A file is mapped for the length of one
-    read, in the order of its images, and let go: memory does not grow with the number of particles
-    read, any number of files will do, and the stack pickles (for ``DataLoader`` workers).
+    ``stack[i]`` is one image and ``stack.read(rows)`` is a batch. A file is mapped into memory only
+    for the duration of a read, so memory does not grow with the number of particles, any number of
+    files can be used, and the stack can be pickled (for the workers of a ``DataLoader``).
 
     Attributes:
-        path: the STAR file or stack it came from.
+        path: the STAR file or the stack.
         star: all blocks of the STAR file; None for a plain stack.
-        files: the stacks' headers.
-        pixel_size: ångström, None if the input does not say.
+        files: headers of the stacks.
+        pixel_size: Å per pixel; None if the input does not give it.
         shape: (h, w) of every image.
     """
 
     def __init__(self, found: Survey) -> None:
-        """Use a survey that found no problems; ``read_particles`` makes one from a path."""
+        """Use a survey without problems; `read_particles` makes the stack from a path."""
         if found.problems or found.shape is None:
             raise input_error(found.problems)
         self.path: Path = found.path
@@ -55,35 +55,35 @@ class ParticleStack(Dataset[Tensor]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per particle with the STAR file's columns; no columns for a plain stack."""
+        """The STAR file's columns, one row per particle; no columns for a plain stack."""
         if self.star is None:
             return pd.DataFrame(index=range(len(self)))
         return self.star.particles
 
     @property
     def optics(self) -> pd.DataFrame | None:
-        """One row per optics group, None if the input has none."""
+        """One row per optics group; None if the input has none."""
         return None if self.star is None else self.star.optics
 
     def __getitem__(self, row: int) -> Tensor:
-        """(h, w) float32 image of one 0-based row."""
+        """(h, w) float32 image of a 0-based row."""
         return self.read([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
-        """Images of several rows: how ``DataLoader`` asks for a batch."""
+        """Images of several rows; ``DataLoader`` calls this for a batch."""
         return list(self.read(rows))
 
     def read(self, rows: Sequence[int] | slice | np.ndarray | Tensor) -> Tensor:
-        """(b, h, w) float32 images of 0-based rows, in the order asked, repeats allowed.
+        """(b, h, w) float32 images of 0-based rows, in this order; rows can be repeated.
 
-        Raises IndexError for a row that is not there, InputError if a file changed meanwhile.
+        Raises IndexError for a row that does not exist, InputError if a file has changed.
         """
         wanted = self._rows(rows)
         out = np.empty((len(wanted), *self.shape), np.float32)
         file_of, image_of = self._file_of[wanted], self._image_of[wanted]
         order = np.lexsort((image_of, file_of))
         starts = np.flatnonzero(np.diff(file_of[order], prepend=-1))
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, for `screen`
+        with np.errstate(over="ignore"):  # too large for float32: infinite, which `screen` finds
             for run in np.split(order, starts[1:]) if len(order) else ():
                 source = self.files[file_of[run[0]]].open()
                 for place in run:
@@ -100,7 +100,7 @@ class ParticleStack(Dataset[Tensor]):
             raise IndexError(f"rows must be a list of whole numbers, not {wanted.dtype} values")
         wrong = wanted[(wanted < -len(self)) | (wanted >= len(self))]
         if len(wrong):
-            raise IndexError(f"row {wrong[0]} of {self.path}: it has rows 0 to {len(self) - 1}")
+            raise IndexError(f"no row {wrong[0]} in {self.path}: rows are 0 to {len(self) - 1}")
         return wanted % len(self)
 
 
@@ -110,16 +110,20 @@ def read_particles(
     root: str | PathLike[str] | None = None,
     allow_outside: bool = False,
 ) -> ParticleStack:
-    """Particles of a RELION STAR file (3.0, 3.1, 5), a .mrcs or .mrc stack, or a .npy array.
+    """Open the particles of a RELION STAR file (3.0, 3.1, 5), an MRC stack or a .npy array.
 
-    Every row and every stack's header is verified first; no pixel is read yet. Stacks named by a
-    STAR file are looked for in ``root`` if given, the STAR file's folder, the folders above it
-    (RELION names files from its project's folder), and the current folder. Absolute names, and
-    names that climb out by ``..``, must lead into ``root`` or the STAR file's folder unless
-    ``allow_outside``.
+    Every row and the header of every stack are checked first; no pixel is read.
 
-    Raises FileNotFoundError if ``path`` is missing; InputError (a ValueError) that tells the first
-    few problems with file, row and remedy and holds all of them in ``problems``.
+    Args:
+        path: the .star, .mrcs, .mrc or .npy file.
+        root: first folder in which stacks of a STAR file are searched. Then follow the folder of
+            the STAR file, the folders above it (RELION's names start at the project folder), and
+            the current folder.
+        allow_outside: True also accepts stacks with absolute names, or names with ``..``, that are
+            outside ``root`` and the folder of the STAR file.
+
+    Raises FileNotFoundError if ``path`` is missing, and InputError (a ValueError) whose message
+    lists the first few problems with file, row and remedy; ``problems`` has all of them.
     """
     path = Path(path)
     if not path.exists():

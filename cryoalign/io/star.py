@@ -1,7 +1,7 @@
-"""STAR tables: the text's outline is checked line by line, pandas parses, ``starfile`` writes.
+"""STAR files: each line is checked here, pandas parses the tables, ``starfile`` writes them.
 
-Readers that skip the outline accept damaged text and return a wrong table: rows cut short, blocks
-lost, cells shifted. What does not hold together is refused here with the number of the line.
+Parsers without these checks accept damaged files and return wrong tables, with missing rows or
+blocks or with shifted cells. Here such a file is refused, with the number of the line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cryoalign.runtime.files import replacing
 
 Block = pd.DataFrame | dict[str, Any]
 
-# Characters that no STAR file needs and that programs take differently: control, odd spaces.
+# Control characters and unusual spaces, which programs interpret differently.
 _ODD = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 )
@@ -34,9 +34,9 @@ class StarTables:
     """The blocks of a STAR file that lists particles or classes.
 
     Attributes:
-        blocks: every block in its order; tables as DataFrames, lists of pairs as dicts of text.
+        blocks: all blocks in their order; tables as DataFrames, lists of pairs as dicts of text.
         particles_name: name of the block that lists the particles.
-        version: the number in the file's ``# version`` comment, None without one.
+        version: the number in the ``# version`` comment; None without one.
     """
 
     blocks: dict[str, Block]
@@ -50,13 +50,13 @@ class StarTables:
 
     @property
     def optics(self) -> pd.DataFrame | None:
-        """One row per optics group; None in RELION 3.0's layout, which has none."""
+        """One row per optics group; None in the layout of RELION 3.0."""
         return pd.DataFrame(self.blocks["optics"]) if "optics" in self.blocks else None
 
 
 @dataclass
 class _Outline:
-    """One block of the text: its labels, and the lines of its table or the values of its pairs."""
+    """One block of the text: its labels, with the lines of its table or the values of its pairs."""
 
     name: str
     looped: bool = False
@@ -69,10 +69,10 @@ class _Outline:
 def read_star(path: Path) -> StarTables:
     """Read a particle STAR file of RELION 3.0 (one block), 3.1 or 5 (optics and particles).
 
-    A column whose cells are all numbers becomes numbers, exactly; columns of names, and any column
-    with a cell that is no number, keep their text as it stands ("None" and "nan" included).
+    A column becomes numbers if all its cells are numbers. Columns of names, and columns with any
+    other cell, keep their text unchanged (also "None" and "nan").
 
-    Raises InputError (a ValueError) naming the file and the lines that do not hold together.
+    Raises InputError (a ValueError) with the file and the damaged lines.
     """
     text = _text(path)
     outlines, problems = _scan(path, text)
@@ -88,7 +88,7 @@ def read_star(path: Path) -> StarTables:
 
 
 def write_star(path: Path, tables: StarTables, comments: tuple[str, ...] = ()) -> None:
-    """Write the blocks in their order, numbers in RELION's six decimals where those are exact."""
+    """Write the blocks in their order; numbers have six decimals if that is exact."""
     head = [f"# version {tables.version}"] if tables.version is not None else []
     head += [f"# {comment}" for comment in comments]
     blocks = {
@@ -103,18 +103,18 @@ def _text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"not text: byte {error.start} is not UTF-8"
+        what = f"not a text file: byte {error.start} is not UTF-8"
         raise input_error([Problem(path, None, what, "give a STAR file")]) from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if odd := _ODD.search(text):
         line = text.count("\n", 0, odd.start()) + 1
-        what = f"line {line} holds the character {odd[0]!r}, which no STAR file needs"
+        what = f"line {line} contains the character {odd[0]!r}, which is not allowed in a STAR file"
         raise input_error([Problem(path, None, what, _RESTORE)])
     return text
 
 
 def _scan(path: Path, text: str) -> tuple[list[_Outline], list[Problem]]:
-    """The blocks of a STAR text, and what is wrong with its lines."""
+    """The blocks of a STAR text, and the problems of its lines."""
     outlines: list[_Outline] = []
     problems: list[Problem] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -124,18 +124,18 @@ def _scan(path: Path, text: str) -> tuple[list[_Outline], list[Problem]]:
             row = rows + 1 if outlines and len(outlines[-1].lines) > rows else None
             problems.append(Problem(path, row, f"line {number}: {what}", _RESTORE))
     if not outlines:
-        problems.append(Problem(path, None, "no data_ block in it", "give a STAR file"))
+        problems.append(Problem(path, None, "has no data_ block", "give a STAR file"))
     return outlines, problems
 
 
 def _scan_line(line: str, outlines: list[_Outline]) -> str | None:
-    """Add one line to the outline of the blocks; returns what is wrong with it."""
+    """Add one line to the blocks; return what is wrong with it, or None."""
     if line.startswith("data_"):
         known = {outline.name for outline in outlines}
         outlines.append(_Outline(line[5:]))
         if len(line.split()) > 1:
-            return "a data_ line with more text behind it"
-        return f"a second block {line}" if line[5:] in known else None
+            return "more text after the name in a data_ line"
+        return f"the block {line} appears twice" if line[5:] in known else None
     if not outlines:
         return None if not line or line.startswith("#") else "text before the first data_ line"
     block = outlines[-1]
@@ -148,7 +148,7 @@ def _scan_line(line: str, outlines: list[_Outline]) -> str | None:
         return "a second loop_ in one block" if again else None
     if line.startswith("_") and not block.lines:
         return _scan_label(line, block)
-    return _scan_row(line, block) if block.looped else "neither a label nor inside a loop_"
+    return _scan_row(line, block) if block.looped else "this line is not a label and not in a loop_"
 
 
 def _scan_label(line: str, block: _Outline) -> str | None:
@@ -156,7 +156,7 @@ def _scan_label(line: str, block: _Outline) -> str | None:
     known = label in block.labels
     block.labels.append(label)
     if not label or known:
-        return f"the label _{label} for a second time" if known else "a label without a name"
+        return f"the label _{label} appears twice" if known else "a label without a name"
     if block.looped:
         return None if block.labels_open else "a label after an empty line or a comment"
     try:
@@ -177,7 +177,7 @@ def _scan_row(line: str, block: _Outline) -> str | None:
                 break  # a comment to the end of the line
             values.append(next(group for group in match.groups() if group is not None))
         if any('"' in value for value in values):
-            return "a quote inside a value, which STAR readers take differently"
+            return "a quote inside a value, which STAR readers interpret differently"
         block.lines[-1] = "\t".join(f'"{value}"' for value in values)
     if len(values) != len(block.labels):
         return f"{len(values)} values for {len(block.labels)} labels"

@@ -1,6 +1,6 @@
-"""The one place that verifies particles: every row, every stack's header, before any pixel.
+"""Check particles before any pixel is read: every row and the header of every stack.
 
-``read_particles`` raises what it finds, ``cryoalign check`` lists it.
+``read_particles`` raises the problems that are found; ``cryoalign check`` lists them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cryoalign.io.paths import resolve
 from cryoalign.io.problems import InputError, Problem, row_problems
 from cryoalign.io.star import StarTables, read_star
 
-# Columns that must hold finite numbers in every row where they are present.
+# Columns that must hold finite numbers in every row if they are present.
 NUMBERS = (
     *("rlnAnglePsi", "rlnAngleRot", "rlnAngleTilt", "rlnOriginXAngst", "rlnOriginYAngst"),
     *("rlnOriginX", "rlnOriginY", "rlnClassNumber", "rlnIsFlip", "rlnOpticsGroup"),
@@ -36,16 +36,16 @@ _SAME_SCALE = (
 
 @dataclass
 class Survey:
-    """What headers and rows say of the particles at ``path``, and all that is wrong with them.
+    """The particles at ``path``, as far as rows and headers describe them, and all problems.
 
     Attributes:
         path: the input.
-        star: its tables, None if it is a plain stack (or a STAR file that cannot be read).
-        files: the stacks.
+        star: its tables; None for a plain stack, or if the STAR file cannot be read.
+        files: headers of the stacks.
         file_of: (n,) index into ``files`` of each particle.
-        image_of: (n,) 0-based image of each particle in its file.
-        pixel_size: ångström, None if not known.
-        problems: what is wrong; the other fields serve only if this is empty.
+        image_of: (n,) 0-based number of each particle's image in its file.
+        pixel_size: Å per pixel; None if it is not known.
+        problems: what is wrong. Use the other fields only if there are none.
     """
 
     path: Path
@@ -58,15 +58,14 @@ class Survey:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(h, w) of the first stack's images; None if no stack could be read."""
+        """(h, w) of the images of the first stack; None if no stack could be read."""
         return self.files[0].shape[1:] if self.files else None
 
 
 def survey(path: Path, *, root: Path | None = None, allow_outside: bool = False) -> Survey:
-    """Verify the particles of a STAR file or stack from rows and headers alone; never raises.
+    """Check the particles of a STAR file or stack from rows and headers; never raises.
 
-    ``root`` and ``allow_outside`` say where the stacks of a STAR file may lie: see
-    ``read_particles``.
+    ``root`` and ``allow_outside`` say where stacks may be: see `read_particles`.
     """
     found = Survey(path)
     if not path.is_file():
@@ -99,12 +98,12 @@ def _survey_star(found: Survey, root: Path | None, allow_outside: bool) -> None:
     star = found.star
     if star is None or star.particles.empty:
         what = "lists no particles"
-        found.problems.append(Problem(found.path, None, what, "give a STAR file with some"))
+        found.problems.append(Problem(found.path, None, what, "give a STAR file with particles"))
         return
     for name, table in (("optics", star.optics), (star.particles_name, star.particles)):
         if table is not None:
             found.problems += _number_problems(found.path, name, table)
-    if not found.problems:  # pixel sizes are arithmetic on columns that must be numbers
+    if not found.problems:  # pixel sizes are computed from columns that must be numbers
         found.pixel_size, problems = _pixel_size(found.path, star)
         found.problems += problems
     _locate(found, star.particles["rlnImageName"], root, allow_outside)
@@ -112,7 +111,7 @@ def _survey_star(found: Survey, root: Path | None, allow_outside: bool) -> None:
 
 
 def _numbers(table: pd.DataFrame, label: str) -> np.ndarray:
-    """(n,) float64 column; NaN for a cell that is no number."""
+    """(n,) float64 column; NaN for a cell that is not a number."""
     return pd.to_numeric(table[label], errors="coerce").to_numpy(np.float64)
 
 
@@ -121,14 +120,14 @@ def _number_problems(path: Path, block: str, table: pd.DataFrame) -> Iterator[Pr
         cells = table[label].to_numpy()
 
         def what(row: int, label: str = label, cells: np.ndarray = cells) -> str:
-            return f"{label} = '{cells[row]}' in data_{block} is no finite number"
+            return f"{label} = '{cells[row]}' in data_{block} is not a finite number"
 
         rows = np.flatnonzero(~np.isfinite(_numbers(table, label)))
         yield from row_problems(path, rows, what, "correct the number or remove the row")
 
 
 def _pixel_size(path: Path, star: StarTables) -> tuple[float | None, list[Problem]]:
-    """Ångström per pixel, if all rows agree on it; None if a 3.0 file leaves it out."""
+    """Å per pixel if all rows agree; None if a file of RELION 3.0 does not give it."""
     sizes, problems = _pixel_sizes(path, star)
     needing = {"rlnOriginXAngst", "rlnOpticsGroup"} & set(star.particles)
     if sizes is None and not problems and needing:
@@ -144,12 +143,12 @@ def _pixel_size(path: Path, star: StarTables) -> tuple[float | None, list[Proble
         what, remedy = f"a pixel size of {{:.4g}} A, where row 1 has {first:.4g} A", _SAME_SCALE
     if not len(rows):
         return first, []
-    what = f"{what.format(sizes[rows[0]])} (so have {len(rows)} of {len(sizes)} rows)"
+    what = f"{what.format(sizes[rows[0]])} ({len(rows)} of {len(sizes)} rows)"
     return None, [Problem(path, int(rows[0]) + 1, what, remedy)]
 
 
 def _pixel_sizes(path: Path, star: StarTables) -> tuple[np.ndarray | None, list[Problem]]:
-    """(n,) pixel size of each particle, None if a 3.0 file leaves it out."""
+    """(n,) pixel size of each particle; None if a file of RELION 3.0 does not give it."""
     particles, optics = star.particles, star.optics
     if optics is None:
         return _pixel_sizes_of_one_block(particles), []
@@ -173,7 +172,7 @@ def _pixel_sizes(path: Path, star: StarTables) -> tuple[np.ndarray | None, list[
 
 
 def _pixel_sizes_of_one_block(particles: pd.DataFrame) -> np.ndarray | None:
-    """(n,) ångström in RELION 3.0's layout, from magnification and detector; None without them."""
+    """(n,) Å per pixel from magnification and detector (RELION 3.0); None without them."""
     if "rlnImagePixelSize" in particles:
         return _numbers(particles, "rlnImagePixelSize")
     if not {"rlnDetectorPixelSize", "rlnMagnification"} <= set(particles):
@@ -184,7 +183,7 @@ def _pixel_sizes_of_one_block(particles: pd.DataFrame) -> np.ndarray | None:
 
 
 def _locate(found: Survey, names: pd.Series, root: Path | None, allow_outside: bool) -> None:
-    """Find the stack and the image of each row, in the order of the rows."""
+    """Find the stack and the image of each row."""
     parts = names.str.extract(_IMAGE_NAME)  # columns 0: number, 1: stack; NaN without a match
     found.problems += row_problems(
         found.path,
@@ -215,12 +214,12 @@ def _index_problems(
         path,
         rows[(numbers[rows] < 1) | (numbers[rows] > stack.shape[0])],
         lambda row: f"asks for image {numbers[row]} of {stack.path}",
-        f"it holds images 1 to {stack.shape[0]}: correct the row or restore the stack",
+        f"the stack has images 1 to {stack.shape[0]}: correct the row or restore the stack",
     )
 
 
 def _stack_problems(path: Path, rows: np.ndarray, error: Exception) -> Iterator[Problem]:
-    """What is wrong with a stack, told at the first row that uses it."""
+    """The problems of a stack, reported for the first row that uses it."""
     remedy = "check the file and its permissions"
     faults = error.problems if isinstance(error, InputError) else ()
     for fault in faults or (Problem(path, None, f"cannot be read ({error})", remedy),):
@@ -230,7 +229,7 @@ def _stack_problems(path: Path, rows: np.ndarray, error: Exception) -> Iterator[
 
 
 def _size_problems(found: Survey, star: StarTables) -> Iterator[Problem]:
-    """Stacks of another image size than the first, or than the optics table says."""
+    """Stacks whose image size differs from the first stack or from the optics table."""
     if not found.files:
         return
     shapes = [stack.shape[1:] for stack in found.files]

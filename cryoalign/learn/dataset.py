@@ -1,16 +1,16 @@
-"""Particles for training: a map-style dataset with metadata, and transforms of its batches.
+"""Particles for training: a map-style dataset with metadata, and transforms of batches.
 
     stack = read_particles("particles.star")
     dataset = ParticleDataset(stack, Normalise(40), PhaseFlip(), Mask(36))
     loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=2)
 
-From a stack that memory does not hold, on a disk that is slow to seek: `stream.ParticleStream`.
+For a stack that is larger than memory and on a slow disk, see `stream.ParticleStream`.
 
-A sample is a dict: ``image`` (h, w) float32, ``index`` (row of the stack) and what the stack's
-STAR file tells, ``defocus_u`` … ``pixel_size`` (`ctf.Optics`) and ``angle``, ``shift``,
-``mirror`` (`pose.Pose`, pixels of the stack). Transforms are functions of a *batch* of samples (a
-dict of tensors with one row each), so that ``DataLoader`` workers read and transform a batch at a
-time.
+A sample is a dict with ``image`` (h, w) float32, ``index`` (row of the stack), and the metadata
+of the stack's STAR file: the fields of `ctf.Optics` (``defocus_u`` to ``pixel_size``) and of
+`pose.Pose` (``angle``, ``shift`` in pixels of the stack, ``mirror``). A transform is a function of
+a *batch* of samples (a dict of tensors with one row for each sample), so that the workers of a
+``DataLoader`` read and transform whole batches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPTICS = tuple(Optics.__dataclass_fields__)
 
 
 def metadata_of(stack: Stack) -> Sample:
-    """Optics and poses that a stack's STAR file tells, tensors with a row per particle."""
+    """Optics and poses from a stack's STAR file, as tensors with one row per particle."""
     table, pixel_size = getattr(stack, "table", None), stack.pixel_size
     found: Sample = {}
     if table is None or pixel_size is None:
@@ -57,14 +57,14 @@ def metadata_of(stack: Stack) -> Sample:
 
 
 class ParticleDataset(Dataset[Sample]):
-    """Samples of a stack, read when asked for; pickles if its stack and transforms do.
+    """The samples of a stack, read on demand. It can be pickled if its parts can.
 
-    Every worker of a ``DataLoader`` reads for itself; every process of several has its own
-    contiguous shard, none padded and none twice (no ``DistributedSampler``).
+    Every worker of a ``DataLoader`` reads for itself. With several processes, each one has its own
+    contiguous part of the rows, so no ``DistributedSampler`` is needed and no sample is repeated.
 
     Attributes:
         rows: (n,) rows of the stack.
-        metadata: tensors with a row per particle of the whole stack.
+        metadata: tensors with one row per particle of the whole stack.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class ParticleDataset(Dataset[Sample]):
     ) -> None:
         """
         Args:
-            stack: `io.read_particles` or another, or an array (n, h, w) (`interop.Array`), of
-                any real type: samples are float32, those of float64 too.
-            transforms: applied to every batch in this order.
-            rows: which particles, whole numbers from 0, or a mask of bools, one per particle of
-                the stack; None is all. Of several processes each takes a shard.
-            metadata: tensors with a row per particle of the stack; None is `metadata_of` it.
+            stack: a stack such as from `io.read_particles`, or an array (n, h, w) of any real
+                type. Samples are float32.
+            transforms: functions that are applied to every batch, in this order.
+            rows: which particles: 0-based row numbers, or a bool mask with one element per
+                particle of the stack. None takes all. Each process takes its part of them.
+            metadata: tensors with one row per particle of the stack; None uses `metadata_of`.
 
         Raises:
-            TypeError: a path, or a transform that is no function.
-            ValueError: rows that the stack does not have; metadata of another number of particles.
+            TypeError: ``stack`` is a path, or a transform is not a function.
+            ValueError: rows that the stack does not have, or metadata of another length.
         """
         stack = as_stack(stack)
         for change in transforms:
             if not callable(change) or isinstance(change, type):
                 raise TypeError(
-                    f"{change!r} is no transform: give functions of a batch one after the other, "
+                    f"{change!r} is no transform: give functions of a batch as separate arguments, "
                     "ParticleDataset(stack, Normalise(40), Mask(36)), or a list as *transforms"
                 )
         self.stack, self.transforms = stack, transforms
@@ -109,44 +109,44 @@ class ParticleDataset(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample of one of `rows`; negative indices count from the end."""
+        """The sample with an index into `rows`; negative indices count from the end."""
         try:
             index = operator.index(index)
         except TypeError as error:
             raise TypeError(
-                f"{index!r} is no index of one sample: dataset.read(range(0, 3)) reads several"
+                f"{index!r} is not the index of one sample: dataset.read(range(0, 3)) reads several"
             ) from error
         if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+            raise IndexError(f"sample {index} of {len(self)} does not exist")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """Samples of several: how ``DataLoader`` asks for a batch."""
+        """Several samples at once; ``DataLoader`` calls this for a batch."""
         batch = self.read(indices)
         return [{name: value[i] for name, value in batch.items()} for i in range(len(indices))]
 
     def read(self, indices: Sequence[int] | Tensor) -> Sample:
-        """A batch: the samples of some indices into `rows`, stacked and transformed."""
+        """The batch of samples with these indices into `rows`, transformed."""
         return self.transformed(self.raw(indices))
 
     def raw(self, indices: Sequence[int] | Tensor) -> Sample:
-        """A batch as the stack has it."""
+        """The batch of samples with these indices into `rows`, before the transforms."""
         rows = self.rows[torch.as_tensor(indices)]
         batch = {"image": self.stack.read(rows), "index": rows}
         return batch | {name: value[rows] for name, value in self.metadata.items()}
 
     def transformed(self, batch: Sample) -> Sample:
-        """A batch after all transforms."""
+        """A batch after all transforms were applied."""
         for change in self.transforms:
             batch = change(batch)
         return batch
 
 
 def _row_numbers(rows: Tensor | np.ndarray | Sequence[int], n: int) -> Tensor:
-    """(m,) int64 row numbers, of numbers or of a mask, checked against n particles."""
+    """(m,) int64 row numbers from numbers or a mask, checked against a stack of n particles."""
     numbers = rows.cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
     if numbers.ndim != 1:
-        raise ValueError(f"rows have shape {tuple(numbers.shape)}: give one axis, (n,)")
+        raise ValueError(f"rows have shape {tuple(numbers.shape)}: give a one-dimensional array")
     if numbers.dtype == torch.bool:
         if len(numbers) != n:
             raise ValueError(f"rows are a mask of {len(numbers)}, the stack has {n} particles")
@@ -167,7 +167,7 @@ def _need(fits: bool, what: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Normalise:
-    """Background beyond ``radius`` pixels to mean 0 and deviation 1 (`filters.normalise`)."""
+    """Scale the background, beyond ``radius`` px, to mean 0 and standard deviation 1."""
 
     radius: float
 
@@ -180,7 +180,7 @@ class Normalise:
 
 @dataclass(frozen=True)
 class Mask:
-    """Nothing beyond ``radius`` pixels, with a soft edge (`filters.soft_mask`)."""
+    """Set images to zero beyond ``radius`` px, with a soft edge of ``edge`` px."""
 
     radius: float
     edge: float = 4.0
@@ -197,7 +197,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class FourierCrop:
-    """Images resampled to a box of ``size`` pixels; pixel size and shifts follow."""
+    """Resample images to a box of ``size`` px; pixel size and shifts are converted."""
 
     size: int
 
@@ -217,14 +217,14 @@ class FourierCrop:
 
 @dataclass(frozen=True)
 class PhaseFlip:
-    """The CTF's sign undone (`ctf.phase_flip`)."""
+    """Correct the sign of the CTF (`ctf.phase_flip`)."""
 
     def __call__(self, batch: Sample) -> Sample:
         missing = [name for name in OPTICS if name not in batch]
         if missing:
             raise ValueError(
                 f"PhaseFlip needs {', '.join(missing)} of every particle: use a STAR file with "
-                "its CTF columns, or leave PhaseFlip out"
+                "CTF columns, or leave PhaseFlip out"
             )
         optics = Optics(**{name: batch[name] for name in OPTICS})
         return {**batch, "image": phase_flip(batch["image"], optics)}
@@ -232,11 +232,12 @@ class PhaseFlip:
 
 @dataclass(frozen=True)
 class RandomPose:
-    """Images turned, shifted by up to ``max_shift`` pixels and mirrored at random.
+    """Rotate images, shift them by up to ``max_shift`` px along x and y, and mirror half of them.
 
-    A pose that a sample has becomes that of the moved image; one without gets the pose that takes
-    the moved image back to the stack's. Draws from PyTorch's generator, which ``DataLoader`` seeds
-    for every worker. Not after `Mask` with a radius that the shift leaves.
+    If a sample has a pose, it becomes the pose of the moved image. Otherwise the sample gets the
+    pose that moves the new image back to the original. Random numbers come from PyTorch's
+    generator, which ``DataLoader`` seeds for every worker. A `Mask` before this must leave room for
+    the shift. With ``mirror=False`` no image is mirrored.
     """
 
     max_shift: float = 0.0

@@ -1,9 +1,9 @@
-"""The pose as the maximum of a smooth score, and how it moves with the images.
+"""Differentiable poses: the maximum of a smooth score, by the implicit function theorem.
 
-`correlate.correlation_at` shifts by bilinear sampling: its maximum lies at a kink, where second
-derivatives mean nothing. `smooth_score` moves the image by phases of its Fourier transform
-instead and samples rings that stay where they are, so it is smooth in angle and shift. At its
-maximum p over poses, d score / d p = 0, and the implicit function theorem gives
+`correlation.correlation_at` shifts images by bilinear sampling, so it is not smooth at its maximum
+and has no useful second derivatives there. `smooth_score` shifts an image by the phases of its
+Fourier transform and samples fixed rings, so it is smooth in angle and shift. At its maximum p over
+all poses, d score / d p = 0, and the implicit function theorem gives
 
     d p / d images = - H^-1  d^2 score / (d p d images),   H = d^2 score / d p^2.
 """
@@ -21,26 +21,29 @@ from cryoalign.images.polar import Rings, normalised_spectra, ring_points
 from cryoalign.operators.correlation import turned_correlation
 from cryoalign.pose import Pose, wrap_degrees
 
-STEPS = 6  # of Newton's method, from a grid's pose
-REFINED_STEPS = 3  # from a refined one: they reach float64's rounding
-MAX_TURN, MAX_MOVE = 2.0, 0.7  # degrees and pixels of one step
-ENDED = 1e-2  # of these; a step so short is the last
+STEPS = 6
+"""Newton steps from a pose of the search grid."""
+REFINED_STEPS = 3
+"""Newton steps from a refined pose; they reach the rounding error of float64."""
+MAX_TURN, MAX_MOVE = 2.0, 0.7
+"""Largest change of the pose in one Newton step, in degrees and pixels."""
+ENDED = 1e-2
+"""Newton's method has converged if the next step is shorter than this part of the largest one."""
 
 
 def fourier_shift(images: Tensor, shift: Tensor) -> Tensor:
-    """Images (n, h, w) moved by (n, 2) xy pixels, exactly below Nyquist; the edges wrap round.
+    """Shift images (n, h, w) by (n, 2) px, x then y; the images are periodic at their edges.
 
-    (torch-fourier-shift has its phases in float32: too coarse for a float64 derivative.)
+    It is exact for frequencies below Nyquist. (torch-fourier-shift computes phases in float32,
+    which is too coarse for derivatives in float64.)
     """
     return _shifted(torch.fft.rfft2(images), shift, images.shape[-1])
 
 
 def _shifted(spectra: Tensor, shift: Tensor, width: int) -> Tensor:
     """`fourier_shift` of spectra (n, h, w // 2 + 1)."""
-    height, shift = (
-        spectra.shape[-2],
-        shift.to(spectra.real.dtype)[:, :, None, None],
-    )  # (n, 2, 1, 1)
+    height = spectra.shape[-2]
+    shift = shift.to(spectra.real.dtype)[:, :, None, None]  # (n, 2, 1, 1)
     x = torch.fft.rfftfreq(width, dtype=shift.dtype, device=shift.device)
     y = torch.fft.fftfreq(height, dtype=shift.dtype, device=shift.device)
     phase = (-2 * math.pi) * (shift[:, 0] * x + shift[:, 1] * y[:, None])
@@ -49,11 +52,12 @@ def _shifted(spectra: Tensor, shift: Tensor, width: int) -> Tensor:
 
 
 class _Pair(NamedTuple):
-    """What the score needs of particles and references, whatever the pose.
+    """Particles and references, prepared for scores at any pose.
 
     Attributes:
-        spectra: (n, h, w // 2 + 1) of particles; width: w.
-        rings: (n or 1, r, m) ring spectra of references.
+        spectra: (n, h, w // 2 + 1) Fourier transforms of the particles.
+        width: width w of the particles in px.
+        rings: (n or 1, r, m) ring spectra of the references.
     """
 
     spectra: Tensor
@@ -62,17 +66,17 @@ class _Pair(NamedTuple):
 
 
 def smooth_score(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:
-    """The score of particle i against reference i at pose i: twice differentiable in all.
+    """Score of particle i against reference i at pose i, twice differentiable in all of them.
 
     Args:
-        images: (n, h, w).
-        references: (n, h, w), or (1, h, w) shared.
-        pose: (n,), particle onto reference.
-        rings: the rings, about the centre of the moved particle.
+        images: (n, h, w) particles.
+        references: (n, h, w), or (1, h, w) for all particles.
+        pose: (n,) poses that move the particles onto the references.
+        rings: the rings on which the images are compared, about the centre of the moved particle.
 
     Returns:
-        (n,) correlation coefficients, those of `correlate.correlation_at` but for how shifts are
-        interpolated.
+        (n,) correlation coefficients. They differ from those of `correlation.correlation_at` only
+        in how shifts are interpolated.
     """
     return _score(_pair(images, references, rings), pose, rings)
 
@@ -88,23 +92,23 @@ def _score(pair: _Pair, pose: Pose, rings: Rings) -> Tensor:
     return turned_correlation(x, pair.rings, pose.angle, pose.mirror)
 
 
-@torch.compiler.disable  # which knows no second derivatives
+@torch.compiler.disable  # it does not support second derivatives
 def implicit_pose(
     images: Tensor, references: Tensor, start: Pose, rings: Rings, steps: int = STEPS
 ) -> Pose:
     """The poses that maximise `smooth_score`, differentiable in images and references.
 
-    Newton's method without a gradient from the start to the maximum; then one more step, not
-    taken, whose gradient is the theorem's. Where the Hessian is not negative definite, or steps
-    have not become short, there is no maximum to follow: that pose is a constant. First
-    derivatives only: in second ones the Hessian counts as a constant.
+    Newton's method goes from the start to the maximum without a gradient. One further step is
+    computed but not taken; its gradient is that of the implicit function theorem. A pose is a
+    constant if there is no maximum nearby: the Hessian is not negative definite, or Newton's method
+    has not converged. Only first derivatives are right; in second ones the Hessian is a constant.
 
     Args:
-        images: (n, h, w).
-        references: (n, h, w), or (1, h, w) shared.
-        start: (n,) within a grid step of the maximum.
-        rings: the rings.
-        steps: of Newton's method.
+        images: (n, h, w) particles.
+        references: (n, h, w), or (1, h, w) for all particles.
+        start: (n,) poses within one grid step of the maximum.
+        rings: the rings on which the images are compared.
+        steps: number of Newton steps.
     """
     where = torch.cat([start.angle[:, None], start.shift], 1).detach().to(images.dtype)  # (n, 3)
     bound = where.new_tensor([MAX_TURN, MAX_MOVE, MAX_MOVE])
@@ -120,32 +124,32 @@ def implicit_pose(
             _, hessian = _derivatives(fixed, where, start.mirror, rings)
             slope = _slope(_pair(images, references, rings), where, start.mirror, rings)[1]
             step = _newton(slope, hessian)
-            # Where Newton's method has not ended, the theorem does not hold: there a constant.
+            # The theorem holds only where Newton's method has converged.
             ended = (step.detach().abs() < ENDED * bound).all(1, keepdim=True)
             where = where + torch.where(ended, step - step.detach(), 0.0)
     return Pose(wrap_degrees(where[:, 0]), where[:, 1:], start.mirror)
 
 
 def _slope(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
-    """Poses (n, 3) as a leaf, and the gradient (n, 3) of the score by them, itself with one."""
+    """Poses (n, 3) as a leaf, and the differentiable gradient (n, 3) of the score in them."""
     where = where.detach().requires_grad_()
     score = _score(pair, Pose(where[:, 0], where[:, 1:], mirror), rings)
     return where, torch.autograd.grad(score.sum(), where, create_graph=True)[0]
 
 
 def _derivatives(pair: _Pair, where: Tensor, mirror: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
-    """Gradient (n, 3) and Hessian (n, 3, 3) of the score by angle and shift."""
+    """Gradient (n, 3) and Hessian (n, 3, 3) of the score in angle and shift."""
     where, slope = _slope(pair, where, mirror, rings)
     rows = [torch.autograd.grad(part.sum(), where, retain_graph=True)[0] for part in slope.T]
     return slope.detach(), torch.stack(rows, 1)
 
 
 def _newton(slope: Tensor, hessian: Tensor) -> Tensor:
-    """(n, 3) steps to the maximum; zero where there is none."""
-    scale = hessian.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-12).rsqrt()  # (n, 3) units
+    """(n, 3) Newton steps to the maximum; zero if there is no maximum."""
+    scale = hessian.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-12).rsqrt()  # (n, 3)
     scaled = scale[:, :, None] * hessian * scale[:, None, :]
     downhill = -torch.eye(3).to(scaled)
-    # A particle with NaN has no maximum, and must not end the others' decomposition.
+    # A particle with NaN has no maximum and must not stop the decomposition of the others.
     finite = scaled.isfinite().all(2).all(1) & slope.isfinite().all(1)
     safe = torch.where(finite[:, None, None], scaled, downhill)
     peak = finite & (torch.linalg.eigvalsh(safe).amax(1) < 0)

@@ -1,9 +1,9 @@
-"""The stages from pixels to score as small modules, each over one function of this package.
+"""The steps from pixels to a score as PyTorch modules, each of which wraps one function.
 
-All keep the dtype of what they are given, float64 included. Under autocast they compute in float32
-whatever the surroundings do (backward is to be called outside of it, as PyTorch says): transforms
-have no bf16, and a correlation is a sum over thousands of samples (half-precision *inputs* are
-taken, and cast). docs/layers.md has the table.
+A module returns the dtype of its inputs, float64 included. Under autocast it still computes in
+float32, because Fourier transforms do not exist in bfloat16 and a correlation is a sum over
+thousands of samples. Inputs in half precision are accepted and converted to float32. As PyTorch
+recommends, call backward outside of autocast. docs/layers.md has a table of the modules.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ Gradient = Literal["score", "implicit", "soft"]
 
 
 class _FullPrecision(nn.Module):
-    """A module that autocast leaves alone; half-precision inputs become float32, arrays of other
-    libraries tensors (`interop.as_tensor`)."""
+    """A module that computes in full precision under autocast.
+
+    Inputs in half precision become float32, and arrays of other libraries become tensors
+    (`cryoalign.runtime.arrays.as_tensor`).
+    """
 
     def __call__(self, *arrays: Array | None, **named: Array | None) -> Any:
-        """Cast and forward."""
+        """Convert the inputs and call forward without autocast."""
         inputs = [_full(x) for x in arrays]
         others = {name: _full(x) for name, x in named.items()}
         first = next(x for x in (*inputs, *others.values()) if x is not None)
@@ -45,34 +48,45 @@ class _FullPrecision(nn.Module):
             return super().__call__(*inputs, **others)
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """The settings of the module."""
         own = (f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_" and k != "training")
         return ", ".join(own)
 
 
 def _full(array: Array | None) -> Tensor | None:
-    """A tensor, float32 if it was of half precision."""
+    """The array as a tensor, in float32 if it was in half precision."""
     if array is None:
         return None
     tensor = as_tensor(array)
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-class PolarTransform(_FullPrecision):
-    """Images (n, h, w) and trial shifts (s, 2), (n, s, 2) or None to rings (n, s, r, a); see
-    `polar.to_polar`."""
+class _OnRings(_FullPrecision):
+    """A module that samples images on rings about the centre of the shifted image."""
 
     def __init__(self, rings: Rings) -> None:
         super().__init__()
         self.rings = rings
 
+
+class PolarTransform(_OnRings):
+    """Images (n, h, w) to their samples on rings, as `polar.to_polar`."""
+
     def forward(self, images: Tensor, shifts: Tensor | None = None) -> Tensor:
-        """(n, s, r, a) bilinear samples."""
+        """(n, s, r, a) bilinear samples, for shifts (s, 2) or (n, s, 2) in px, or None for zero."""
         return to_polar(images, self.rings, shifts)
 
 
+class RingSpectra(_OnRings):
+    """Images (n, h, w) to normalised angular spectra of their rings, as `polar.ring_spectra`."""
+
+    def forward(self, images: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """(n, s, r, m) complex unit vectors; shifts as in `PolarTransform`."""
+        return ring_spectra(images, self.rings, shifts)
+
+
 class RigidWarp(_FullPrecision):
-    """Images (n, h, w) shifted, turned and mirrored by poses; see `geometry.transform`."""
+    """Images (n, h, w) shifted, rotated and mirrored by poses, as `geometry.transform`."""
 
     def __init__(self, interpolation: Interpolation = "bicubic") -> None:
         super().__init__()
@@ -86,60 +100,50 @@ class RigidWarp(_FullPrecision):
 
 
 class FourierShift(_FullPrecision):
-    """Images (n, h, w) shifted by phases of their transform; see `implicit.fourier_shift`."""
+    """Images (n, h, w) shifted by phases of their Fourier transform, as `fourier_shift`."""
 
     def forward(self, images: Tensor, shift: Tensor) -> Tensor:
         """(n, h, w); shift (n, 2) pixels, x then y."""
         return fourier_shift(images, shift)
 
 
-class RingSpectra(_FullPrecision):
-    """Images (n, h, w) to normalised angular spectra (n, s, r, m) complex; see
-    `polar.ring_spectra`."""
-
-    def __init__(self, rings: Rings) -> None:
-        super().__init__()
-        self.rings = rings
-
-    def forward(self, images: Tensor, shifts: Tensor | None = None) -> Tensor:
-        """(n, s, r, m) unit vectors; shifts as `PolarTransform`."""
-        return ring_spectra(images, self.rings, shifts)
-
-
 class RotationalCorrelation(_FullPrecision):
-    """Spectra (n, s, r, m) and references' (k, r, m) to every score (n, k, s, hands, a); see
-    `correlate.correlation_table`."""
+    """Scores of all poses, with ``mirror`` also of mirrored particles, as `correlation_table`."""
 
     def __init__(self, mirror: bool = True) -> None:
         super().__init__()
         self.mirror = mirror
 
     def forward(self, particles: Tensor, references: Tensor) -> Tensor:
-        """(n, k, s, hands, a) correlation coefficients."""
+        """(n, k, s, hands, a) correlation coefficients of spectra (n, s, r, m) and (k, r, m)."""
         return correlation_table(particles, references, self.mirror)
 
 
 class PoseMarginal(_FullPrecision):
-    """Spectra (n, s, r, m) and references' (k, r, m) to the soft maximum over all poses (n, k);
-    see `correlate.correlation_logsumexp`."""
+    """Soft maximum of the scores over all poses, as `correlation_logsumexp`.
+
+    ``temperature`` is in units of the score; a smaller one comes closer to the maximum.
+    """
 
     def __init__(self, temperature: float, mirror: bool = True) -> None:
         super().__init__()
         self.temperature, self.mirror = temperature, mirror
 
     def forward(self, particles: Tensor, references: Tensor) -> Tensor:
-        """(n, k) T log sum exp(score / T)."""
+        """(n, k) T log sum exp(score / T) of spectra (n, s, r, m) and (k, r, m)."""
         return correlation_logsumexp(particles, references, self.temperature, self.mirror)
 
 
 class Aligned(NamedTuple):
-    """What `AlignLayer` gives of n particles.
+    """The result of `AlignLayer` for n particles.
 
     Attributes:
-        images: (n, h, w) particles moved onto their references.
-        score: (n,) on the chosen reference.
-        label: (n,) int64 the chosen reference.
-        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool.
+        images: (n, h, w) particles, moved onto their references.
+        score: (n,) score with the chosen reference.
+        label: (n,) int64 index of the chosen reference.
+        angle: (n,) degrees.
+        shift: (n, 2) px, x then y.
+        mirror: (n,) bool.
     """
 
     images: Tensor
@@ -151,19 +155,20 @@ class Aligned(NamedTuple):
 
 
 class AlignLayer(_FullPrecision):
-    """Particles and references to poses, aligned particles and scores.
+    """Aligns particles to references and returns poses, aligned particles and scores.
 
-    Every particle goes to its best reference; or, ``paired``, particle i to reference i, as inside
-    an autoencoder. The search chooses reference, hand and pose, without a gradient. Then, by
-    ``gradient``:
+    Each particle is aligned to the reference that it fits best. With ``paired``, particle i is
+    aligned to reference i, as in an autoencoder. The search for reference, mirror and pose has no
+    gradient. ``gradient`` says how gradients are computed afterwards:
 
-    - ``score``: the pose is a constant, and the score there is differentiable. Without
+    - ``score``: the pose is a constant, and the score at this pose is differentiable. Without
       ``search.refine`` its gradient is that of the maximum over the grid.
-    - ``implicit``: the pose is the maximum of the smooth score near by and itself has a gradient
-      (`implicit.implicit_pose`), which the aligned images carry on.
-    - ``soft``: the pose is the mean over the shifts and angles of the chosen reference and hand
-      with weights exp(score / temperature), and the score T log sum exp(score / T), above the
-      best one by T log of how many count; blunter, and smooth across peaks.
+    - ``implicit``: the pose is the nearby maximum of the smooth score. It is differentiable
+      (`implicit.implicit_pose`), and so are the aligned images.
+    - ``soft``: the pose is the weighted mean over the shifts and angles of the chosen reference and
+      mirror, with weights exp(score / temperature). The score is T log sum exp(score / T), which
+      exceeds the best score by T times the logarithm of how many poses contribute. This is less
+      precise, and smooth where two poses have the same score.
     """
 
     def __init__(
@@ -175,15 +180,15 @@ class AlignLayer(_FullPrecision):
     ) -> None:
         """
         Args:
-            search: what poses are tried, and whether the best is refined below the grid. Pairs are
-                searched exhaustively, whatever its mode.
-            gradient: see above.
-            temperature: of ``soft``, in units of the score.
-            paired: each particle has a reference of its own.
+            search: the poses that are tried, and whether the best one is refined between the grid
+                points. Pairs are searched exhaustively, whatever ``search.mode`` says.
+            gradient: how gradients are computed, see above.
+            temperature: T of ``soft``, in units of the score.
+            paired: True aligns particle i to reference i only.
 
         Raises:
-            TypeError: search is none.
-            ValueError: an unknown gradient; a temperature that is not positive.
+            TypeError: ``search`` is not a `Search`.
+            ValueError: unknown gradient, or a temperature that is not positive.
         """
         super().__init__()
         if not isinstance(search, Search):
@@ -196,11 +201,15 @@ class AlignLayer(_FullPrecision):
         self.paired = paired
 
     def forward(self, particles: Tensor, references: Tensor) -> Aligned:
-        """Align particles (n, size, size), background zero, to references (k, size, size).
+        """Align particles to references.
+
+        Args:
+            particles: (n, size, size), with a mean background of zero.
+            references: (k, size, size); k = n if ``paired``.
 
         Raises:
-            ValueError: boxes, dtypes or devices that do not fit; none of either; of pairs, k is not
-                n.
+            ValueError: sizes, dtypes or devices differ, there are no particles or no references,
+                or the numbers of paired images differ.
         """
         label, pose = self._choose(particles, references)
         own = references[label]
@@ -228,10 +237,10 @@ class AlignLayer(_FullPrecision):
     def _soft(
         self, particles: Tensor, own: Tensor, mirror: Tensor, rings: Rings
     ) -> tuple[Pose, Tensor]:
-        """Mean poses (n,) and soft scores (n,) over the grid of the chosen reference and hand."""
+        """Mean poses (n,) and soft scores (n,) over all grid poses of the chosen reference."""
         shifts = self.search.shifts(particles.device).to(particles.dtype)
         chunk = len(particles)
-        if particles.device.type == "cpu":  # what is made of a few particles stays in cache
+        if particles.device.type == "cpu":  # the tables of a few particles fit into the cache
             chunk = pairs_at_a_time(CPU_CHUNK, shifts, rings)
         hand = mirror[:, None]
         parts = zip(particles.split(chunk), own.split(chunk), hand.split(chunk), strict=True)

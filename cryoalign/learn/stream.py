@@ -1,4 +1,4 @@
-"""Particles of a stack larger than memory, shuffled, with the disk read in order.
+"""Random order over a stack that is larger than memory, with long reads from the disk.
 
     dataset = ParticleDataset(read_particles("particles.star"), Normalise(40), Mask(36))
     stream = ParticleStream(dataset, block=256, window=8)
@@ -8,9 +8,10 @@
         for batch in loader:
             ...
 
-A `ParticleDataset` with ``shuffle=True`` reads one image here and one there. A disk or a network
-file system that is slow to seek wants long reads; and shuffling whole blocks, then all particles
-of a few blocks, is as good for training if a block's particles are not all alike.
+A `ParticleDataset` with ``shuffle=True`` reads images one by one from random places, which is slow
+on a disk or a network file system with long seek times. A `ParticleStream` reads blocks of
+consecutive particles in random order and shuffles the particles of a few blocks at a time. For
+training this is as good, unless the particles of one block are all alike.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from cryoalign.learn.dataset import ParticleDataset, Sample
 from cryoalign.runtime.processes import rank
 
 CHUNK = 64
-"""Particles transformed at a time."""
+"""Particles that are transformed at a time, which limits memory."""
 
 
 class ParticleStream(IterableDataset[Sample]):
-    """The samples of a `ParticleDataset`, each once an epoch, read in blocks of its rows.
+    """The samples of a `ParticleDataset`, each once per epoch, read in blocks of rows.
 
-    Of several processes each streams its own dataset's rows, a contiguous shard; its ``DataLoader``
-    workers share out the blocks. A worker holds ``window`` blocks at a time, as raw images.
+    With several processes, each one streams the contiguous rows of its own dataset. Its
+    ``DataLoader`` workers divide the blocks among themselves. A worker holds ``window`` blocks of
+    raw images in memory.
 
-    It has no length: workers that end on a part of a batch make more batches than rows / batch
-    size, of which ``DataLoader`` would warn. ``len(stream.dataset)`` is the number of samples.
+    The stream has no length: workers can end with incomplete batches, so there can be more batches
+    than rows / batch size, and ``DataLoader`` would warn. Use ``len(stream.dataset)``.
 
     Attributes:
-        dataset: whose rows, metadata and transforms these are.
+        dataset: the dataset with the rows, the metadata and the transforms.
     """
 
     def __init__(
@@ -53,44 +55,45 @@ class ParticleStream(IterableDataset[Sample]):
     ) -> None:
         """
         Args:
-            dataset: the particles, in an order that suits the disk: that of the files.
-            block: rows read in one go.
-            window: blocks held, whose particles are shuffled together.
-            shuffle: blocks, and the particles of a window; else all stay in order.
-            seed: of the order, which also depends on the epoch, the process and the worker.
+            dataset: the particles, best in the order of their files.
+            block: number of rows that are read at once.
+            window: number of blocks in memory, whose particles are shuffled together.
+            shuffle: True shuffles the blocks and the particles of a window; False keeps the order.
+            seed: seed of the order. The order also depends on the epoch, the process and the
+                worker.
 
         Raises:
-            TypeError: no `ParticleDataset`.
-            ValueError: ``block`` or ``window`` below 1.
+            TypeError: ``dataset`` is not a `ParticleDataset`.
+            ValueError: ``block`` or ``window`` is below 1.
         """
         if not isinstance(dataset, ParticleDataset):
             raise TypeError(
-                f"a stream is made of a ParticleDataset, not of a {type(dataset).__name__}: "
+                f"a stream needs a ParticleDataset, not a {type(dataset).__name__}: "
                 "ParticleStream(ParticleDataset(read_particles(path)))"
             )
         if block < 1 or window < 1:
             raise ValueError(f"block and window must be at least 1, not {block} and {window}")
         self.dataset, self.block, self.window = dataset, block, window
         self.shuffle, self.seed, self.rank = shuffle, seed, rank()
-        # In shared memory: workers that outlive an epoch must see the next one's number.
+        # In shared memory, so that workers that live for several epochs see the new number.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose another order; without it every epoch has the same one."""
+        """Choose the order of an epoch; otherwise all epochs have the same order."""
         self._epoch.fill_(epoch)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled, the epoch's number is shared with this one's workers."""
+        """Share the number of the epoch with the workers of the unpickled stream."""
         vars(self).update(state)
         self._epoch.share_memory_()
 
     def __iter__(self) -> Iterator[Sample]:
-        """This worker's samples of the epoch."""
+        """The samples of this worker in the current epoch."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         place = [self.seed, int(self._epoch), self.rank]
         blocks = [b for b in torch.arange(len(self.dataset)).split(self.block) if len(b)]
-        if self.shuffle:  # alike in all workers
+        if self.shuffle:  # in the same order in all workers
             blocks = [blocks[i] for i in np.random.default_rng(place).permutation(len(blocks))]
         mine = blocks[worker::workers]
         generator = np.random.default_rng([*place, 1 + worker])
@@ -100,8 +103,8 @@ class ParticleStream(IterableDataset[Sample]):
     def _samples(
         self, blocks: list[torch.Tensor], generator: np.random.Generator
     ) -> Iterator[Sample]:
-        """The samples of a window."""
-        # Block by block: what a read maps of a file counts as memory until it ends.
+        """The samples of the blocks of a window."""
+        # One read per block, because a file that is mapped counts as memory until the read ends.
         held: list[Sample] = []
         for block in blocks:
             part = self.dataset.raw(block)

@@ -68,6 +68,15 @@ class Method(ABC):
         """Whether the method uses a setting, given by its dotted key."""
         return key not in cls.unused and key.partition(".")[0] in {e.name for e in fields(cls)}
 
+    @classmethod
+    def needs_classes(cls, chosen: bool) -> bool:
+        """Whether ``n_classes`` must be given.
+
+        Args:
+            chosen: whether first references are chosen from the particles rather than given.
+        """
+        return False
+
     @abstractmethod
     def check(self, box: Box, n: int | None = None) -> None:
         """Refuse settings that do not fit each other or the prepared images.

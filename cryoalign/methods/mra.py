@@ -127,6 +127,10 @@ class MultiReference(Method):
     min_class_share: float = 0.2
     settle: float = 0.002
 
+    @classmethod
+    def needs_classes(cls, chosen: bool) -> bool:
+        return chosen
+
     def check(self, box: Box, n: int | None = None) -> None:
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, not {self.iterations}")

@@ -1,2 +1,2 @@
-"""The operators that take nearly all of the time, each with a PyTorch body and, where one is
-built, a compiled CPU or CUDA body."""
+"""The operators that take nearly all of the computing time. Each has a PyTorch implementation and,
+where it is built, a compiled one for the CPU or for NVIDIA GPUs."""

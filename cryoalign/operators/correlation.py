@@ -1,15 +1,16 @@
-"""Rotational cross-correlation of ring spectra: the textbook, the operator, one chosen pose.
+"""Rotational cross-correlation of ring spectra: the formula, the operators, and single poses.
 
-Shape letters: n particles, k references, s shifts, r rings, a angles, m = a // 2 + 1 angular
-frequencies; hands are 0 (as is) and 1 (mirrored). Spectra come from `polar.ring_spectra` and
-may carry further real weights per ring on either side.
+Shape letters: n particles, k references, s shifts, r rings, a angles, and m = a // 2 + 1 angular
+frequencies. Hand 0 is the particle as it is, hand 1 the mirrored particle. `polar.ring_spectra`
+makes the spectra; both sides may be multiplied by real weights for each ring.
 
-With X a particle's and Y a reference's spectra, the score of turning the particle by phi is
+With X the spectra of a particle and Y those of a reference, the score of turning the particle by
+phi is
 
-    c(phi) = irfft_m( sum_r conj(X[r, m]) Y[r, m] ),
+    c(phi) = irfft_m( sum_r conj(X[r, m]) Y[r, m] ).
 
-and, mirrored after turning, irfft_m( (-1)^m sum_r conj(X[r, m]) conj(Y[r, m]) ): mirroring
-x -> -x takes the ring angle theta to pi - theta. (Chung et al. 2020, RPC; DESIGN of this project.)
+Mirroring after the turn takes x to -x and therefore the ring angle theta to pi - theta. The score
+is then irfft_m( (-1)^m sum_r conj(X[r, m]) conj(Y[r, m]) ). (Chung et al. 2020, RPC.)
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from torch import Tensor
 from cryoalign.images.polar import Rings, normalised_spectra, ring_spectra, to_polar
 from cryoalign.operators.kernels import cpu as cpu_kernels
 from cryoalign.operators.kernels import peaks as kernels
+from cryoalign.operators.registration import operator
 from cryoalign.operators.ring_products import (
     RingFactors,
     best_hand,
+    hand_peaks,
     logsumexp_gradients,
     logsumexp_of,
-    peaks_of,
     ring_factors,
 )
 from cryoalign.pose import Pose
 
-# Entries of one block of the correlation table: as much as stays in a core's cache on a CPU,
-# and enough to fill a GPU. It bounds the operator's workspace whatever n, k and s are.
+# Entries of the correlation table that are computed at a time, whatever n, k and s are: as many as
+# stay in the cache of a CPU core, and enough to keep a GPU busy.
 CPU_BLOCK = 3 * 2**18
 CUDA_BLOCK = 2**27
 
 
 class Place(NamedTuple):
-    """A place in the (s, hand, a) part of the table: three int64 tensors of one shape."""
+    """Where in the (s, hand, a) part of the table a score is: three int64 tensors of one shape."""
 
     shift: Tensor
     mirror: Tensor
@@ -47,7 +49,13 @@ class Place(NamedTuple):
 
 
 def unravel_place(place: Tensor, angles: int, mirror: bool) -> Place:
-    """Shift, hand and angle indices of the operator's flat ``place``."""
+    """Indices of shift, hand and angle from the flat ``place`` that the operators return.
+
+    Args:
+        place: int64 tensor of any shape.
+        angles: number of angles a.
+        mirror: whether the mirrored hand was searched too.
+    """
     hands = 1 + mirror
     return Place(place // (hands * angles), place // angles % hands, place % angles)
 
@@ -58,7 +66,7 @@ def correlation_table(particles: Tensor, references: Tensor, mirror: bool = True
     Args:
         particles: (n, s, r, m) complex ring spectra.
         references: (k, r, m) complex ring spectra.
-        mirror: whether to try the mirrored hand.
+        mirror: whether to search the mirrored hand too.
 
     Returns:
         (n, k, s, hands, a), a = 2 (m - 1).
@@ -72,80 +80,9 @@ def correlation_table(particles: Tensor, references: Tensor, mirror: bool = True
     return torch.fft.irfft(torch.stack(hands, -2), n=2 * (m - 1))
 
 
-@torch.library.custom_op("cryoalign::correlation_peaks", mutates_args=())
-def correlation_peaks(
+def _check(
     particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The best score of every (particle, reference) pair, and where in the table it is.
-
-    Equals the maximum of `correlation_table` over shifts, hands and angles, without the table:
-    it is made in blocks of bounded size. Each particle's arithmetic is the same whatever
-    else is in the batch.
-
-    On an NVIDIA GPU the kernels choose hand and shift of a pair by fp16 spectra with fp32 sums,
-    and score it in fp32: among near equals (to about 1e-3 of the score) the choice may differ.
-
-    Args:
-        particles: (n, s, r, m) complex64 or complex128 ring spectra.
-        references: (k, r, m) ring spectra of the same dtype and device.
-        mirror: whether to try the mirrored hand.
-        candidates: of how many references per particle, the best ones, the place is needed. The
-            others may come with place -1 and a less exact score, which is below the
-            candidates'. None is all of them. Saves time on a GPU.
-
-    Returns:
-        score: (n, k) real.
-        place: (n, k) int64, (shift * hands + hand) * a + angle; the first of equals. See
-            `unravel_place`.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    """
-    _check(particles, references, candidates)
-    return _table_peaks(particles, references, mirror)
-
-
-@correlation_peaks.register_kernel("cuda")
-def _(
-    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
-) -> tuple[Tensor, Tensor]:
-    _check(particles, references, candidates)
-    found = kernels.fused_peaks(particles, references, mirror, candidates)
-    return _table_peaks(particles, references, mirror) if found is None else found
-
-
-def _table_peaks(particles: Tensor, references: Tensor, mirror: bool) -> tuple[Tensor, Tensor]:
-    """`correlation_peaks` on any device: in PyTorch, or the compiled search of a CPU."""
-    found = cpu_kernels.spectra_peaks(particles, references, mirror)
-    if found is not None:
-        return best_hand(*found)
-    return table_peaks(particles, ring_factors(references), mirror)
-
-
-def table_peaks(
-    particles: Tensor, factors: RingFactors, mirror: bool = True
-) -> tuple[Tensor, Tensor]:
-    """`correlation_peaks` in PyTorch, with `products.ring_factors` of the references at hand."""
-    # One particle at a time on a CPU: the block stays in cache, and its shape, hence the
-    # rounding, does not depend on how many particles there are.
-    if particles.device.type == "cpu":
-        return peaks_of(particles, factors, mirror, CPU_BLOCK, 1)
-    return peaks_of(particles, factors, mirror, CUDA_BLOCK, max(1, len(particles)))
-
-
-@correlation_peaks.register_fake
-def _(
-    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
-) -> tuple[Tensor, Tensor]:
-    _check(particles, references, candidates)
-    shape = (particles.shape[0], references.shape[0])
-    return (
-        particles.new_empty(shape, dtype=particles.real.dtype),
-        particles.new_empty(shape, dtype=torch.int64),
-    )
-
-
-def _check(particles: Tensor, references: Tensor, candidates: int | None = None) -> None:
+) -> None:
     if candidates is not None and candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
     if particles.ndim != 4 or references.ndim != 3:
@@ -173,16 +110,93 @@ def _check(particles: Tensor, references: Tensor, candidates: int | None = None)
         )
 
 
-@torch.library.custom_op("cryoalign::correlation_logsumexp", mutates_args=())
+def _fake_scores(particles: Tensor, references: Tensor, *options: Any) -> Tensor:
+    _check(particles, references)
+    shape = (particles.shape[0], references.shape[0])
+    return particles.new_empty(shape, dtype=particles.real.dtype)
+
+
+def _fake_peaks(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args)
+    score = _fake_scores(*args)
+    return score, score.new_empty(score.shape, dtype=torch.int64)
+
+
+def _compiled_peaks(
+    particles: Tensor, references: Tensor, mirror: bool, candidates: int | None
+) -> tuple[Tensor, Tensor] | None:
+    found = cpu_kernels.spectra_peaks(particles, references, mirror)
+    return None if found is None else best_hand(*found)
+
+
+@operator(check=_check, fake=_fake_peaks, cpu=_compiled_peaks, cuda=kernels.fused_peaks)
+def correlation_peaks(
+    particles: Tensor, references: Tensor, mirror: bool = True, candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best score of every (particle, reference) pair, and where in the table it is.
+
+    The result is the maximum of `correlation_table` over shifts, hands and angles. The table is
+    computed in blocks of bounded size and never held in memory. The result for a particle does not
+    depend on the other particles.
+
+    On an NVIDIA GPU the compiled kernels choose the hand and shift of a pair from spectra in half
+    precision with sums in single precision, and then compute the score in single precision. Among
+    scores that differ by less than about 1e-3 of their value, the choice may differ.
+
+    Args:
+        particles: (n, s, r, m) complex64 or complex128 ring spectra.
+        references: (k, r, m) ring spectra of the same dtype and device.
+        mirror: whether to search the mirrored hand too.
+        candidates: for how many references per particle, the best ones, the place is needed. The
+            other references may come with place -1 and a less exact score, which is below that of
+            the candidates. This saves time on a GPU. None means all references.
+
+    Returns:
+        score: (n, k) real.
+        place: (n, k) int64, (shift * hands + hand) * a + angle; the first of equal ones. See
+            `unravel_place`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    return table_peaks(particles, ring_factors(references), mirror)
+
+
+def table_peaks(
+    particles: Tensor, factors: RingFactors, mirror: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`correlation_peaks` in PyTorch, from references that `ring_factors` has prepared."""
+    return best_hand(*hand_peaks(particles, factors, mirror, *_block(particles)))
+
+
+def _block(particles: Tensor, copies: int = 1) -> tuple[int, int]:
+    """How many entries of the table and how many particles to compute at a time.
+
+    ``copies`` is how many arrays of the table's size are in memory at once.
+    """
+    # On a CPU one particle at a time: the block stays in the cache, and its shape, and so the
+    # rounding, does not depend on the number of particles.
+    if particles.device.type == "cpu":
+        return CPU_BLOCK, 1
+    return CUDA_BLOCK // copies, max(1, len(particles))
+
+
+def _check_soft(particles: Tensor, references: Tensor, temperature: float, mirror: bool) -> None:
+    _check(particles, references)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+@operator(check=_check_soft, fake=_fake_scores, cuda=kernels.fused_logsumexp)
 def correlation_logsumexp(
     particles: Tensor, references: Tensor, temperature: float, mirror: bool = True
 ) -> Tensor:
-    """The soft maximum of every (particle, reference) pair over all poses, T log sum exp(c / T).
+    """The soft maximum T log sum exp(c / T) of every (particle, reference) pair over all poses.
 
-    Differentiable: the weights exp(c / T) / sum exp(c / T) are those of expectation
-    maximisation, so its gradient with respect to the references is made of the particles' spectra,
-    each turned and shifted to every pose and weighted. As T goes to 0 it is `correlation_peaks`'
-    score. Like that, it never holds the table.
+    It is differentiable. The weights exp(c / T) / sum exp(c / T) are those of expectation
+    maximisation, so the gradient with respect to a reference is the weighted sum of the particles'
+    spectra, turned and shifted to every pose. As T goes to 0 the result goes to the score of
+    `correlation_peaks`. The table is not held in memory here either.
 
     Args:
         particles: (n, s, r, m) complex64 or complex128 ring spectra.
@@ -196,43 +210,27 @@ def correlation_logsumexp(
     Raises:
         ValueError: a temperature that is not positive; shapes, dtypes or devices that do not fit.
     """
-    _check(particles, references)
-    _check_temperature(temperature)
-    return _table_logsumexp(particles, references, temperature, mirror)
+    factors = ring_factors(references)
+    return logsumexp_of(particles, factors, temperature, mirror, *_block(particles, 8))
 
 
-@correlation_logsumexp.register_kernel("cuda")
-def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
-    _check(particles, references)
-    _check_temperature(temperature)
-    found = kernels.fused_logsumexp(particles, references, temperature, mirror)
-    return _table_logsumexp(particles, references, temperature, mirror) if found is None else found
+def _fake_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(spectra.new_empty(spectra.shape) for spectra in inputs[:2])
 
 
-@correlation_logsumexp.register_fake
-def _(particles: Tensor, references: Tensor, temperature: float, mirror: bool = True) -> Tensor:
-    _check(particles, references)
-    return particles.new_empty(
-        (particles.shape[0], references.shape[0]), dtype=particles.real.dtype
-    )
-
-
-@torch.library.custom_op("cryoalign::correlation_logsumexp_backward", mutates_args=())
-def _logsumexp_backward(
+@operator(fake=_fake_gradients)
+def correlation_logsumexp_backward(
     grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `correlation_logsumexp` by particles and references, block by block again."""
-    with torch.autocast(grad.device.type, enabled=False):  # products of matrices, in full
-        return logsumexp_gradients(
-            grad, particles, ring_factors(references), temperature, mirror, *_blocks(particles)
-        )
+    """Gradients of `correlation_logsumexp` with respect to particles and references.
 
-
-@_logsumexp_backward.register_fake
-def _(
-    grad: Tensor, particles: Tensor, references: Tensor, temperature: float, mirror: bool
-) -> tuple[Tensor, Tensor]:
-    return particles.new_empty(particles.shape), references.new_empty(references.shape)
+    Args:
+        grad: (n, k) gradient with respect to the operator's result.
+        particles, references, temperature, mirror: the operator's arguments.
+    """
+    with torch.autocast(grad.device.type, enabled=False):  # matrix products in full precision
+        factors, block = ring_factors(references), _block(particles, 8)
+        return logsumexp_gradients(grad, particles, factors, temperature, mirror, *block)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -241,45 +239,28 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    grads = _logsumexp_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.mirror)
-    return *grads, None, None
+    particles, references = ctx.saved_tensors
+    found = correlation_logsumexp_backward(grad, particles, references, ctx.temperature, ctx.mirror)
+    return *found, None, None
 
 
-correlation_logsumexp.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def _blocks(particles: Tensor) -> tuple[int, int]:
-    """Entries of the table, and particles, at a time, where several times the table is alive."""
-    if particles.device.type == "cpu":
-        return CPU_BLOCK, 1
-    return CUDA_BLOCK // 8, max(1, len(particles))
-
-
-def _table_logsumexp(
-    particles: Tensor, references: Tensor, temperature: float, mirror: bool
-) -> Tensor:
-    """`correlation_logsumexp` in PyTorch, on any device."""
-    factors = ring_factors(references)
-    return logsumexp_of(particles, factors, temperature, mirror, *_blocks(particles))
+torch.library.register_autograd(
+    "cryoalign::correlation_logsumexp", _backward, setup_context=_save_for_backward
+)
 
 
 def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings) -> Tensor:
     """The score of particle i against reference i at pose i, differentiable in all of them.
 
-    At poses of the grid it equals `correlation_table`'s entry; between, the rotation is the
-    spectra's own trigonometric interpolation and the shift bilinear sampling. Its gradient is
-    therefore the full table's maximum's, at the operator's choice.
+    At the poses of the search grid the score equals the entry of `correlation_table`. Between them
+    the rotation is interpolated by the Fourier series and the shift by bilinear sampling. At the
+    pose that the operator chose, the gradient is therefore that of the table's maximum.
 
     Args:
         images: (n, h, w).
-        references: (n, h, w), or (1, h, w) shared.
-        pose: (n,), particle onto reference.
-        rings: the rings.
+        references: (n, h, w), or (1, h, w) for one reference that all images share.
+        pose: (n,), which takes the particle onto the reference.
+        rings: the rings on which the images are compared.
 
     Returns:
         (n,) correlation coefficients.
@@ -291,8 +272,14 @@ def correlation_at(images: Tensor, references: Tensor, pose: Pose, rings: Rings)
 
 
 def turned_correlation(x: Tensor, y: Tensor, angle: Tensor, mirror: Tensor) -> Tensor:
-    """(n,) scores of spectra x (n, r, m), turned by angles (n,) in degrees and then mirrored where
-    ``mirror`` (n,), with spectra y (n or 1, r, m): `correlation_table` at any angle."""
+    """Scores (n,) at any angle, not only at those of `correlation_table`.
+
+    Args:
+        x: (n, r, m) spectra of the particles.
+        y: (n, r, m) or (1, r, m) spectra of the references.
+        angle: (n,) by how much each particle is turned, degrees.
+        mirror: (n,) bool, which particles are mirrored after the turn.
+    """
     m = x.shape[-1]
     frequency = torch.arange(m, device=x.device)
     sign = 1 - 2 * (frequency % 2)
@@ -301,6 +288,6 @@ def turned_correlation(x: Tensor, y: Tensor, angle: Tensor, mirror: Tensor) -> T
     turn = torch.deg2rad(angle).to(x.real.dtype)[:, None] * frequency
     multiplicity = torch.full_like(turn[0], 2.0 / (2 * (m - 1)))
     multiplicity[0] = multiplicity[-1] = 1.0 / (2 * (m - 1))
-    # irfft's real part: Re(z e^{i m phi}); the Nyquist term has no phase of its own.
+    # irfft's real part: Re(z e^{i m phi}); the Nyquist frequency has a real part only.
     imaginary = product.imag * (frequency < m - 1)
     return (multiplicity * (product.real * turn.cos() - imaginary * turn.sin())).sum(-1)

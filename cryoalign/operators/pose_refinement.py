@@ -1,9 +1,9 @@
-"""The operator that improves poses below the grid of a search, by Gauss-Newton steps."""
+"""The operator that refines poses beyond the step of the search grid, by Gauss-Newton steps."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,38 +11,33 @@ from torch import Tensor
 from cryoalign.images.geometry import pixel_grid, sample
 from cryoalign.images.polar import Rings
 from cryoalign.images.templates import annulus, with_turn
-from cryoalign.operators import kernels
 from cryoalign.operators.kernels import images as kernel_images
+from cryoalign.operators.registration import operator
 from cryoalign.pose import Pose, wrap_degrees
 
-# A step from a grid of 1 px and 1.4 degrees; longer ones leave the peak that was found.
-MAX_TURN = 2.0  # degrees
+# The largest step, in degrees and pixels. It suits a search grid of 1.4 degrees and 1 pixel; a
+# longer step would leave the peak that the search found.
+MAX_TURN = 2.0
+MAX_MOVE = 0.7
+ROUNDING = 1e-6  # scores (correlation coefficients) that differ by less count as equal
 
-
-MAX_MOVE = 0.7  # pixels
-
-
-ROUNDING = 1e-6  # scores that differ by less are equal
-
-
-# Pixels of the particles of a chunk: they stay in a core's cache, or spare a GPU's memory.
+# Pixels of particles that are refined at a time: they stay in the cache of a CPU core, or limit
+# the memory used on a GPU.
 CPU_CHUNK = 2**17
-
-
 CUDA_CHUNK = 2**22
 
 
 class _Fit(NamedTuple):
-    """The references seen through the poses, on the particles' pixels."""
+    """Poses, and how well the references moved by them fit the particles."""
 
     angle: Tensor  # (n,) degrees
-    shift: Tensor  # (n, 2)
-    score: Tensor  # (n,)
-    moments: Tensor  # (n, 6, 6) see `_evaluate`
+    shift: Tensor  # (n, 2) pixels
+    score: Tensor  # (n,) correlation coefficients
+    moments: Tensor  # (n, 6, 6), see `_evaluate`
 
 
 class _Pixels(NamedTuple):
-    """Pixels near the disc, about the particle's centre."""
+    """Coordinates of the pixels near the disc, in pixels from the particle's centre."""
 
     x: Tensor  # (p,)
     y: Tensor  # (p,)
@@ -50,76 +45,8 @@ class _Pixels(NamedTuple):
     place: Tensor  # (n, p) complex: x + iy, or x - iy for mirrored particles
 
 
-@torch.library.custom_op("cryoalign::refine_poses", mutates_args=())
-def refine_poses(
-    images: Tensor,
-    templates: Tensor,
-    label: Tensor,
-    angle: Tensor,
-    shift: Tensor,
-    mirror: Tensor,
-    first_ring: int,
-    last_ring: int,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`refine` as an operator: the GPU has a kernel of its own for it.
-
-    Args:
-        images: (n, h, w) float32 or float64.
-        templates: (k, 3, h, w) references and their derivatives along x and y.
-        label: (n,) int64.
-        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool. The start.
-        first_ring, last_ring: the annulus compared, pixels.
-        steps: Gauss-Newton steps.
-
-    Returns:
-        Angle (n,), shift (n, 2) and score (n,).
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    """
-    _check(images, templates, label, angle, shift, mirror)
-    return _refine_in_torch(
-        images, templates, label, angle, shift, mirror, first_ring, last_ring, steps
-    )
-
-
-@refine_poses.register_kernel("cuda")
-def _(
-    images: Tensor,
-    templates: Tensor,
-    label: Tensor,
-    angle: Tensor,
-    shift: Tensor,
-    mirror: Tensor,
-    first_ring: int,
-    last_ring: int,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(images, templates, label, angle, shift, mirror)
-    serves = kernels.usable(images.device) and images.dtype == torch.float32
-    voice = kernel_images.refine_poses if serves else _refine_in_torch
-    return voice(images, templates, label, angle, shift, mirror, first_ring, last_ring, steps)
-
-
-@refine_poses.register_fake
-def _(
-    images: Tensor,
-    templates: Tensor,
-    label: Tensor,
-    angle: Tensor,
-    shift: Tensor,
-    mirror: Tensor,
-    first_ring: int,
-    last_ring: int,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return angle.new_empty(angle.shape), shift.new_empty(shift.shape), angle.new_empty(angle.shape)
-
-
-def _check(
-    images: Tensor, templates: Tensor, label: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor
-) -> None:
+def _check(images: Tensor, templates: Tensor, *others: Any) -> None:
+    label, angle, shift, mirror = others[:4]
     n, box = len(images), images.shape[1:]
     if images.ndim != 3 or templates.ndim != 4 or templates.shape[2:] != box:
         raise ValueError(
@@ -138,7 +65,14 @@ def _check(
         )
 
 
-def _refine_in_torch(
+def _fake(
+    images: Tensor, templates: Tensor, label: Tensor, angle: Tensor, shift: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return angle.new_empty(angle.shape), shift.new_empty(shift.shape), angle.new_empty(angle.shape)
+
+
+@operator(check=_check, fake=_fake, cuda=kernel_images.refine_poses)
+def refine_poses(
     images: Tensor,
     templates: Tensor,
     label: Tensor,
@@ -149,6 +83,24 @@ def _refine_in_torch(
     last_ring: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Refine the pose of each image against its reference; `refine` calls this operator.
+
+    Args:
+        images: (n, h, w) float32 or float64.
+        templates: (k, 3, h, w) references and their derivatives along x and y, per pixel.
+        label: (n,) int64, the reference of each image.
+        angle: (n,) angles to start from, degrees.
+        shift: (n, 2) shifts in x and y to start from, pixels.
+        mirror: (n,) bool, which images are mirrored; it does not change.
+        first_ring, last_ring: inner and outer radius of the annulus that is compared, pixels.
+        steps: number of Gauss-Newton steps.
+
+    Returns:
+        Angles (n,) in degrees, shifts (n, 2) in pixels, and scores (n,).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
     rings, pose = Rings(first_ring, last_ring), Pose(angle, shift, mirror)
     pixels = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK
     chunk = max(1, math.ceil(pixels / (math.pi * last_ring**2)))
@@ -157,10 +109,10 @@ def _refine_in_torch(
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         some, names, start_pose = images[part], label[part], pose[part]
-        if len(some) == 1:  # a product of one matrix rounds as no batch of them does: take two
+        if len(some) == 1:  # a single matrix product rounds differently from a batch: take two
             some, names = some.repeat(2, 1, 1), names.repeat(2)
             start_pose = Pose.cat([start_pose, start_pose])
-        # One reference for all is not copied.
+        # One reference that all share is not copied.
         own = (
             templates.expand(len(some), -1, -1, -1)
             if len(templates) == 1
@@ -176,8 +128,8 @@ def _refine_in_torch(
 def _refine_chunk(
     images: Tensor, templates: Tensor, pose: Pose, rings: Rings, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Each particle is seen in a window about its own start, to whole pixels: windows are equal and
-    # small, so no particle's arithmetic depends on the others'.
+    # Each particle is cut out in a window about its own start, rounded to whole pixels. All windows
+    # are equal, so the result for a particle does not depend on the other particles.
     whole = pose.shift.round()
     shift = pose.shift - whole
     window = _window(rings.last_ring + 1 + math.sqrt(0.5) + steps * MAX_MOVE, images)  # (p, 2)
@@ -185,7 +137,7 @@ def _refine_chunk(
     particles, whole_window = _seen(images, window, whole)  # (n, 2, p)
 
     def fit(angle: Tensor, shift: Tensor, last: bool) -> _Fit:
-        # Where no step follows, no derivatives are needed.
+        # Derivatives are needed only if another step follows.
         seen = templates[:, :1] if last else templates
         moved = Pose(angle, shift, pose.mirror)
         return _evaluate(particles, seen, pixels, moved, rings, whole_window)
@@ -207,15 +159,20 @@ def _refine_chunk(
 
 
 def _window(reach: float, images: Tensor) -> Tensor:
-    """(p, 2) whole pixels xy within ``reach`` of the centre, at most the box and as much again."""
+    """(p, 2) whole pixels in x and y within ``reach`` pixels of the centre. The window is at most
+    twice as large as the image."""
     size = min(2 * math.ceil(reach) + 1, 2 * max(images.shape[-2:]) + 1)
     grid = pixel_grid((size, size), images).flatten(0, 1)
     return grid[grid.norm(dim=-1) <= reach]
 
 
 def _seen(images: Tensor, window: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
-    """(n, 2, p) a mask of what lies in the image, and the masked pixels, at window - shift (n, 2),
-    all whole; and whether all of it does."""
+    """The images' pixels in the window (p, 2), moved by -shift (n, 2); both in whole pixels.
+
+    Returns:
+        (n, 2, p): whether a pixel lies in the image (1 or 0), and its value (0 outside). Then
+        whether all pixels of all images do.
+    """
     height, width = images.shape[-2:]
     x, y = window.long().unbind(-1)  # (p,)
     left, top = (shift.long() * -1 + shift.new_tensor([width // 2, height // 2]).long()).unbind(1)
@@ -224,7 +181,7 @@ def _seen(images: Tensor, window: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
         int(torch.minimum(left, top).amin()) >= reach
         and int(left.amax()) < width - reach
         and int(top.amax()) < height - reach
-    ):  # all of it, for every particle
+    ):  # the whole window lies in the image, for every particle
         index = (y * width + x) + (top * width + left).unsqueeze(1)  # (n, p)
         values = images.flatten(1).gather(1, index)
         return torch.stack([torch.ones_like(values), values], 1), True
@@ -236,7 +193,7 @@ def _seen(images: Tensor, window: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
 
 
 def _pixels(xy: Tensor, mirror: Tensor) -> _Pixels:
-    """Pixels xy (p, 2) made ready for particles of these hands (n,)."""
+    """`_Pixels` at xy (p, 2), for particles of which some are mirrored (n,)."""
     place = torch.view_as_complex(xy)
     hand = torch.where(mirror.unsqueeze(1), place.conj().resolve_conj(), place)
     x, y = (column.contiguous() for column in xy.unbind(-1))
@@ -251,20 +208,20 @@ def _evaluate(
     rings: Rings,
     whole_window: bool,
 ) -> _Fit:
-    """Score and moments at poses of particles (n, 2, p): a row of ones (zeros outside the image), a
-    row of pixels.
+    """Scores and moments of particles (n, 2, p) at these poses; see `_seen` for the two rows.
 
-    The moments are the sums over pixels of products of 1, particle, reference and, if the templates
-    have them, the reference's three derivatives, weighted by the disc: all that score and step
-    need, from one product.
+    The moments are weighted sums over the disc's pixels of all products of two of these: 1, the
+    particle, the reference and, if the templates have them, the reference's three derivatives. The
+    score and the next step follow from them alone, and one matrix product computes them all.
     """
-    matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): where x and y go
+    matrix = torch.view_as_complex(pose.linear().mT.contiguous())  # (n, 2): images of x and y
     shift = pose.shift.unsqueeze(-1)  # (n, 2, 1)
     centre = (matrix * pose.shift).sum(1, keepdim=True)  # (n, 1)
-    # Places x + iy. Mirrored, y goes to -i times where x goes, else to i times: see `_pixels`.
+    # Places are complex, x + iy. The image of the y axis is that of the x axis times i, or times -i
+    # if mirrored; `_pixels` has conjugated the places of mirrored particles for that reason.
     places = torch.addcmul(centre, pixels.place, matrix[:, :1])  # (n, p) on the reference
     values = sample(templates, torch.view_as_real(places))  # (n, 4, p)
-    # A turn keeps distances: |v + shift| is that on the reference.
+    # Rotation keeps distances: |v + shift| is the distance from the reference's centre too.
     square = torch.addcmul(pixels.square + shift.square().sum(1), pixels.x, 2 * shift[:, 0])
     square = torch.addcmul(square, pixels.y, 2 * shift[:, 1])
     weight = annulus(square.clamp(min=0).sqrt(), rings).unsqueeze(1)
@@ -286,25 +243,29 @@ def _evaluate(
 
 
 def _without(moments: Tensor, index: int) -> Tensor:
-    """Moments (n, c, c) of what is left of the columns when column ``index`` is projected out."""
+    """Moments (n, c, c) of the columns after column ``index`` has been projected out of them."""
     row = moments[:, index]  # (n, c)
     power = row[:, index].clamp(min=torch.finfo(row.dtype).tiny)
     return moments - row.unsqueeze(-1) * (row / power.unsqueeze(-1)).unsqueeze(-2)
 
 
 def _step(fit: _Fit, mirror: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) degrees and (n, 2) px: the Gauss-Newton step, amplitude and constant projected out."""
+    """The Gauss-Newton step in angle (n,), degrees, and shift (n, 2), pixels.
+
+    The amplitude and the constant of the fit are projected out.
+    """
     moments = fit.moments
     xy, yy = moments[:, 1, 2], moments[:, 2, 2]
-    # Least squares wants the amplitude positive; where it is not there is nothing to follow.
+    # A negative amplitude means that particle and reference do not match: keep it positive.
     amplitude = (xy / yy.clamp(min=torch.finfo(xy.dtype).tiny)).clamp(min=1e-3)
     rest = _without(moments, 2)
     normal, right = rest[:, 3:, 3:], rest[:, 3:, 1] / amplitude.unsqueeze(-1)
-    # A trace of a ridge: a round reference has no angle, an empty one nothing at all.
+    # A small ridge keeps the equations solvable: a round reference does not determine the angle,
+    # an empty one determines nothing.
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-4 * diagonal + 1e-4 * diagonal.amax(-1, keepdim=True) * 1e-2 + 1e-12
     step = torch.linalg.solve(normal + torch.diag_embed(ridge), right)  # x', y', turn
-    # From the reference's frame to the particle's: mirrored, a turn goes backwards.
+    # From the reference's frame to the particle's, in which a mirrored particle turns backwards.
     turn = torch.rad2deg(step[:, 2]) * torch.where(mirror, -1.0, 1.0).to(step.dtype)
     linear = Pose(fit.angle, fit.shift, mirror).linear()
     move = (linear.mT @ step[:, :2].unsqueeze(-1)).squeeze(-1)

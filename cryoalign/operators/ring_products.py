@@ -1,6 +1,7 @@
-"""Ring products: what the operators of `correlate` compute in PyTorch, in blocks of the table.
+"""Products of ring spectra: how the operators of `correlation` compute blocks of the table.
 
-Shape letters as in `correlate`. Prepared references (`ring_factors`) serve any number of calls.
+The shape letters are those of `correlation`. References are prepared once, by `ring_factors`, and
+can then be used in any number of calls.
 """
 
 from __future__ import annotations
@@ -13,53 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Angular frequencies that share a ring product's extent: few leave little out, many are fast.
-BAND = 16
-# References that a ring product takes at least, unless there are but two: with fewer columns some
-# BLAS kernels round by the column, and equal references should score the same.
-LEAST = 8
+# Angular frequencies that are multiplied together, over the rings on which any of them has power.
+# Smaller groups skip more zeros, larger ones are faster.
+GROUP = 16
+# A product of more than two references is padded to at least so many. With fewer columns some BLAS
+# kernels round each column differently, and equal references should have equal scores.
+LEAST_COLUMNS = 8
 
 
 class RingFactors(NamedTuple):
-    """References made ready for ring products.
+    """References that are prepared for ring products.
 
     Attributes:
-        size: k.
-        pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y likewise; zeros past k.
-        bands: (first m, end m, first ring, end ring) outside of which all references are zero.
+        size: number of references k.
+        pairs: (m, 2, r, k', 2) real: Y as (Re, Im), then -i Y as (Re, Im); zeros past k.
+        groups: (first m, end m, first ring, end ring) outside of which all references are zero.
     """
 
     size: int
     pairs: Tensor
-    bands: list[tuple[int, int, int, int]]
+    groups: list[tuple[int, int, int, int]]
 
 
 def ring_factors(references: Tensor) -> RingFactors:
-    """Make spectra (k, r, m) ready for `peaks_of`."""
+    """Prepare reference spectra (k, r, m) for `hand_peaks` and `logsumexp_of`."""
     y = references.permute(2, 1, 0).resolve_conj()  # (m, r, k)
     both = torch.stack([y.real, y.imag, y.imag, -y.real], -1).unflatten(-1, (2, 2))
     held = (references != 0).any(0).cpu()  # (r, m)
-    bands = []
-    for start in range(0, len(y), BAND):
-        rows = held[:, start : start + BAND].any(1).nonzero()
+    groups = []
+    for start in range(0, len(y), GROUP):
+        rows = held[:, start : start + GROUP].any(1).nonzero()
         if len(rows):
-            end = min(start + BAND, len(y))
-            bands.append((start, end, int(rows[0]), int(rows[-1]) + 1))
+            end = min(start + GROUP, len(y))
+            groups.append((start, end, int(rows[0]), int(rows[-1]) + 1))
     pairs = both.permute(0, 3, 1, 2, 4)  # (m, 2, r, k, 2)
     k = len(references)
     pairs = F.pad(pairs, (0, 0, 0, _spare(k)))
-    return RingFactors(k, pairs.contiguous(), bands)
-
-
-def peaks_of(
-    particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
-) -> tuple[Tensor, Tensor]:
-    """The best of both hands of `hand_peaks`, (n, k) each."""
-    return best_hand(*hand_peaks(particles, factors, mirror, block, together))
+    return RingFactors(k, pairs.contiguous(), groups)
 
 
 def best_hand(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """The better of hands (n, k, hands), (n, k) each: the first place of equals."""
+    """The better hand: score and place (n, k) from (n, k, hands). Equal scores: the first place."""
     best = score.amax(-1)
     last = torch.iinfo(place.dtype).max
     return best, place.masked_fill(score < best.unsqueeze(-1), last).amin(-1)
@@ -73,35 +68,32 @@ def hand_peaks(
     Args:
         particles: (n, s, r, m) spectra.
         factors: `ring_factors` of the references.
-        mirror: whether to try the mirrored hand.
-        block: entries of the table at a time.
-        together: particles at a time, at most.
+        mirror: whether to search the mirrored hand too.
+        block: how many entries of the table to compute at a time.
+        together: how many particles to compute at a time, at most.
 
     Returns:
-        Scores, and places (shift * len(tables) + hand) * a + angle, the first of equals.
+        Scores, and places (shift * hands + hand) * a + angle; the first of equal ones.
     """
     n, s = particles.shape[:2]
     k, hands = factors.size, 1 + mirror
     score = particles.new_empty(n, k, hands, dtype=particles.real.dtype)
     place = torch.empty(n, k, hands, dtype=torch.int64, device=particles.device)
     for rows, some, x, room in _blocks(particles, factors, mirror, block, together):
-        score[rows, some], place[rows, some] = _block_peaks(x, s, factors, some, mirror, room)
+        found = _block_peaks(_tables(x, factors, some, mirror, room), s)
+        score[rows, some], place[rows, some] = found
     return score, place
 
 
 def logsumexp_of(
-    particles: Tensor,
-    factors: RingFactors,
-    temperature: float,
-    mirror: bool,
-    block: int,
-    together: int,
+    particles: Tensor, factors: RingFactors, temperature: float, mirror: bool, *block: int
 ) -> Tensor:
-    """(n, k) T log sum exp(score / T) over all poses; arguments as `hand_peaks`."""
+    """(n, k): T log sum exp(score / T) over all poses, with T = ``temperature`` in units of the
+    score. The other arguments are those of `hand_peaks`, in its order."""
     n, s = particles.shape[:2]
     out = particles.new_empty(n, factors.size, dtype=particles.real.dtype)
-    for rows, some, x, room in _blocks(particles, factors, mirror, block, together):
-        logits = _logits(x, s, factors, some, temperature, mirror, room)
+    for rows, some, x, room in _blocks(particles, factors, mirror, *block):
+        logits = _logits(_tables(x, factors, some, mirror, room), s, temperature)
         out[rows, some] = temperature * torch.logsumexp(logits, (0, 1, 3))
     return out
 
@@ -112,26 +104,26 @@ def logsumexp_gradients(
     factors: RingFactors,
     temperature: float,
     mirror: bool,
-    block: int,
-    together: int,
+    *block: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `logsumexp_of` by particles (n, s, r, m) and references (k, r, m).
+    """Gradients of `logsumexp_of` with respect to particles (n, s, r, m), references (k, r, m).
 
-    The table is made again, block by block. Its gradient, the weights, goes back the way it came:
-    hands to halves, angles to frequencies, and two real products.
+    The table is computed again, block by block. Its gradient, the weights of the poses, then goes
+    through the steps of `_tables` in reverse: hands to halves, angles to frequencies, and two real
+    products.
 
     Args:
-        grad: (n, k) of the output.
+        grad: (n, k) gradient with respect to the output. See `logsumexp_of` for the others.
     """
     s, r, m = particles.shape[1:]
     a, k = 2 * (m - 1), factors.size
     by_particle = torch.empty_like(particles, memory_format=torch.contiguous_format)
     by_pairs = grad.new_zeros(m, 2, r, k, 2)
-    # irfft's weights of the frequencies: rfft with them is its transpose.
+    # The weights of the frequencies in irfft: rfft times these weights is the transpose of irfft.
     multiplicity = grad.new_full((m, 1, 1, 1), 2.0 / a)
     multiplicity[0] = multiplicity[-1] = 1.0 / a
-    for rows, some, x, room in _blocks(particles, factors, mirror, block, together):
-        logits = _logits(x, s, factors, some, temperature, mirror, room)
+    for rows, some, x, room in _blocks(particles, factors, mirror, *block):
+        logits = _logits(_tables(x, factors, some, mirror, room), s, temperature)
         weight = (logits - logits.logsumexp((0, 1, 3), keepdim=True)).exp()
         weight = (weight * grad[rows, some].unsqueeze(1)).flatten(2, 3)  # (h, a, n' s, k')
         plain = weight[0]
@@ -150,7 +142,7 @@ def logsumexp_gradients(
             by_particle[rows] += found
         here = torch.bmm(x.flatten(0, 1).mT, product)  # (m 2, r, k' 2)
         by_pairs[:, :, :, some] += here.reshape(m, 2, r, -1, 2)
-    real = by_pairs[:, 0, ..., 0] - by_pairs[:, 1, ..., 1]  # (m, r, k): as `ring_factors` has them
+    real = by_pairs[:, 0, ..., 0] - by_pairs[:, 1, ..., 1]  # (m, r, k)
     imaginary = by_pairs[:, 0, ..., 1] + by_pairs[:, 1, ..., 0]
     return by_particle, torch.complex(real, imaginary).permute(2, 1, 0).contiguous()
 
@@ -158,38 +150,38 @@ def logsumexp_gradients(
 def _blocks(
     particles: Tensor, factors: RingFactors, mirror: bool, block: int, together: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Blocks of the table: particles, references, the particles' parts, and room for a product."""
+    """Go through the table in blocks.
+
+    Yields:
+        The rows of particles, those of references, the particles' real and imaginary parts
+        (m, 2, n' s, r), and memory for the product.
+    """
     n, s, r, m = particles.shape
     k = factors.size
     per_pair = s * (1 + mirror) * 2 * (m - 1)
     most = max(1, block // per_pair)
     k_block = math.ceil(k / math.ceil(k / most)) if k else 1
     n_block = max(1, min(n, block // (per_pair * min(k, k_block)), together))
-    # One workspace for all blocks: fresh memory costs more than what is done in it.
-    widest = k_block if k == k_block <= 2 else max(k_block, LEAST)  # as `_tables` pads them
+    # All blocks share this memory: to allocate new memory takes longer than the product itself.
+    widest = k_block if k == k_block <= 2 else max(k_block, LEAST_COLUMNS)  # see `_tables`
     room = particles.new_empty(m * 2 * n_block * s * 2 * widest, dtype=particles.real.dtype)
     for start in range(0, n, n_block):
         rows = slice(start, start + n_block)
         x = torch.view_as_real(particles[rows].resolve_conj()).reshape(-1, 2 * m)
-        x = x.T.contiguous().reshape(m, 2, -1, r)  # (m, 2, n' s, r); real pairs turn fastest
+        x = x.T.contiguous().reshape(
+            m, 2, -1, r
+        )  # (m, 2, n' s, r); transposing real pairs is fastest
         for first in range(0, k, k_block):
             yield rows, slice(first, min(first + k_block, k)), x, room
 
 
 def _spare(k: int) -> int:
-    """Columns of zeros that k references need."""
-    return max(0, LEAST - k) if k > 2 else 0
+    """How many references that are zero have to be added to k references."""
+    return max(0, LEAST_COLUMNS - k) if k > 2 else 0
 
 
-def _block_peaks(
-    parts: Tensor, s: int, factors: RingFactors, some: slice, mirror: bool, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Peaks of a block of particles against a block of references, (n, k, hands) each.
-
-    Args:
-        parts, room: of `_blocks`.
-    """
-    tables = _tables(parts, factors, some, mirror, room)
+def _block_peaks(tables: list[Tensor], s: int) -> tuple[Tensor, Tensor]:
+    """Scores and places (n, k, hands) of a block, from its `_tables` at s shifts."""
     (a, ns, k), device = tables[0].shape, tables[0].device
     index = torch.arange(k, device=device)
     row = torch.arange(ns // s, device=device)[:, None] * s
@@ -198,45 +190,33 @@ def _block_peaks(
         score, shift = table.amax(0).reshape(-1, s, k).max(1)  # (n, k)
         best = table[:, row + shift, index]  # (a, n, k)
         if hand == 1:
-            best = best.roll(-1 - a // 2, 0).flip(0)  # entry i is that at a / 2 - i
+            best = best.roll(-1 - a // 2, 0).flip(0)  # entry i is angle a / 2 - i
         angle = (best == score).to(torch.uint8).argmax(0)
         scores.append(score)
         places.append((shift * len(tables) + hand) * a + angle)
     return torch.stack(scores, -1), torch.stack(places, -1)
 
 
-def _logits(
-    parts: Tensor,
-    s: int,
-    factors: RingFactors,
-    some: slice,
-    temperature: float,
-    mirror: bool,
-    room: Tensor,
-) -> Tensor:
-    """Scores over the temperature, (hands, a, n, s, k): `_tables` of a block."""
-    tables = _tables(parts, factors, some, mirror, room)
+def _logits(tables: list[Tensor], s: int, temperature: float) -> Tensor:
+    """The scores of a block divided by the temperature, (hands, a, n, s, k)."""
     return (torch.stack(tables) / temperature).unflatten(2, (-1, s))
 
 
 def _tables(
     parts: Tensor, factors: RingFactors, some: slice, mirror: bool, room: Tensor
 ) -> list[Tensor]:
-    """Scores (a, n s, k) of a block, hand by hand; a mirrored hand's angle i is that at a / 2 - i.
+    """Scores (a, n s, k) of a block, one tensor per hand.
 
-    Real and imaginary part of the particles make a correlation each, A of sum_r Re(X) Y and B of
-    sum_r Im(X) (-i Y). Then A + B is the table's plain hand, and (A - B) read backwards from half
-    a turn its mirrored one: two real products and two transforms serve both.
-
-    Args:
-        parts: (m, 2, n s, r) real and imaginary part of the particles' spectra.
-        room: memory for the product.
+    In the mirrored hand's tensor, entry i belongs to angle a / 2 - i. The real and the imaginary
+    part of the particles give one correlation each: A from sum_r Re(X) Y, and B from
+    sum_r Im(X) (-i Y). Then A + B is the table of hand 0, and A - B in this order of angles that of
+    hand 1, so that two real products and two transforms are enough for both hands.
     """
     m, _, ns, _ = parts.shape
     a = 2 * (m - 1)
     k = some.stop - some.start
     columns = factors.pairs[..., some, :]  # (m, 2, r, k, 2)
-    spare = _spare(k) if factors.size == k else max(0, LEAST - k)  # a part of many: like them
+    spare = _spare(k) if factors.size == k else max(0, LEAST_COLUMNS - k)  # part of many references
     if spare:
         whole = factors.size == k
         columns = factors.pairs if whole else F.pad(columns, (0, 0, 0, spare))
@@ -244,7 +224,7 @@ def _tables(
     shape = (m, 2, ns, columns.shape[-1])
     product = room[: math.prod(shape)].view(shape)
     done = 0
-    for start, end, low, high in factors.bands:
+    for start, end, low, high in factors.groups:
         product[done:start] = 0
         torch.bmm(
             parts[start:end, :, :, low:high].flatten(0, 1),

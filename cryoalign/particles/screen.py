@@ -1,4 +1,4 @@
-"""Finding the images that nothing can be learnt from, before they reach anything else."""
+"""Find the images that cannot be used: with invalid pixels, or without any contrast."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-BATCH = 256  # images in memory at a time
-LARGEST = 1e15  # beyond it, sums of squares over an image overflow single precision
+BATCH = 256  # images in memory at a time: 64 MB for 256 px
+LARGEST = 1e15  # larger pixels make sums of squares over an image overflow float32
 
 
 class Readable(Protocol):
-    """Anything images can be read from by row."""
+    """Anything from which images can be read by row."""
 
     def __len__(self) -> int: ...
 
@@ -29,18 +29,16 @@ def screen(
     progress: Callable[[int], object] | None = None,
     rows: Tensor | None = None,
 ) -> pd.DataFrame:
-    """Images with NaN, infinite or overflowing pixels, or the same value everywhere.
-
-    Reads batch by batch; memory does not grow with the number of images.
+    """List the images with NaN, infinite or too large pixels, or with the same value everywhere.
 
     Args:
-        stack: where the images are.
-        batch_size: images in memory at a time.
-        progress: called with the number of images of every batch done.
-        rows: 0-based rows to look at, e.g. one process's share; None is all.
+        stack: the images.
+        batch_size: number of images in memory at a time.
+        progress: called after each batch with its number of images.
+        rows: 0-based rows to check, e.g. those of one process; None checks all.
 
     Returns:
-        Columns index (0-based row) and reason, one row per image to set aside, in order.
+        Columns index (0-based row) and reason, with one row for each unusable image, in order.
     """
     rows = torch.arange(len(stack)) if rows is None else rows
     found: list[tuple[int, str]] = []
@@ -54,8 +52,8 @@ def screen(
 
 
 def faults(images: Tensor) -> dict[int, str]:
-    """Why images of a batch (b, h, w) cannot be used, by their place in it; the good are absent."""
-    low, high = images.flatten(1).aminmax(dim=1)  # NaN where a pixel is
+    """Why images of a batch (b, h, w) cannot be used, by index; usable images are left out."""
+    low, high = images.flatten(1).aminmax(dim=1)  # NaN if a pixel is NaN
     largest = torch.maximum(low.abs(), high.abs())
     reasons: dict[int, str] = {}
     for i in (~(largest <= LARGEST) | (low == high)).nonzero().flatten().tolist():
@@ -70,14 +68,14 @@ def faults(images: Tensor) -> dict[int, str]:
 
 
 def refuse_above(rejected: pd.DataFrame, n_particles: int, max_rejected: float) -> None:
-    """Set a few images aside, but refuse to go on when too many are unusable.
+    """Raise an error if too many images are unusable.
 
     Args:
-        rejected: what ``screen`` found.
-        n_particles: images looked at.
-        max_rejected: largest tolerable share, 0 to 1.
+        rejected: the table from `screen`.
+        n_particles: number of images that were checked.
+        max_rejected: largest acceptable share of unusable images, from 0 to 1.
 
-    Raises ValueError if the share is larger, or nothing is left.
+    Raises ValueError if the share is larger, or if no image is usable.
     """
     count = len(rejected)
     if count <= max_rejected * n_particles and count < n_particles:
@@ -89,5 +87,5 @@ def refuse_above(rejected: pd.DataFrame, n_particles: int, max_rejected: float) 
     raise ValueError(
         f"{count} of {n_particles} particles are unusable, more than max_rejected = "
         f"{max_rejected:g} allows; rows (from 0) {shown}, ...: restore the stack, or raise "
-        "max_rejected to go on without them"
+        "max_rejected to continue without them"
     )

@@ -1,9 +1,9 @@
-"""Phantoms and particle stacks whose poses are known exactly.
+"""Simulate particle stacks whose poses are known exactly.
 
-A phantom is a sum of 3D Gaussian blobs. Its projection is then a sum of 2D Gaussians, and stays
-one under any in-plane rotation, sub-pixel shift and mirror: particles are *evaluated* at their
-pose, never interpolated, so they can judge the code that interpolates. Coordinates are (x, y[, z])
-in pixels about pixel ``size // 2``; poses follow ``cryoalign.pose``.
+A phantom is a sum of 3D Gaussian blobs, so its projection is a sum of 2D Gaussians, also after any
+in-plane rotation, sub-pixel shift and mirror. Particles are computed from this formula at their
+pose without interpolation, so they can be used to test code that interpolates. Coordinates are
+(x, y[, z]) in pixels from pixel ``size // 2``; poses follow ``cryoalign.pose``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from cryoalign.io.formats import write_images
-from cryoalign.io.star import StarTables, write_star
+from cryoalign.io.relion import one_group_tables
+from cryoalign.io.star import write_star
 from cryoalign.pose import Pose
 from cryoalign.runtime.files import replacing
 
 Seed = int | np.random.Generator
-RELION_31 = 30001
-"""The version that RELION 3.1 writes into its STAR files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +32,9 @@ class Phantom:
     """A sum of isotropic 3D Gaussians.
 
     Attributes:
-        centres: (b, 3) x, y, z in pixels about the phantom's centre.
+        centres: (b, 3) x, y, z in pixels from the centre of the phantom.
         widths: (b,) standard deviations in pixels.
-        weights: (b,) integrals; a projection's pixels add up to their sum.
+        weights: (b,) integrals; the pixels of a projection add up to their sum.
     """
 
     centres: Tensor
@@ -45,15 +44,15 @@ class Phantom:
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """A simulated particle stack and its truth.
+    """A simulated particle stack with its true poses and classes.
 
     Attributes:
-        images: (n, size, size) float32 particles, of noise standard deviation ``sigma``.
-        views: (k, size, size) float32 noise-free views on the particles' scale.
-        pose: (n,) the true poses: ``pose[i]`` takes particle i onto its view.
-        class_number: (n,) int64, 1-based: particle i shows ``views[class_number[i] - 1]``.
-        pixel_size: Å.
-        sigma: standard deviation of the noise: 1, or 0 where ``snr`` is infinite.
+        images: (n, size, size) float32 particles with noise.
+        views: (k, size, size) float32 views without noise, on the scale of the particles.
+        pose: (n,) true poses; ``pose[i]`` moves particle i onto its view.
+        class_number: (n,) int64, from 1; particle i shows ``views[class_number[i] - 1]``.
+        pixel_size: Å per pixel.
+        sigma: standard deviation of the noise: 1, or 0 if ``snr`` is infinite.
     """
 
     images: Tensor
@@ -65,14 +64,19 @@ class Simulation:
 
 
 def phantom(seed: Seed = 0, *, n_blobs: int = 600, radius: float = 22.0) -> Phantom:
-    """A protein-like object without symmetry: domains that are filled by folded chains of rods.
+    """A protein-like object without symmetry: domains filled by folded chains of rods.
 
-    Structure sits at three scales: domains (a quarter to a half of ``radius``), rods like helices,
-    and single blobs as narrow as a pixel. Widths scale with ``radius`` but stay at 1 px or above,
-    where a Gaussian sampled at pixel centres is free of aliasing to better than 1 %. The blobs lie
-    within ``radius`` px about their centre of mass. Up to 7 broad negative blobs more, one for each
-    domain, stand for the low frequencies that a microscope does not transfer: they give the dark
-    halo of real particles, without which all views correlate as so many discs.
+    There is structure at three scales: domains of a quarter to a half of ``radius``, rods like
+    helices, and blobs as narrow as a pixel. Up to 7 broad negative blobs, one per domain, model the
+    low frequencies that a microscope does not transfer. They cause the dark halo of real particles;
+    without them all views would correlate strongly because each is roughly a disc.
+
+    Args:
+        seed: seed of all random choices; the same seed gives the same phantom.
+        n_blobs: number of positive blobs.
+        radius: px, largest distance of a blob from the centre of mass. The widths of blobs are
+            proportional to it but at least 1 px, where sampling a Gaussian at the centres of pixels
+            causes less than 1 % aliasing.
     """
     if n_blobs < 1 or radius <= 0:
         raise ValueError(f"a phantom needs n_blobs >= 1 and radius > 0, not {n_blobs}, {radius}")
@@ -94,12 +98,12 @@ def phantom(seed: Seed = 0, *, n_blobs: int = 600, radius: float = 22.0) -> Phan
 
 
 def _domains(rng: np.random.Generator, n_blobs: int) -> list[tuple[np.ndarray, float, int]]:
-    """Centre, radius and blob count of up to 7 touching domains of the unit of length."""
+    """Centre, radius and number of blobs of up to 7 touching domains, in arbitrary units."""
     count = min(7, n_blobs)
     radii = rng.uniform(0.25, 0.6, count)
     centres = np.zeros((count, 3))
     for i in range(1, count):
-        # The inner one of two places that touch a neighbour: compact, yet with arms.
+        # Of two places that touch a neighbour take the inner one: compact, but not a ball.
         neighbours = rng.integers(i, size=2)
         reach = 0.85 * (radii[i] + radii[neighbours])
         places = [centres[j] + r * _unit(rng) for j, r in zip(neighbours, reach, strict=True)]
@@ -111,12 +115,12 @@ def _domains(rng: np.random.Generator, n_blobs: int) -> list[tuple[np.ndarray, f
 
 
 def _chain(rng: np.random.Generator, centre: np.ndarray, radius: float, length: int) -> np.ndarray:
-    """(length, 3) beads of a chain of straight rods that stays within its domain."""
+    """(length, 3) beads of a chain of straight rods that stays inside its domain."""
     beads = np.empty((length, 3))
     place, direction, left = 0.4 * radius * _unit(rng), _unit(rng), 0
     for i in range(length):
         if left == 0 or np.linalg.norm(place + 0.07 * direction) > radius:
-            # A new rod, turned back towards the domain's heart the more the chain is outside.
+            # Start a new rod; the farther outside, the more it points to the domain's centre.
             direction = _unit(rng) - place / radius
             direction = direction / np.linalg.norm(direction)
             left = int(rng.integers(4, 14))
@@ -131,10 +135,10 @@ def _unit(rng: np.random.Generator) -> np.ndarray:
 
 
 def spread_views(k: int, seed: Seed = 0) -> Tensor:
-    """(k, 3) unit viewing directions, spread over the projective sphere.
+    """(k, 3) unit viewing directions, spread evenly over the sphere; the same for the same seed.
 
-    A view from the opposite side is a mirror image, so d and -d count as one: no view is another's
-    mirror. Random directions that push each other apart until they rest.
+    Opposite directions give mirrored views and count as the same direction, so no view is the
+    mirror image of another. Random directions repel each other until they are at rest.
     """
     if k < 1:
         raise ValueError(f"spread_views needs k >= 1, not {k}")
@@ -153,16 +157,17 @@ def spread_views(k: int, seed: Seed = 0) -> Tensor:
 
 
 def project(phantom: Phantom, directions: Tensor, pose: Pose | None = None, *, size: int) -> Tensor:
-    """Projections of a phantom, moved off their views by the inverse of ``pose``.
+    """Projections of a phantom, moved from their views by the inverse of ``pose``.
 
     Args:
-        directions: (n, 3) unit vectors. The view's x axis is horizontal (RELION's rot and tilt,
-            psi = 0).
-        pose: (n,) takes each projection back onto its view; None makes the views themselves.
-        size: of the square image, odd or even.
+        phantom: the object.
+        directions: (n, 3) unit vectors. The x axis of a view is horizontal (RELION's rot and tilt,
+            with psi = 0).
+        pose: (n,) poses that move each projection back onto its view; None gives the views.
+        size: width and height of an image in px, odd or even.
 
     Returns:
-        (n, size, size) float32. Values at pixel centres, exact to float32.
+        (n, size, size) float32 values at the centres of pixels, exact to float32.
     """
     if directions.ndim != 2 or directions.shape[1] != 3:
         raise ValueError(f"directions must be (n, 3), not {tuple(directions.shape)}")
@@ -177,16 +182,16 @@ def project(phantom: Phantom, directions: Tensor, pose: Pose | None = None, *, s
     widths = phantom.widths.double()[:, None]
     scale = (phantom.weights / (2 * math.pi * phantom.widths**2)).float()
     images = torch.empty(len(directions), size, size)
-    for part in torch.arange(len(directions)).split(16):  # (n, b, 2, size) stays in the cache
+    for part in torch.arange(len(directions)).split(16):  # (16, b, 2, size) fits the cache
         offset = ((grid - places[part][..., None]) / widths[:, None]).float()
-        # Clamped at 4e-18: subnormal numbers would slow the product down tenfold.
+        # Clamped at 4e-18, because subnormal numbers make the product ten times slower.
         columns, rows = (-0.5 * offset**2).clamp_min(-40).exp().unbind(2)  # each (n, b, size)
         images[part] = (rows * scale[:, None]).mT @ columns
     return images
 
 
 def _image_axes(directions: Tensor) -> Tensor:
-    """(n, 2, 3) x and y axes of the views along unit ``directions``: RELION's at psi = 0."""
+    """(n, 2, 3) x and y axes of views along ``directions``, as RELION's with psi = 0."""
     x, y, z = directions.unbind(-1)
     tilt, rot = torch.atan2(torch.hypot(x, y), z), torch.atan2(y, x)
     across = [tilt.cos() * rot.cos(), tilt.cos() * rot.sin(), -tilt.sin()]
@@ -206,13 +211,24 @@ def simulate(
     noise: Literal["white", "coloured"] = "white",
     pixel_size: float = 3.0,
 ) -> Simulation:
-    """Simulate ``n`` noisy particles of ``n_classes`` views of one phantom.
+    """Simulate noisy particles of several views of one phantom.
 
-    Classes, angles, hands (where ``mirror``) and shifts, within ±``max_shift`` px on each axis, are
-    uniform at random. ``snr`` = mean variance of the clean images over the whole box / variance of
-    the noise, which is 1; an infinite ``snr`` gives clean images of mean variance 1. Views, poses
-    and noise have random streams of their own: changing ``n`` or ``snr`` keeps the views.
-    Raises ValueError where the phantom and its shifts do not fit into ``size``.
+    Classes, angles, mirrors and shifts are random and uniformly distributed. Views, poses and noise
+    have separate random streams, so the views stay the same for another ``n`` or ``snr``.
+
+    Args:
+        n: number of particles.
+        n_classes: number of views.
+        size: width and height of an image in px.
+        snr: mean variance of the clean images over the whole box / variance of the noise, which is
+            1. Infinity gives clean images with a mean variance of 1.
+        max_shift: largest shift along x and y in px.
+        mirror: True mirrors half of the particles.
+        seed: seed of all random choices; the same seed gives the same particles.
+        noise: ``white``, or ``coloured`` with the power spectrum of ice.
+        pixel_size: Å per pixel.
+
+    Raises ValueError if the phantom and its shifts do not fit into ``size``.
     """
     if n < 1 or n_classes < 1 or not snr > 0 or max_shift < 0:
         raise ValueError(
@@ -222,8 +238,8 @@ def simulate(
     radius = min(0.36 * size, size // 2 - max_shift - 4.0)
     if radius < 6:
         raise ValueError(
-            f"size={size} leaves a phantom of radius {radius:g} px next to shifts of {max_shift:g} "
-            f"px; at least 6 px are needed: raise size or lower max_shift"
+            f"size={size} and shifts of {max_shift:g} px leave a phantom of radius {radius:g} px; "
+            f"at least 6 px are needed: raise size or lower max_shift"
         )
     shape_rng, view_rng, pose_rng, noise_rng = np.random.default_rng(seed).spawn(4)
     molecule = phantom(shape_rng, radius=radius)
@@ -245,10 +261,10 @@ def simulate(
 
 
 def _add_noise(images: Tensor, kind: str, rng: np.random.Generator) -> None:
-    """Add Gaussian noise of variance 1 to freshly made images, in place.
+    """Add Gaussian noise of variance 1 to images (n, size, size), in place.
 
-    "coloured": power 1 / (1 + (k / 0.06)^2) + 0.15 at k cycles per pixel, as behind particles
-    in ice.
+    "coloured" noise has the power 1 / (1 + (k / 0.06)^2) + 0.15 at k cycles per pixel, similar to
+    that of ice.
     """
     if kind not in ("white", "coloured"):
         raise ValueError(f"unknown noise {kind!r}; use 'white' or 'coloured'")
@@ -265,7 +281,7 @@ def _add_noise(images: Tensor, kind: str, rng: np.random.Generator) -> None:
 
 
 def truth_table(simulation: Simulation) -> pd.DataFrame:
-    """The true poses and classes, with the columns of a run's ``particles.csv`` (no score)."""
+    """True poses and classes, with the columns of ``particles.csv`` of a run, except the score."""
     pose = simulation.pose
     columns = {
         "index": np.arange(len(pose)),
@@ -279,11 +295,11 @@ def truth_table(simulation: Simulation) -> pd.DataFrame:
 
 
 def write_simulation(folder: str | Path, simulation: Simulation) -> Path:
-    """Write a simulation into ``folder``, made if need be; returns the particles' STAR file.
+    """Write a simulation into ``folder`` and return the STAR file of the particles.
 
-    Files: ``particles.mrcs`` with ``particles.star`` (RELION 3.1; image names relative to the
-    folder), the noise-free ``views.mrcs`` and ``truth.csv``. Raises FileExistsError rather than
-    replace a stack that is already there.
+    The files are ``particles.mrcs`` with ``particles.star`` (RELION 3.1; image names relative to
+    the folder), ``views.mrcs`` without noise, and ``truth.csv``. The folder is made if it is
+    missing. Raises FileExistsError if it already contains a ``particles.star``.
     """
     folder = Path(folder)
     star = folder / "particles.star"
@@ -295,15 +311,6 @@ def write_simulation(folder: str | Path, simulation: Simulation) -> Path:
     with replacing(folder / "truth.csv") as path:
         truth_table(simulation).to_csv(path, index=False, float_format="%.6f")
     n, size = simulation.images.shape[:2]
-    # RELION wants the microscope's values in every optics table; there is no CTF in the images.
-    microscope = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
-    optics = {"rlnOpticsGroup": 1, "rlnOpticsGroupName": "opticsGroup1", **microscope}
-    optics |= {"rlnImagePixelSize": simulation.pixel_size, "rlnImageSize": size}
-    optics["rlnImageDimensionality"] = 2
-    names = [f"{i + 1:06d}@particles.mrcs" for i in range(n)]
-    particles = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": 1})
-    tables = StarTables(
-        {"optics": pd.DataFrame([optics]), "particles": particles}, "particles", RELION_31
-    )
+    tables = one_group_tables("particles.mrcs", n, size, simulation.pixel_size)
     write_star(star, tables, ("simulated, without a CTF",))
     return star

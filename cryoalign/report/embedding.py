@@ -1,9 +1,9 @@
-"""Particles as rows of a feature table, for scikit-learn, t-SNE and the like.
+"""Features of particles for scikit-learn, t-SNE and similar programs.
 
-Images are reduced to a few principal components, either of their pixels (PCA) or in two steps that
-keep rows and columns apart (2SDR: multilinear PCA, then PCA of its core scores; Chung et al. 2020).
-Both pass over the particles in batches: memory does not grow with the number of particles, but for
-the features themselves (and, for 2SDR, its core scores).
+Each image is reduced to a few principal components: of its pixels (PCA), or in two steps that keep
+rows and columns apart (2SDR: multilinear PCA, then PCA of its core scores; Chung et al. 2020). Both
+read the particles in batches, so only the features (and the core scores of 2SDR) need memory in
+proportion to the number of particles.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.arrays import Array
 
 BATCH = 512
-"""Particles held at a time."""
+"""Number of particles in memory at a time; PCA by batches needs many at once to be exact."""
 CACHE_BYTES = 2**30
-"""Prepared images are kept between passes where they take no more than this."""
+"""Prepared images stay in memory between passes if they take at most this many bytes."""
 
 
 def features(
@@ -41,25 +41,26 @@ def features(
     n_components: int = 50,
     method: Literal["pca", "2sdr"] = "pca",
 ) -> np.ndarray:
-    """Reduce particles, as they are or aligned, to a few numbers each.
+    """Reduce each particle to a few numbers, with or without alignment.
 
-    Every image gets mean 0 and deviation 1 inside a disc of ``mask_radius`` and is zero outside.
+    Each image gets mean 0 and standard deviation 1 inside a disc, and is zero outside of it.
 
     Args:
-        images: (n, h, w) tensor or other array (`interop.Array`), or a stack.
-        alignment: of these particles, applied to them; None takes them as they are.
-        rows: which particles (0-based); default all.
-        mask_radius: px; default the largest disc in the image.
-        n_components: at most 256; fewer come back where there are not as many particles or pixels.
+        images: (n, h, w) tensor or other array (`cryoalign.runtime.arrays.Array`), or a stack.
+        alignment: alignment of these particles, which is applied to them; None applies none.
+        rows: 0-based numbers of the particles to use; None uses all.
+        mask_radius: radius of the disc in px; None takes the largest disc in the image.
+        n_components: number of features, at most 256. There are fewer if there are fewer particles
+            or pixels.
         method: ``pca`` of the pixels, or ``2sdr`` with 25 rows and 25 columns.
 
     Returns:
-        (len(rows), n_components) float32, most variable first. Particles that ``alignment`` set
-        aside, or that hold NaN, infinity or one constant, are rows of NaN.
+        (len(rows), n_components) float32 features by decreasing variance. Rows are NaN for
+        particles that ``alignment`` has set aside, and for those with NaN, infinity or a constant.
 
     Raises:
         ValueError: unknown method, n_components out of range, an alignment of other particles, or
-            fewer than two usable ones.
+            fewer than two usable particles.
     """
     if method not in ("pca", "2sdr"):
         raise ValueError(f"unknown method {method!r}; use 'pca' or '2sdr'")
@@ -79,7 +80,7 @@ def features(
     bad = screen(stack, rows=torch.as_tensor(index[aligned]))["index"].to_numpy()
     usable = aligned & ~np.isin(index, bad)
     if usable.sum() < 2:
-        raise ValueError(f"features need two usable particles or more, not {usable.sum()}")
+        raise ValueError(f"features need at least two usable particles, not {usable.sum()}")
     prepared = _Prepared(stack, index[usable], pose, mask_radius)
     batches: Iterable[Tensor] = list(prepared) if prepared.nbytes <= CACHE_BYTES else prepared
     scores = pca(batches if method == "pca" else _cores(batches), n_components)
@@ -90,7 +91,7 @@ def features(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Particles read, normalised, aligned and masked, batch by batch, as often as asked."""
+    """Batches of particles that are read, normalised, aligned and masked; can be repeated."""
 
     stack: Stack
     index: np.ndarray
@@ -108,12 +109,12 @@ class _Prepared:
 
     def __iter__(self) -> Iterator[Tensor]:
         disc = self._disc()
-        # Even parts: a small last one would tell IncrementalPCA little.
+        # Parts of equal size, because IncrementalPCA is inexact for a small last batch.
         for part in np.array_split(self.index, -(-len(self.index) // BATCH)):
             rows = torch.as_tensor(part)
             batch = self.stack.read(rows).cpu()
             deviation, mean = torch.std_mean(batch[:, disc], dim=1)
-            deviation = torch.where(deviation > 0, deviation, 1)  # all of the signal is outside
+            deviation = torch.where(deviation > 0, deviation, 1)  # zero inside the disc
             batch = (batch - mean[:, None, None]) / deviation[:, None, None]
             if self.pose is not None:
                 batch = transform(batch, self.pose[rows])
@@ -121,9 +122,9 @@ class _Prepared:
 
 
 def pca(batches: Iterable[Tensor], n_components: int) -> np.ndarray:
-    """(n, n_components) principal component scores of (b, ...) batches that are iterated twice.
+    """Scores (n, n_components) float32 of (b, ...) batches, which are read twice, by PCA.
 
-    Fewer components where the first batch has not as many images, or an image as many pixels.
+    There are fewer components if the first batch has fewer images, or an image has fewer pixels.
     """
     model: IncrementalPCA | None = None
     for batch in batches:
@@ -147,11 +148,14 @@ def mpca(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multilinear PCA: the bases A and B that keep most of the variance of A^T (X - mean) B.
 
-    Alternates A = top p eigenvectors of sum X B B^T X^T and B = top q of sum X^T A A^T X until the
-    explained variance gains less than ``tol`` of itself in a round, at most ``rounds`` times.
+    Alternates A = top p eigenvectors of sum X B B^T X^T and B = top q of sum X^T A A^T X.
 
     Args:
-        batches: (b, h, w) images, iterated over twice a round.
+        batches: (b, h, w) images, which are read twice in each round.
+        p: number of columns of A.
+        q: number of columns of B.
+        rounds: largest number of rounds.
+        tol: stop when a round raises the explained variance by less than this share of it.
 
     Returns:
         A (h, p), B (w, q) with orthonormal columns, and the mean image (h, w), float32.
@@ -172,8 +176,8 @@ def mpca(
 
 
 def _top_eigenvectors(factors: Iterable[Tensor], count: int) -> tuple[Tensor, float]:
-    """The top eigenvectors (h, count) of the sum of Y Y^T over (b, h, q) batches of Y, and the
-    sum of their eigenvalues."""
+    """Top eigenvectors (h, count) of the sum of Y Y^T over batches Y (b, h, q), and the sum of
+    their eigenvalues."""
     total = torch.zeros((), dtype=torch.float64)
     for factor in factors:
         rows = factor.transpose(0, 1).flatten(1)  # (h, b * q)
@@ -183,14 +187,21 @@ def _top_eigenvectors(factors: Iterable[Tensor], count: int) -> tuple[Tensor, fl
 
 
 def embed(table: np.ndarray, seed: int = 0, *, perplexity: float = 30.0) -> np.ndarray:
-    """(n, 2) t-SNE map of (n, d) features, the same for the same seed. Rows of NaN stay NaN.
+    """Map features to the plane by t-SNE.
 
-    A third of the particles is the most that ``perplexity`` may be; larger ones are lowered to it.
+    Args:
+        table: (n, d) features.
+        seed: seed of t-SNE; the same seed gives the same map.
+        perplexity: about the number of neighbours that t-SNE keeps close; at most a third of the
+            particles is used.
+
+    Returns:
+        (n, 2) float32; rows of NaN stay NaN.
     """
     finite = np.isfinite(table).all(1)
     count = int(finite.sum())
     if count < 4:
-        raise ValueError(f"an embedding needs four particles with features or more, not {count}")
+        raise ValueError(f"an embedding needs at least four particles with features, not {count}")
     model = TSNE(perplexity=min(perplexity, (count - 1) / 3), init="pca", random_state=seed)
     place = np.full((len(table), 2), np.nan, dtype=np.float32)
     place[finite] = model.fit_transform(table[finite])
@@ -198,11 +209,14 @@ def embed(table: np.ndarray, seed: int = 0, *, perplexity: float = 30.0) -> np.n
 
 
 def neighbour_purity(table: np.ndarray, labels: Sequence[int] | np.ndarray, k: int = 10) -> float:
-    """Mean share of a particle's ``k`` nearest neighbours that carry its own label.
+    """Mean share of a particle's nearest neighbours that have its own label.
 
-    Works on features or on an embedding of them, (n, d); rows of NaN are left out. With fewer than
-    ``k`` others, all others are the neighbours. One over the number of classes is chance, for
-    classes of one size.
+    For classes of equal size, chance gives one over the number of classes.
+
+    Args:
+        table: (n, d) features or an embedding of them; rows of NaN are left out.
+        labels: (n,) class of each particle.
+        k: number of neighbours; all others if there are fewer.
     """
     label = np.asarray(labels)
     if len(label) != len(table):
@@ -210,7 +224,7 @@ def neighbour_purity(table: np.ndarray, labels: Sequence[int] | np.ndarray, k: i
     finite = np.isfinite(table).all(1)
     table, label = table[finite], label[finite]
     if len(table) < 2:
-        raise ValueError(f"purity needs two particles with features or more, not {len(table)}")
+        raise ValueError(f"purity needs at least two particles with features, not {len(table)}")
     model = NearestNeighbors(n_neighbors=min(k, len(table) - 1)).fit(table)
-    neighbours = model.kneighbors(return_distance=False)  # (n, k), the particle itself left out
+    neighbours = model.kneighbors(return_distance=False)  # (n, k), without the particle itself
     return float((label[neighbours] == label[:, None]).mean())

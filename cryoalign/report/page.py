@@ -1,87 +1,72 @@
-"""One HTML page per run: the numbers, the pictures, and what deserves a second look.
+"""The report of a run: one HTML page with the numbers, the pictures and warnings.
 
-The page holds everything, pictures included, and asks nothing of the network: it can be mailed.
+The page contains everything, pictures included, and loads nothing from the network, so it can be
+sent by mail as one file.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from cryoalign.report import figures as plot
+from cryoalign.report.montage import thumbnail
+from cryoalign.report.pictures import Picture, draw
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.quality import effective_classes
 from cryoalign.runtime.files import replacing
 
-MAPS = "Particles before and after alignment (t-SNE)"
-QUALITY = "How good it is"
-CAPTIONS = {
-    QUALITY: "Standard deviations of poses by each particle's own noise, given its class. Evidence "
-    "is against the particle being noise, by the average of the half-set that it is not in; "
-    "oddness says how unlike the others' what is left of it is. Particles with too little of the "
-    "one or too much of the other are marked as junk.",
-    MAPS: "After: every particle is turned onto its own class's average, which by itself parts the "
-    "classes; neighbours of one class are no proof that the classes are right.",
-}
 CLASS_COLUMNS = (
     ("compactness", "compactness", 3),
     ("pixel_error", "pixel error", 2),
     ("junk_share", "junk", 3),
     ("rank", "rank", 0),
 )
-"""Columns of ``Alignment.class_quality`` that the page shows: name, heading, digits."""
+"""Columns of ``Alignment.class_quality`` on the page: name, heading, digits after the point."""
 COLUMN_NOTES = {
-    "compactness": "Compactness: the share of a member's variance that all members have in common.",
-    "pixel_error": "Pixel error: the mean of the members' between realignments, in pixels of the "
-    "shrunk images. Neighbours in the table look alike.",
-    "junk_share": "Junk: share of members marked.",
-    "rank": "Rank: from good (1) to junk, by compactness and what is no junk.",
+    "compactness": "Compactness is the part of a particle's variance that all particles of the "
+    "class have in common, from 0 to 1; in a class of low compactness, particles differ or are "
+    "noisy.",
+    "pixel_error": "Pixel error is the mean difference between repeated alignments of a particle, "
+    "in pixels of the averages; a large value means that the poses are not reproducible. "
+    "Neighbours in the table look alike.",
+    "junk_share": "Junk is the share of the class's particles that are marked as junk.",
+    "rank": "Rank sorts the classes from good (1) to bad, by compactness times the share of "
+    "particles that are not junk.",
 }
 LISTED = 20
-"""Particles set aside that the page lists; ``rejected.csv`` has them all."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure on the page, as a data URI."""
-
-    title: str
-    caption: str
-    source: str
+"""Number of particles set aside that the page lists; ``rejected.csv`` lists all of them."""
 
 
 def write_report(
     alignment: Alignment,
     folder: str | Path,
     config: Mapping[str, Any] | None = None,
-    figures: Mapping[str, Figure] | None = None,
+    pictures: Sequence[Picture] | None = None,
     *,
     max_shift: float | None = None,
     shift_key: str = "particle.max_shift",
 ) -> Path:
-    """Write ``report.html`` into ``folder``, made if need be, and return its path.
+    """Write ``report.html`` into ``folder``, which is made if it is missing; return its path.
 
     Args:
-        alignment: what the run found.
-        config: its settings, nested as in the YAML file; listed on the page. ``particles`` names
-            the input.
-        figures: more pictures, by title, to stand after the run's own.
-        max_shift: the largest shift that the method tried, pixels of the input.
-        shift_key: the setting that allows larger ones.
+        alignment: the result of the run.
+        folder: where to write the report.
+        config: the settings of the run, nested as in the YAML file. The page lists them.
+            ``particles`` is the name of the input.
+        pictures: the run's pictures, the montage first; None draws them (`pictures.draw`).
+        max_shift: the largest shift that the method tried, in pixels of the input.
+        shift_key: the setting that allows larger shifts.
     """
     config = config or {}
-    largest_first = "order" not in alignment.class_quality
-    pictures = list(_pictures(alignment, max_shift, figures or {}, largest_first))
+    if pictures is None:
+        pictures = draw(alignment, max_shift)
     table = class_table(alignment)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("cryoalign.report", ""),
@@ -96,9 +81,12 @@ def write_report(
         unit=_unit(alignment),
         montage=pictures[0],
         pictures=pictures[1:],
-        classes=_rows(alignment, table),
-        largest_first=largest_first,
-        more_columns=[name for key, name, _ in CLASS_COLUMNS if key in table],
+        data_uri=_data_uri,
+        classes=table.to_dict("records"),
+        thumbnails=_thumbnails(alignment, table),
+        columns=[column for column in CLASS_COLUMNS if column[0] in table],
+        number=_number,
+        largest_first="order" not in table,
         column_notes=" ".join(note for key, note in COLUMN_NOTES.items() if key in table),
         n_particles=len(alignment.pose),
         n_rejected=len(alignment.rejected),
@@ -113,8 +101,10 @@ def write_report(
 
 
 def class_table(alignment: Alignment) -> pd.DataFrame:
-    """``Alignment.class_frame`` with each class's share of the particles used, by size or, where
-    the method gives one, in the order in which neighbours look alike."""
+    """``Alignment.class_frame`` with a column ``share``, the class's part of all used particles.
+
+    Rows are sorted by size or, where the method gives an order in which neighbours look alike, by
+    that."""
     table = alignment.class_frame()
     table["share"] = table["size"] / max(1, table["size"].sum())
     if "order" in table:
@@ -125,11 +115,13 @@ def class_table(alignment: Alignment) -> pd.DataFrame:
 def flags(
     alignment: Alignment, max_shift: float | None = None, key: str = "particle.max_shift"
 ) -> list[str]:
-    """What a look at the numbers finds wrong with a run, each with a remedy; empty if nothing.
+    """What is wrong with a run, each sentence with a remedy; empty if nothing is.
 
     Args:
-        max_shift: the search's limit on each axis, pixels of the input.
-        key: the setting that it comes from.
+        alignment: the result of the run.
+        max_shift: largest shift of the search along each axis in pixels of the input; None skips
+            the comparison with it.
+        key: name of the setting that ``max_shift`` comes from.
     """
     table = class_table(alignment)
     found = [_piled_up_shifts(alignment, max_shift, key)] if max_shift else []
@@ -139,50 +131,50 @@ def flags(
             f"{len(empty)} of {len(table)} classes are empty ({_listed(empty)}): ask for fewer "
             f"classes, or start from other references or another seed."
         )
-    # Of few classes a fair one is large.
+    # With few classes, even an equal share is large.
     attracting = table[table["share"] > max(0.4, 1.5 / len(table))]
     for row in attracting.itertuples():
         found.append(
-            f"Class {row.class_number} attracts {row.share:.0%} of the particles: look for "
-            f"different views in it, and align its particles again with more classes."
+            f"Class {row.class_number} attracts {row.share:.0%} of the particles: check whether "
+            f"it mixes different views, and classify its particles again with more classes."
         )
     unresolved = table.loc[(table["size"] > 0) & ~np.isfinite(table["resolution"]), "class_number"]
     if len(unresolved):
         found.append(
-            f"In {_these(unresolved)} the two halves of the particles do not agree at any "
-            f"resolution: too few particles, or noise; leave such classes out of a selection."
+            f"In {_these(unresolved)} the two half-sets do not agree at any resolution, because "
+            f"of too few particles or too much noise: leave such classes out of a selection."
         )
     found += _junk(alignment, table)
     history = alignment.history
-    # In a first and only iteration every particle changes from no class to one.
+    # In the first iteration every particle gets its first class, which counts as a change.
     share = history["reassigned"].iloc[-1] if "reassigned" in history and len(history) > 1 else 0
     if share > 0.05:
         found.append(
-            f"{share:.0%} of the particles still changed class in the last iteration: allow more "
+            f"{share:.0%} of the particles still changed class in the last iteration: run more "
             f"iterations."
         )
     return [flag for flag in found if flag]
 
 
 def _junk(alignment: Alignment, table: pd.DataFrame) -> Iterator[str]:
-    """What is marked as junk, where that was judged."""
+    """Warnings about classes and particles that are marked as junk."""
     if "junk_share" in table:
         mostly = table.loc[table["junk_share"] > 0.5, "class_number"]
         if len(mostly):
             yield (
-                f"Most members of {_these(mostly)} are marked as junk: look at the average, and "
+                f"Most particles of {_these(mostly)} are marked as junk: look at the average, and "
                 f"leave such classes out of a selection."
             )
     share = junk_share(alignment)
     if share > 0.2:
         yield (
-            f"{share:.0%} of the particles are judged junk: look at the picking, and at the "
-            f"contrast (images.invert). quality.junk=set_aside leaves them out."
+            f"{share:.0%} of the particles are marked as junk: check the picking and the "
+            f"contrast (images.invert). With quality.junk=set_aside they are left out."
         )
 
 
 def junk_share(alignment: Alignment) -> float:
-    """Share of junk, marked or set aside, among the particles judged; NaN where none were."""
+    """Share of junk, marked or set aside, among all judged particles; NaN if none was judged."""
     if "junk_score" not in alignment.particle_quality:
         return math.nan
     score = alignment.particle_quality["junk_score"].dropna()
@@ -191,10 +183,10 @@ def junk_share(alignment: Alignment) -> float:
 
 
 def _piled_up_shifts(alignment: Alignment, limit: float, key: str) -> str | None:
-    """A warning where shifts crowd at the search's limit.
+    """A warning if many shifts are close to the limit of the search.
 
-    A tenth of uniform shifts lies in the outer tenth of the range; a quarter or more tells of
-    particles that belong further out.
+    Of uniformly distributed shifts, a tenth lies in the outer tenth of the range. More than a
+    quarter means that the true shifts of many particles are larger than the limit.
     """
     used = alignment.class_number > 0
     outside = (alignment.pose.shift[used].abs() > 0.9 * limit).double()
@@ -205,7 +197,7 @@ def _piled_up_shifts(alignment: Alignment, limit: float, key: str) -> str | None
         return None
     return (
         f"{share:.0%} of the shifts along one axis lie in the outer tenth of the search range "
-        f"(±{limit:g} px) or beyond: raise {key}, or centre the particles first."
+        f"(±{limit:g} px) or beyond it: raise {key}, or centre the particles first."
     )
 
 
@@ -223,7 +215,7 @@ def _unit(alignment: Alignment) -> str:
 
 
 def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]:
-    """The page's headline figures."""
+    """The headline numbers of the page, each with its name."""
     used = int((alignment.class_number > 0).sum())
     filled = int((table["size"] > 0).sum())
     resolved = table[(table["size"] > 0) & np.isfinite(table["resolution"])]["resolution"]
@@ -236,9 +228,16 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
         more.append(("marked as junk", _percent(junk_share(alignment))))
     if "angle_sd" in alignment.particle_quality:
         turn, *move = alignment.particle_quality[["angle_sd", "shift_x_sd", "shift_y_sd"]].median()
-        more.append(("pose known to (median sd)", f"{turn:.2g}° / {sum(move) / 2:.2g} px"))
+        more.append(
+            ("pose error (median standard deviation)", f"{turn:.2g}° / {sum(move) / 2:.2g} px")
+        )
     if "reassigned" in alignment.history and len(alignment.history) > 1:
-        more.append(("changed class last", _percent(alignment.history["reassigned"].iloc[-1])))
+        more.append(
+            (
+                "changed class in the last iteration",
+                _percent(alignment.history["reassigned"].iloc[-1]),
+            )
+        )
     return [
         ("particles", f"{len(alignment.pose):,}"),
         ("used", f"{used:,}"),
@@ -248,68 +247,17 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
         ("resolution, best / median", best),
         ("mean score", _number(score, 3)),
         ("iterations", f"{len(alignment.history):,}"),
-        ("averages", f"{size} px{sampling}"),
+        ("size of the averages", f"{size} px{sampling}"),
         *more,
         *((name, _percent(value)) for name, value in alignment.figures.items()),
     ]
 
 
-def _rows(alignment: Alignment, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The class table's rows as the template wants them."""
+def _thumbnails(alignment: Alignment, table: pd.DataFrame) -> dict[int, str]:
+    """Averages of the classes that have particles, as data URIs by class number."""
     averages = alignment.filtered_averages()
-    rows = []
-    for row in table.to_dict("records"):
-        image = averages[row["class_number"] - 1]
-        rows.append(
-            {str(name): value for name, value in row.items()}
-            | {
-                "thumbnail": _data_uri(plot.thumbnail(image)) if row["size"] else "",
-                "resolution_text": _number(row["resolution"], 1),
-                "score_text": _number(row["mean_score"], 3),
-                "more": [
-                    (row[key], _number(row[key], digits))
-                    for key, _, digits in CLASS_COLUMNS
-                    if key in row
-                ],
-            }
-        )
-    return rows
-
-
-def _pictures(
-    alignment: Alignment, limit: float | None, more: Mapping[str, Figure], largest_first: bool
-) -> Iterator[Picture]:
-    frame, averages = alignment.to_frame(), alignment.averages
-    montage = plot.montage(
-        alignment.filtered_averages(),
-        alignment.class_sizes,
-        alignment.resolution,
-        pixel_size=alignment.pixel_size,
-        order=alignment.class_quality.get("order"),
-    )
-    order = "Largest class first" if largest_first else "Neighbours look alike"
-    caption = f"{order}; each weighted by its own Fourier ring correlation."
-    yield _picture("Class averages", caption, montage)
-    poses = plot.pose_histograms(frame, limit, len(averages))
-    caption = (
-        "Shifts in pixels of the input. Centring an average moves its members' shifts along, which "
-        "may so exceed the search's limit."
-    )
-    yield _picture("Poses and class sizes", caption, poses)
-    curves = plot.frc_curves(alignment.frc, alignment.pixel_size, size=averages.shape[-1])
-    yield _picture("Resolution", "Fourier ring correlation of two half-sets, per class.", curves)
-    if "junk_score" in frame:
-        yield _picture(QUALITY, CAPTIONS[QUALITY], plot.quality(frame))
-    if set(plot.HISTORY) & set(alignment.history):
-        yield _picture("Convergence", "", plot.history(alignment.history))
-    for title, figure in more.items():
-        yield _picture(title, CAPTIONS.get(title, ""), figure)
-
-
-def _picture(title: str, caption: str, figure: Figure) -> Picture:
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=110, facecolor="white")
-    return Picture(title, caption, _data_uri(png.getvalue()))
+    filled = table.loc[table["size"] > 0, "class_number"].tolist()
+    return {number: _data_uri(thumbnail(averages[number - 1])) for number in filled}
 
 
 def _data_uri(png: bytes) -> str:
@@ -317,7 +265,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings as (dotted key, value) pairs."""
+    """Nested settings as pairs of a dotted name and a value."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,1 +1,1 @@
-"""What every program needs and no image does: arrays, files, processes, threads, settings."""
+"""General tools that know nothing of images: arrays, files, processes, threads, settings."""

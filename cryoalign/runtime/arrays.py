@@ -1,8 +1,8 @@
-"""Images of other array libraries as tensors, without a copy: the one door for them.
+"""Use arrays of other libraries as tensors, without a copy.
 
-What holds images in memory comes in through `as_tensor`, where a stack is made of it
-(`particles.as_stack`) and in the few functions that take tensors of images. What goes out are
-tensors, which NumPy, CuPy and others view by the same protocols (docs/interop.md).
+All images in memory enter the package through `as_tensor`: in `cryoalign.particles.stack.as_stack`
+and in the few functions that take tensors of images. Results are tensors, which NumPy, CuPy and
+other libraries can use through the same protocols (docs/interop.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.dlpack import DLDeviceType
 
 @runtime_checkable
 class SupportsDLPack(Protocol):
-    """An array of a library that speaks DLPack: CuPy, JAX, TensorFlow and others."""
+    """An array that supports DLPack, such as those of CuPy, JAX and TensorFlow."""
 
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
 
@@ -27,29 +27,30 @@ class SupportsDLPack(Protocol):
 
 @runtime_checkable
 class SupportsCuda(Protocol):
-    """An array on a GPU that speaks the CUDA array interface: Numba's, say."""
+    """An array on a GPU that supports the CUDA array interface, such as those of Numba."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
 
 
 Array = Tensor | np.ndarray | SupportsDLPack | SupportsCuda
-"""What `as_tensor` takes."""
+"""The arrays that `as_tensor` accepts."""
 
 
 def as_tensor(images: Array) -> Tensor:
-    """A tensor that shares the memory of an array; a tensor is returned as it is.
+    """A tensor that shares the memory of an array; a tensor is returned unchanged.
 
-    NumPy's are viewed directly (memory maps stay lazy, and a read-only array may be given: nothing
-    here writes into an argument). DLPack goes before the CUDA array interface where there are both.
-    The current PyTorch stream, or the host, waits for what the producer has queued on its own.
+    Memory maps of NumPy stay on disk until they are read. Read-only arrays are accepted, because
+    this package never writes into its arguments. If an array supports both protocols, DLPack is
+    used. The current PyTorch stream, or the host, waits for the operations that the other library
+    has queued.
 
     Args:
-        images: of real numbers of any type that PyTorch has, in the machine's byte order.
+        images: real numbers of any type that PyTorch has, in the byte order of this machine.
 
     Raises:
-        TypeError: not such an array, or not of real numbers.
-        ValueError: it cannot be viewed without a copy; which copy would do is in the message.
+        TypeError: the argument is not such an array, or its numbers are not real.
+        ValueError: a tensor cannot share the memory; the message says which copy to make.
     """
     if isinstance(images, Tensor):
         return images
@@ -65,7 +66,7 @@ def as_tensor(images: Array) -> Tensor:
     else:
         raise TypeError(
             f"images are a {type(images).__name__}: give a torch tensor, a NumPy array, or an "
-            "array with __dlpack__ or __cuda_array_interface__; numpy.asarray makes one of a list"
+            "array with __dlpack__ or __cuda_array_interface__; numpy.asarray converts a list"
         )
     if tensor.is_complex():
         raise TypeError(f"images are {tensor.dtype}: give real numbers, such as their real part")
@@ -73,7 +74,7 @@ def as_tensor(images: Array) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor as a NumPy array: its own memory on the CPU, a copy from a GPU, never a gradient."""
+    """A tensor as a NumPy array without gradient: shared memory on the CPU, a copy from a GPU."""
     return tensor.detach().cpu().numpy()
 
 
@@ -82,7 +83,7 @@ def _from_numpy(images: np.ndarray) -> Tensor:
         raise TypeError(f"images are {images.dtype}: give real numbers, such as float32")
     if not images.dtype.isnative:
         raise ValueError(
-            f"images are {images.dtype.str}, of another machine's byte order: use "
+            f"images are {images.dtype.str}, in another byte order than this machine's: use "
             'images.astype(images.dtype.newbyteorder("="))'
         )
     _refuse_backwards(images.strides)
@@ -90,7 +91,7 @@ def _from_numpy(images: np.ndarray) -> Tensor:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         try:
             return torch.from_numpy(images)
-        except (TypeError, ValueError) as error:  # long doubles; fields of records
+        except (TypeError, ValueError) as error:  # long doubles, fields of structured arrays
             raise type(error)(f"images cannot be a tensor: {error}") from error
 
 
@@ -98,12 +99,12 @@ def _from_cuda(images: SupportsCuda) -> Tensor:
     interface = images.__cuda_array_interface__
     _refuse_backwards(interface.get("strides"))
     _need_gpu()
-    if interface.get("stream") is not None:  # PyTorch does not look at it: wait for all of them
+    if interface.get("stream") is not None:  # PyTorch ignores the stream: wait for all of them
         torch.cuda.synchronize()
     tensor = torch.as_tensor(images, device="cuda")
     if tensor.numel() and tensor.data_ptr() != interface["data"][0]:
         raise ValueError(
-            f"images are on another GPU than the current one, {tensor.device}: enter theirs by "
+            f"images are not on the current GPU, {tensor.device}: make theirs the current one with "
             "torch.cuda.device(...), or give an array with __dlpack__"
         )
     return tensor
@@ -112,15 +113,15 @@ def _from_cuda(images: SupportsCuda) -> Tensor:
 def _need_gpu() -> None:
     if not torch.cuda.is_available():
         raise ValueError(
-            "images are on a GPU, where this PyTorch sees none: give them in the host's memory "
-            "(CuPy: cupy.asnumpy), or install a CUDA build of PyTorch"
+            "images are on a GPU, but this PyTorch sees none: copy them to the host (CuPy: "
+            "cupy.asnumpy), or install a CUDA build of PyTorch"
         )
 
 
 def _refuse_backwards(strides: tuple[int, ...] | None) -> None:
-    """PyTorch knows no negative strides; given some by DLPack, it ends the process (2.13)."""
+    """Refuse negative strides: given by DLPack, they make PyTorch 2.13 end the process."""
     if strides is not None and min(strides, default=0) < 0:
         raise ValueError(
-            f"images run backwards in memory (strides {tuple(strides)}): give a copy, such as "
+            f"images run backwards in memory (strides {tuple(strides)}): make a copy, such as "
             "numpy.ascontiguousarray(images)"
         )

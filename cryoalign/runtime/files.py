@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it becomes ``path``, else it is removed.
+    """Yield a temporary path, which replaces ``path`` on success and is removed on failure.
 
-    The temporary file has the same folder (so that the rename is atomic) and the same suffix (so
-    that writers which look at it behave alike). A reader therefore sees the old file or the new
-    one, never half of either.
+    The temporary file is in the same folder, which makes the replacement atomic, and has the same
+    suffix, because some writers choose the format by it. Readers see either the old file or the
+    complete new one.
 
-    Raises FileNotFoundError if the folder does not exist or the body wrote nothing.
+    Raises FileNotFoundError if the folder does not exist or nothing was written.
     """
     path = Path(path)
     if not path.parent.is_dir():

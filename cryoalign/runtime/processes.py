@@ -1,6 +1,6 @@
-"""Several processes as arithmetic: the only module that imports ``torch.distributed``.
+"""Operations over several processes; the only module that imports ``torch.distributed``.
 
-Code says ``sum_over_ranks(class_sums)``; in one process that returns its argument.
+With a single process they return their arguments, so the same code serves both cases.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's number, 0 when there is one only."""
+    """Number of this process, from 0; 0 if there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(n: int) -> slice:
-    """This process's contiguous part of n particles: r n // W up to (r + 1) n // W."""
+    """The part of n particles of process r of W: from r n // W up to (r + 1) n // W."""
     return slice(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor (all of one shape), on every process."""
+    """The sum of the tensors of all processes (of the same shape), on every process."""
     if world_size() == 1:
         return tensor
     total = _for_backend(tensor).clone()
@@ -39,7 +39,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
-    """Every process's tensor joined along the first axis in order of rank, on every process."""
+    """The tensors of all processes, joined along the first axis by rank, on every process."""
     if world_size() == 1:
         return tensor
     ours = _for_backend(tensor).contiguous()
@@ -55,7 +55,7 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def same_on_all_ranks(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor on every process."""
+    """The tensor of rank 0, on every process."""
     if world_size() == 1:
         return tensor
     shared = _for_backend(tensor).clone()
@@ -65,9 +65,9 @@ def same_on_all_ranks(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the group that ``torchrun`` launched, if it did; yields this process's device.
+    """Join the process group if ``torchrun`` launched one; yield the device of this process.
 
-    gloo on a CPU, NCCL on GPUs, one GPU to a process (by LOCAL_RANK).
+    The backend is gloo on CPUs and NCCL on GPUs. Each process has its own GPU, by LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
@@ -94,10 +94,10 @@ def _for_backend(tensor: Tensor) -> Tensor:
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` is the GPU if PyTorch sees one, else the CPU.
+    """The device of this name; ``auto`` is the GPU if PyTorch sees one, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or the name is unknown.
+        ValueError: the name is unknown, or there is no CUDA GPU.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
-"""What all typed settings share."""
+"""Configuration that all typed settings share."""
 
 from __future__ import annotations
 
 from pydantic import ConfigDict
 
-# Settings know their keys: a misspelt one is an error, not a default.
+# An unknown key is an error, so that a misspelt key does not silently keep its default.
 FORBID = ConfigDict(extra="forbid", strict=False)

@@ -1,8 +1,8 @@
-"""Batches on all cores: one thread a batch, each with a core of its own.
+"""Process batches on all CPU cores, one thread and one core for each batch.
 
-PyTorch's own threads share out every operation, and meet after each: on the small operations of a
-search they wait more than they work, the more so on a busy machine. Whole batches need not meet.
-Results do not depend on the number of workers, since no batch's arithmetic does.
+PyTorch's own threads divide every operation among themselves and wait for each other after each
+one. The operations of a pose search are small, so they would mostly wait. Whole batches are
+independent. Results do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ Outcome = TypeVar("Outcome")
 
 
 class _OneThread(threading.local):
-    """PyTorch at one thread for this one while anything here wants it so; the last out of it
-    restores its number. PyTorch counts thread by thread: nobody else can do it."""
+    """Limits PyTorch to one thread while at least one caller needs it, then restores the number.
+
+    PyTorch keeps this number separately for each thread, and so does this class.
+    """
 
     inside, before = 0, 1
 
@@ -47,15 +49,15 @@ _one_thread = _OneThread()
 def map_in_order(
     function: Callable[[Item], Outcome], items: Iterable[Item], workers: int
 ) -> Iterator[Outcome]:
-    """What ``function`` makes of each item, in their order, ``workers`` at a time.
+    """Yield ``function(item)`` for each item, in their order.
 
-    Each worker computes with one thread of PyTorch's. At most one item more than there are workers
-    is taken ahead, so memory stays bounded. An error ends the rest.
+    ``workers`` threads compute at the same time, each with one PyTorch thread. At most one more
+    item than there are workers is taken in advance, which limits memory. An error stops the rest.
     """
     if workers <= 1:
         yield from map(function, items)
         return
-    # Here too: for some libraries the number is the process's.
+    # Also in this thread, because some libraries have one number for the whole process.
     _one_thread.enter()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Outcome]] = deque()
@@ -75,21 +77,18 @@ def map_in_order(
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep memory that is freed, some 60 MB an arena, for what comes next.
+    """Make glibc keep freed memory, about 60 MB per thread, for later allocations.
 
-    An arena is what a thread allocates from: so it is as much for every worker, and kept for no
-    other thread's use.
-
-    By itself it gives that of large tensors back to the system, to get it again page by page at
-    the next block of a search. Its limits rise to the largest block that was ever freed, 32 MB at
-    most (mallopt(3), M_MMAP_THRESHOLD): hence one is taken, not written to, and freed. With another
-    C library, or where the user has set the limits, nothing changes.
+    By default glibc returns the memory of large tensors to the system, and every block of a search
+    asks for it again page by page. Its limits grow to the largest block that was ever freed, up to
+    32 MB (mallopt(3), M_MMAP_THRESHOLD), so this function allocates such a block and frees it. It
+    changes nothing with another C library, or if the user has set the limits.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def workers_for(device: torch.device) -> int:
-    """As many as PyTorch would use threads on a CPU; a GPU needs one."""
+    """Number of workers for a device: PyTorch's number of threads on a CPU, 1 on a GPU."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 

@@ -53,6 +53,11 @@ class SearchSettings:
         Raises:
             ValueError: particle and shifts do not fit the box.
         """
+        if isinstance(self, Search):
+            raise ValueError(
+                "a method takes SearchSettings as search: give largest shift, radius and mirror "
+                "by particle=Particle(radius=..., max_shift=..., mirror=...)"
+            )
         radius = particle.radius_in(box)
         own = {name: getattr(self, name) for name in SearchSettings.__dataclass_fields__}
         search = Search(
@@ -99,6 +104,11 @@ class Search(SearchSettings):
                 f"last_ring {self.last_ring} px with max_shift {self.max_shift:g} px does not fit "
                 f"a box of {size} px: use a last ring (particle.radius) of at most {room} px, or a "
                 "smaller max_shift"
+            )
+        if self.last_ring is not None and self.last_ring < self.first_ring:
+            raise ValueError(
+                f"last_ring {self.last_ring} px lies inside first_ring {self.first_ring} px: make "
+                "the radius larger, or search.first_ring smaller"
             )
         if self.first_ring > room >= 2:
             raise ValueError(

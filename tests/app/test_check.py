@@ -15,9 +15,18 @@ from rich.console import Console
 from cryoalign.app.check import CheckReport, check_stack
 from cryoalign.io.problems import InputError
 from cryoalign.io.stack import read_particles
-from cryoalign.search.settings import Search
+from cryoalign.methods.classify.classify import Classification
+from cryoalign.methods.isac.isac import StableClassification
+from cryoalign.methods.mra import MultiReference
+from cryoalign.methods.rfa import ReferenceFree
+from cryoalign.particles.settings import Images, Particle
 
 MakeStack = Callable[..., np.ndarray]
+
+
+def method(radius: int | None, max_shift: float) -> MultiReference:
+    radius_px = None if radius is None else f"{radius} px"
+    return MultiReference(n_classes=1, particle=Particle(radius_px, f"{max_shift} px"))
 
 
 def _shown(report: CheckReport) -> str:
@@ -32,7 +41,7 @@ def _star(path: Path, names: list[str], **columns: object) -> Path:
 
 
 def test_a_good_stack_has_no_problems(shared_data: Path) -> None:
-    report = check_stack(shared_data / "real" / "apoferritin.star", last_ring=40, max_shift=4)
+    report = check_stack(shared_data / "real" / "apoferritin.star", method(40, 4))
     assert report.problems == ()
     assert (report.n_particles, report.shape, report.pixel_size) == (2000, (96, 96), 1.5)
     assert [stack.path.name for stack in report.stacks] == ["apoferritin.mrcs"]
@@ -53,7 +62,7 @@ def test_everything_is_listed_with_row_and_remedy(tmp_path: Path, make_stack: Ma
         [*names, "1@odd.tif", "a.mrcs", "2@a.mrcs"],
         rlnAnglePsi=[0, 1, 2, 3, 4, 5, 6, 7, "west"],
     )
-    report = check_stack(star, last_ring=6, max_shift=3)
+    report = check_stack(star, method(6, 3))
     wanted = {
         2: "image 0",
         3: "image 5",
@@ -80,11 +89,11 @@ def test_check_and_read_tell_the_same(tmp_path: Path, make_stack: MakeStack) -> 
     star = _star(tmp_path / "p.star", [f"{i}@a.mrcs" for i in range(400)])
     with pytest.raises(InputError) as told:
         read_particles(star)
-    report = check_stack(star, last_ring=4, max_shift=1)
+    report = check_stack(star, method(4, 1))
     assert told.value.problems == report.problems
     # 398 rows alike: a hundred one by one, one more for the rest.
     assert len(report.problems) == 101
-    assert "297 later rows likewise" in report.problems[-1].what
+    assert "297 later rows have the same problem" in report.problems[-1].what
 
 
 @pytest.mark.parametrize("size", [31, 32])
@@ -93,27 +102,42 @@ def test_rings_and_shifts_must_stay_in_the_box(
 ) -> None:
     make_stack("a.mrcs", size=(size, size))
     for last_ring in range(2, 17):
-        problems = check_stack(tmp_path / "a.mrcs", last_ring=last_ring, max_shift=3).problems
+        problems = check_stack(tmp_path / "a.mrcs", method(last_ring, 3)).problems
         # Furthest sample from the centre pixel size // 2 towards the nearer edge's last pixel.
         fits = size // 2 + last_ring + 3 <= size - 1
         assert (not problems) == fits, (last_ring, problems)
         if problems:
-            assert "search.last_ring" in problems[0].remedy
+            assert "particle.radius" in problems[0].remedy
 
 
 def test_what_the_search_cannot_use(tmp_path: Path, make_stack: MakeStack) -> None:
     make_stack("flat.mrcs", size=(16, 20))
     assert "not square" in check_stack(tmp_path / "flat.mrcs").problems[0].what
     make_stack("tiny.mrcs", size=(6, 6))
-    assert Search().max_shift == 3
-    assert "leaves no ring" in check_stack(tmp_path / "tiny.mrcs").problems[0].what
+    assert "leaves no ring" in check_stack(tmp_path / "tiny.mrcs", method(None, 3)).problems[0].what
     make_stack("a.mrcs", size=(32, 32))
-    assert check_stack(tmp_path / "a.mrcs", size=16).problems == ()
-    assert (
-        "last_ring 10" in check_stack(tmp_path / "a.mrcs", size=16, last_ring=10).problems[0].what
-    )
-    assert "images.box" in check_stack(tmp_path / "a.mrcs", size=64).problems[0].what
-    assert check_stack(tmp_path / "tiny.mrcs", searches=False).problems == ()
+    small = Images(box=16)
+    assert check_stack(tmp_path / "a.mrcs", method(None, 3), small).problems == ()
+    (problem,) = check_stack(tmp_path / "a.mrcs", method(10, 3), small).problems
+    assert "last_ring 10" in problem.what
+    large = check_stack(tmp_path / "a.mrcs", None, Images(box=64))
+    assert "images.box" in large.problems[0].what
+    assert check_stack(tmp_path / "tiny.mrcs").problems == ()
+
+
+def test_what_each_method_cannot_use(tmp_path: Path, make_stack: MakeStack) -> None:
+    """What a run would refuse, check says: the settings of every method, and their number."""
+    make_stack("a.mrcs", n=20, size=(32, 32))
+    for made, words in (
+        (MultiReference(n_classes=30), "from 1 to the 20 usable particles"),
+        (Classification(n_classes=11), "from 1 to half of the 20"),
+        (Classification(n_classes=2, particle=Particle(radius="16 px")), "leaves no background"),
+        (StableClassification(), "make no group of isac.images_per_group 200"),
+        (ReferenceFree(n_classes=2), "makes one average"),
+    ):
+        (problem,) = check_stack(tmp_path / "a.mrcs", made).problems
+        whole = f"{problem.what}: {problem.remedy}"
+        assert words in whole
 
 
 def test_inputs_that_cannot_be_opened(tmp_path: Path) -> None:

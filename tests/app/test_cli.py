@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cryoalign
-from cryoalign.app import cli
+from cryoalign.app import run as running
 from cryoalign.app.cli import main
 
 
@@ -37,7 +37,7 @@ def test_what_simulate_says_to_run_next_runs(star, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     program, *words = shlex.split(star)
     assert program == "cryoalign"
-    more = ["iterations=2", "search.max_shift=1", "embedding=false", "device=cpu", "threads=1"]
+    more = ["iterations=2", "particle.max_shift=1px", "embedding=false", "device=cpu", "threads=1"]
     assert main([*words, *more]) == 0
     said, errors = capsys.readouterr()
     assert errors == ""
@@ -55,7 +55,8 @@ def test_users_errors_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypa
     for words, message in (
         (["run", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["run", "particles=nowhere.star", "n_classes=2"], "nowhere.star: no such file"),
-        (["run", "particle=nowhere.star", "n_classes=2"], "did you mean particles?"),
+        (["run", "particle=nowhere.star", "n_classes=2"], "particle: should hold keys of its own"),
+        (["run", "particlse=nowhere.star", "n_classes=2"], "did you mean particles?"),
         (["check", str(tmp_path / "nowhere.star")], "no such file"),
         (["simulate", str(tmp_path / "x"), "n=-4"], "n: should be greater than or equal to 1"),
         (["simulate", str(tmp_path / "x"), "size=20", "max_shift=9"], "raise size or lower"),
@@ -79,14 +80,14 @@ def test_check_tells_all_problems_by_exit_code_1(star, capsys):
     stack = shlex.split(star)[2].removeprefix("particles=")
     assert main(["check", stack]) == 0
     assert "no problems found" in capsys.readouterr().out
-    assert main(["check", stack, "search.last_ring=13"]) == 1
-    assert "<= 12" in capsys.readouterr().out
+    assert main(["check", stack, "particle.radius=13 px"]) == 1
+    assert "at most 12 px" in capsys.readouterr().out
     assert main(["check", stack, "images.box=64"]) == 1
 
 
 def test_help_lists_every_key_and_version_is_told(capsys):
     for words, expected in (
-        (["run", "--help"], ["search.last_ring", "averaging.centre", "overwrite"]),
+        (["run", "--help"], ["particle.radius", "averaging.centre", "overwrite"]),
         (["simulate", "--help"], ["pixel_size", "snr"]),
         (["--version"], [f"cryoalign {cryoalign.__version__}"]),
     ):
@@ -97,11 +98,25 @@ def test_help_lists_every_key_and_version_is_told(capsys):
         assert all(text in said for text in expected)
 
 
+def test_help_and_version_do_not_wait_for_pytorch():
+    """They import neither PyTorch nor scikit-learn nor matplotlib, which take seconds."""
+    program = (
+        "import sys; from cryoalign.app.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'sklearn', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    for word in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, word], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_interruption_has_its_exit_code(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt("stopped after iteration 2")
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(running, "run", interrupted)
     assert main(["run", "particles=x.star", "n_classes=2"]) == 130
     assert capsys.readouterr().err == "cryoalign: stopped after iteration 2\n"
 

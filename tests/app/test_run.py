@@ -13,16 +13,10 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from cryoalign.app.run import Interrupted, run
-from cryoalign.app.run_folder import (
-    ITERATIONS,
-    ITERATIONS_FRC,
-    REPRODUCIBILITY,
-    RUN_FILES,
-    STABILITY,
-)
+from cryoalign.app.run_folder import RUN_FILES
 from cryoalign.app.settings import load_config
 from cryoalign.io.formats import read_images
-from cryoalign.methods.state import ClimbState
+from cryoalign.methods.state import State
 from cryoalign.particles.simulate import simulate, write_simulation
 from cryoalign.results.alignment import Alignment
 
@@ -45,7 +39,7 @@ def star(tmp_path_factory):
 
 
 def settings(star, output, *more):
-    words = ("n_classes=3", "iterations=3", "settle=0", "search.max_shift=1", "device=cpu")
+    words = ("n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px", "device=cpu")
     more = ("threads=1", *more)  # small work, perhaps on a busy machine: threads would wait
     return load_config(None, [f"particles={star}", f"output={output}", *words, *more])
 
@@ -58,7 +52,12 @@ def finished(star):
 
 
 def test_a_run_writes_all_its_files_and_no_others(finished):
-    others = {ITERATIONS, ITERATIONS_FRC, STABILITY, REPRODUCIBILITY}  # of other methods
+    others = {  # of other methods
+        "average_iterations.mrcs",
+        "frc_iterations.csv",
+        "stability.csv",
+        "reproducibility.csv",
+    }
     expected = set(RUN_FILES) - others
     assert {path.name for path in finished.iterdir()} == expected
     for picture in finished.glob("*.png"):
@@ -150,14 +149,14 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(finished, star, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="after iteration 2") as stopped:
-        run(settings(star, tmp_path / "cut", "embedding=false"), on_iteration=stop)
+        run(settings(star, tmp_path / "cut", "embedding=false"), on_step=stop)
     assert f"cryoalign run {tmp_path / 'cut' / 'config.yaml'} resume=true" in str(stopped.value)
     assert without_seconds(tmp_path / "cut")["iteration"].tolist() == [1, 2]
     assert not (tmp_path / "cut" / "particles.csv").exists()
     done = []
     resumed = run(
         load_config(tmp_path / "cut" / "config.yaml", ["resume=true"]),
-        on_iteration=lambda state: done.append(state.iteration),
+        on_step=lambda state: done.append(state.iteration),
     )
     assert done == [3]
     assert_same_results(resumed, finished)
@@ -166,8 +165,9 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(finished, star, tmp_path
 def test_resuming_refuses_other_settings_and_goes_further_on_request(star, tmp_path):
     config = settings(star, tmp_path / "run", "iterations=1", "embedding=false")
     run(config)
-    with pytest.raises(ValueError, match=r"search\.max_shift was 1\.0, now 2\.0") as error:
-        run(replace(config, resume=True, seed=5, search=replace(config.search, max_shift=2.0)))
+    wider = replace(config.particle, max_shift="2 px")
+    with pytest.raises(ValueError, match=r"particle\.max_shift was 1 px, now 2 px") as error:
+        run(replace(config, resume=True, seed=5, particle=wider))
     assert "seed was 0, now 5" in str(error.value)
     run(replace(config, resume=True, iterations=2))
     assert without_seconds(tmp_path / "run")["iteration"].tolist() == [1, 2]
@@ -218,7 +218,7 @@ def test_a_folder_that_no_run_wrote_is_never_overwritten(star, tmp_path, name):
     [
         ("particles=nowhere.star", "nowhere.star: no such file"),
         ("references=randm", "references: randm is neither a file nor one of random"),
-        ("search.last_ring=15", r"use search\.last_ring <= 14"),
+        ("particle.radius=15px", r"particle\.radius\) of at most 14 px"),
         ("max_rejected=0", "1 of 90 particles are unusable"),
         ("n_classes=90", "89 usable particles"),
     ],
@@ -236,20 +236,23 @@ def test_runs_without_an_output_are_numbered(star, tmp_path, monkeypatch):
     assert names == [Path("runs/particles-mra"), Path("runs/particles-mra-2")]
 
 
-def test_references_from_a_file_keep_their_order(star, tmp_path):
-    """With the true views as references, classes are the true ones."""
+def test_classes_say_which_reference_they_came_from(star, tmp_path):
+    """With the true views as references, classes are the true ones, numbered by size."""
     words = (f"references={star.parent / 'views.mrcs'}", "n_classes=null", "embedding=false")
     folder = run(settings(star, tmp_path / "run", *words))
     truth = pd.read_csv(star.parent / "truth.csv").drop(index=SPOILT)
     found = pd.read_csv(folder / "particles.csv").drop(index=SPOILT)
-    assert (truth["class_number"] == found["class_number"]).mean() > 0.95
+    classes = pd.read_csv(folder / "classes.csv").set_index("class_number")
+    assert classes["size"].is_monotonic_decreasing
+    reference = found["class_number"].map(classes["reference"])
+    assert (truth["class_number"] == reference).mean() > 0.95
     assert len(read_images(folder / "class_averages.mrcs")) == 3
 
 
 def test_classes_from_nothing_by_one_command(tmp_path):
     made = simulate(150, 3, size=32, snr=0.5, max_shift=1.0, seed=4)
     star = write_simulation(tmp_path / "stack", made)
-    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    words = [f"particles={star}", "n_classes=3", "method=classify", "particle.max_shift=1px"]
     more = [f"output={tmp_path / 'run'}", "device=cpu", "embedding=false", "seed=1"]
     folder = run(load_config(None, [*words, *more]))
     table = pd.read_csv(folder / "particles.csv")
@@ -259,7 +262,7 @@ def test_classes_from_nothing_by_one_command(tmp_path):
 
 
 def test_a_classification_goes_on_where_it_stopped(star, tmp_path):
-    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    words = [f"particles={star}", "n_classes=3", "method=classify", "particle.max_shift=1px"]
     words += ["device=cpu", "embedding=false", "threads=1"]
     whole = run(load_config(None, [*words, f"output={tmp_path / 'whole'}"]))
     steps = []
@@ -271,9 +274,9 @@ def test_a_classification_goes_on_where_it_stopped(star, tmp_path):
 
     broken = f"output={tmp_path / 'broken'}"
     with pytest.raises(Interrupted, match="resume=true"):
-        run(load_config(None, [*words, broken]), on_iteration=stop)
+        run(load_config(None, [*words, broken]), on_step=stop)
     assert not (tmp_path / "broken" / "particles.csv").exists()
-    resumed = run(load_config(None, [*words, broken, "resume=true"]), on_iteration=stop)
+    resumed = run(load_config(None, [*words, broken, "resume=true"]), on_step=stop)
     assert steps[2] > steps[1]  # what was done is not done again
     one, two = (pd.read_csv(folder / "particles.csv") for folder in (whole, resumed))
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -282,10 +285,10 @@ def test_a_classification_goes_on_where_it_stopped(star, tmp_path):
 
 
 def test_a_classification_refuses_the_checkpoint_of_others(star, tmp_path):
-    words = [f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1"]
+    words = [f"particles={star}", "n_classes=3", "method=classify", "particle.max_shift=1px"]
     words += ["device=cpu", "embedding=false", f"output={tmp_path / 'run'}"]
     folder = run(load_config(None, words))
-    state = ClimbState.load(folder / "checkpoint.npz")
+    state = State.load(folder / "checkpoint.npz")
     replace(state, fingerprint="another").save(folder / "checkpoint.npz")
     with pytest.raises(ValueError, match="other particles"):
         run(load_config(None, [*words, "resume=true"]))
@@ -306,19 +309,19 @@ def test_reference_free_alignment_by_one_command_and_resumed(tmp_path):
 
     whole = run(load_config(None, [*words, *more, f"output={tmp_path / 'whole'}"]))
     with pytest.raises(Interrupted, match="after iteration 3"):
-        run(load_config(None, [*words, *more, f"output={tmp_path / 'cut'}"]), on_iteration=stop)
+        run(load_config(None, [*words, *more, f"output={tmp_path / 'cut'}"]), on_step=stop)
     cut = run(load_config(tmp_path / "cut" / "config.yaml", ["resume=true"]))
     assert_same_results(cut, whole)
     history = pd.read_csv(whole / "history.csv")
     assert history["step"].unique().tolist() == [1, 2]
     for folder in (whole, cut):
-        averages = read_images(folder / ITERATIONS)
+        averages = read_images(folder / "average_iterations.mrcs")
         assert averages.shape == (len(history), 32, 32)
         assert torch.equal(averages[-1], Alignment.load(folder / "alignment.npz").averages[0])
-        curves = pd.read_csv(folder / ITERATIONS_FRC)
+        curves = pd.read_csv(folder / "frc_iterations.csv")
         assert curves.groupby("iteration").size().tolist() == [17] * len(history)
         assert curves["frequency"].max() == 0.5
-    with mrcfile.open(whole / ITERATIONS) as stack:
+    with mrcfile.open(whole / "average_iterations.mrcs") as stack:
         assert stack.voxel_size.x == pytest.approx(3.0)
     assert (whole / "report.html").exists()
 
@@ -331,7 +334,7 @@ def test_a_crash_brings_the_earlier_results_back(star, tmp_path, monkeypatch):
         raise RuntimeError("as from a library")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cryoalign.app.run.align_multi_reference", crash)
+        patch.setattr("cryoalign.app.run.align", crash)
         for _ in range(2):
             with pytest.raises(RuntimeError, match="as from a library"):
                 run(settings(star, tmp_path / "run", "overwrite=true", "seed=5"))

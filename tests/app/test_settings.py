@@ -21,10 +21,12 @@ from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.isac.isac import classify_stable
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
+from cryoalign.particles.settings import Box
 from cryoalign.particles.simulate import simulate
 from cryoalign.search.settings import Schedule
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+SECTIONS = {key.partition(".")[0] for key, _ in known_keys(RunConfig) if "." in key}
 GIVEN = ("particles=stack.mrcs", "n_classes=3")
 
 
@@ -58,32 +60,14 @@ def test_the_configs_show_every_key_with_its_default():
 
 
 def test_keys_are_the_arguments_of_the_functions_behind_them():
-    arguments = signature(align_multi_reference).parameters
-    by_name = {field.name: field for field in fields(RunConfig)}
-    special = {
-        "assign",
-        "particles",
-        "resume",
-        "on_iteration",
-        "progress",
-        "search",
-        "images",
-        "averaging",
-        "quality",
-    }
+    by_name = {field.name for field in fields(RunConfig)}
+    passed = {"particles", "resume", "on_step", "progress", "optics"}
     defaults = load_config(None, GIVEN)
-    for name in set(arguments) - special - {"n_classes"}:
-        assert name in by_name
-        assert getattr(defaults, name) == arguments[name].default, name
-    arguments = signature(align_reference_free).parameters
-    for name in set(arguments) - special - {"schedule", "references"}:
-        assert getattr(defaults, name) == arguments[name].default, name
-    arguments = signature(classify).parameters
-    for name in set(arguments) - special - {"n_classes", "optics", "likelihood"}:
-        assert getattr(defaults, name) == arguments[name].default, name
-    arguments = signature(classify_stable).parameters
-    for name in set(arguments) - special - {"optics", "isac"}:
-        assert getattr(defaults, name) == arguments[name].default, name
+    for function in (align_multi_reference, align_reference_free, classify, classify_stable):
+        arguments = signature(function).parameters
+        assert set(arguments) - passed <= by_name
+        for name in set(arguments) - passed - SECTIONS - {"n_classes", "references"}:
+            assert getattr(defaults, name) == arguments[name].default, name
     simulation = signature(simulate).parameters
     assert [field.name for field in fields(SimulateConfig)] == list(simulation)
     for name in set(simulation) - {"n", "n_classes"}:
@@ -91,11 +75,11 @@ def test_keys_are_the_arguments_of_the_functions_behind_them():
 
 
 def test_overrides_go_before_the_file_and_later_ones_before_earlier(tmp_path):
-    text = "particles: a.star\nn_classes: 4\nsearch:\n  max_shift: 2\n"
-    config = load_text(tmp_path, text, "search.max_shift=5", "search.max_shift=4", "settle=1e-3")
-    assert (config.search.max_shift, config.settle, config.n_classes) == (4.0, 1e-3, 4)
+    text = "particles: a.star\nn_classes: 4\nsearch:\n  first_ring: 2\n"
+    config = load_text(tmp_path, text, "search.first_ring=5", "search.first_ring=4", "settle=1e-3")
+    assert (config.search.first_ring, config.settle, config.n_classes) == (4, 1e-3, 4)
     assert config.search.shift_step == 1.0  # the rest of a section stays
-    assert load_text(tmp_path, text, "search={ring_step: 2}").search.max_shift == 2
+    assert load_text(tmp_path, text, "search={ring_step: 2}").search.first_ring == 2
 
 
 def test_texts_on_the_command_line_are_taken_as_written():
@@ -112,11 +96,18 @@ def test_yaml_means_what_it_shows(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("search.lastring=30", "unknown key search.lastring; did you mean search.last_ring?"),
+        ("search.firstring=30", "unknown key search.firstring; did you mean search.first_ring?"),
+        ("search.last_ring=30", "unknown key search.last_ring; it is particle.radius now"),
+        ("search.max_shift=4", "unknown key search.max_shift; it is particle.max_shift now"),
+        ("isac.mirror=false", "unknown key isac.mirror; it is particle.mirror now"),
+        ("likelihood.ctf=false", "unknown key likelihood.ctf; it is particle.ctf now"),
+        ("averaging.mask_radius=9", "unknown key averaging.mask_radius; it is particle.radius now"),
+        ("particle.radius=36", 'particle.radius: should be a length with its unit, like "36 px"'),
+        ("particle.max_shift=3cm", 'like "36 px" or "130 A", got the text \'3cm\''),
+        ("particle.max_shift=-3px", 'like "36 px" or "130 A", got the text \'-3px\''),
         (
             "max_shift=3",
-            "unknown key max_shift; did you mean search.max_shift or schedule.max_shift or "
-            "likelihood.max_shift or isac.max_shift?",
+            "unknown key max_shift; did you mean particle.max_shift or schedule.max_shift?",
         ),
         ("nclasses=3", "unknown key nclasses; did you mean n_classes?"),
         ("qqq=1", "unknown key qqq; `cryoalign run --help` lists the keys"),
@@ -126,21 +117,23 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("n_classes=2.5", "n_classes: should be a whole number, got 2.5"),
         ("n_classes=true", "n_classes: should be a whole number, got true"),
         ("n_classes=0", "n_classes: should be greater than or equal to 1, got 0"),
-        ("search.mirror=yes", "search.mirror: should be true or false, got the text 'yes'"),
-        ("search.mirror=1", "search.mirror: should be true or false, got 1"),
-        ("search.max_shift=.inf", "search.max_shift: should be a finite number, got inf"),
-        ("search.max_shift=.nan", "search.max_shift: should be a finite number, got nan"),
-        ("search.max_shift=[1]", "search.max_shift: should be a number, got a list"),
+        ("particle.mirror=yes", "particle.mirror: should be true or false, got the text 'yes'"),
+        ("particle.mirror=1", "particle.mirror: should be true or false, got 1"),
+        ("search.shift_step=.inf", "search.shift_step: should be a finite number, got inf"),
+        ("search.shift_step=.nan", "search.shift_step: should be a finite number, got nan"),
+        ("search.shift_step=[1]", "search.shift_step: should be a number, got a list"),
         ("settle=null", "settle is missing"),
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
         ("search.shift_step=100", "no shift would be tried"),
         ("method=classify references=views.mrcs", "references: leave it out, or use method=mra"),
-        ("method=classify search.mirror=false", "mirror: leave it out; likelihood.mirror is"),
         ("method=classify averaging.centre=none", "use averaging.centre: leave it out, or use"),
         ("method=classify iterations=9", "likelihood.cycles is its own"),
-        ("method=rfa search.max_shift=2", "schedule.max_shift is its own"),
-        ("method=isac quality.junk=set_aside", "method=isac does not use quality.junk"),
-        ("method=isac search.last_ring=9", "method=isac does not use search.last_ring"),
+        ("method=rfa particle.max_shift=2px", "schedule.max_shift is its own"),
+        ("method=isac search.ring_step=2", "method=isac does not use search.ring_step"),
+        (
+            "particle.ctf=false",
+            "method=mra does not use particle.ctf: leave it out, or use",
+        ),
         ("likelihood.starts=2", "starts: leave it out, or use method=classify"),
         ("assign.strategy=soft iterations=8", "soft anneals for 8 iterations, but there are 8"),
         ("assign.start_classes=1 iterations=8", "1 classes become 3 after 2 times 4 iterations"),
@@ -150,11 +143,20 @@ def test_yaml_means_what_it_shows(tmp_path):
             "method=rfa n_classes=1 schedule.max_shift=2 schedule.shift_step=1 schedule.kicks=1",
             "schedule.kicks never happen in a schedule of one step",
         ),
-        ("assign.slack=0.3", "assign.slack is of assign.strategy=equal"),
-        ("assign.strategy=equal assign.anneal=2", "assign.anneal is of assign.strategy=soft"),
-        ("assign.similarity=correntropy", "assign.similarity is of assign.strategy=robust"),
-        ("assign.level_iterations=2", "assign.level_iterations is of assign.start_classes"),
-        ("method=rfa", "makes one average: leave n_classes out"),
+        ("assign.slack=0.3", "assign.slack has an effect with assign.strategy=equal only"),
+        (
+            "assign.strategy=equal assign.anneal=2",
+            "assign.anneal has an effect with",
+        ),
+        (
+            "assign.similarity=correntropy",
+            "assign.similarity has an effect with",
+        ),
+        (
+            "assign.level_iterations=2",
+            "assign.level_iterations has an effect with",
+        ),
+        ("method=rfa images.box=32", "makes one average: leave n_classes out"),
         ("schedule.max_shift=[4,2]", "schedule.max_shift has 2 steps, schedule.shift_step 4"),
         ("schedule.max_shift=[4,x]", "schedule.max_shift: should be a number"),
         ("schedule.max_shift=4,two", 'should be numbers, like [4, 2, 1] or "4 2 1", got the text'),
@@ -168,9 +170,12 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("settle", "'settle' should be key=value"),
         ("=3", "'=3' should be key=value"),
         ("particles=", "particles is missing; add particles=..."),
-        ("n_classes=null", "n_classes is missing: references=random needs it"),
-        ("search.last_ring=4 search.first_ring=6", "search.last_ring 4 px lies inside"),
-        ("images.box=20 search.last_ring=9", "use search.last_ring <= 6"),
+        ("n_classes=null", "n_classes is missing: method=mra needs it"),
+        (
+            "images.box=20 particle.radius=4px search.first_ring=6",
+            "last_ring 4 is inside first_ring 6",
+        ),
+        ("images.box=20 particle.radius=9px", "of at most 6 px"),
         ("overwrite=true resume=true output=x", "exclude each other"),
         ("resume=true", "resume needs output"),
     ],
@@ -184,7 +189,7 @@ def test_wrong_settings_are_refused_in_words(wrong, message):
     ("text", "message"),
     [
         ("n_classes: 3\nn_classes: 4\n", "the key n_classes stands there twice"),
-        ("search: {max_shift: 3, max_shift: 4}\n", "the key max_shift stands there twice"),
+        ("search: {ring_step: 3, ring_step: 4}\n", "the key ring_step stands there twice"),
         ("- n_classes\n", "should hold lines like `key: value`, not a list"),
         ("n_classes: [\n", "is not a YAML file that can be read"),
         ("n_classes: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
@@ -203,11 +208,11 @@ def test_wrong_files_are_refused_in_words(tmp_path, text, message):
 
 
 def test_search_is_not_in_the_way_of_methods_without_it():
-    """A box of 8 px has no room for the shifts of the default search."""
-    for words in (["method=classify", "n_classes=3"], ["method=isac", "isac.max_shift=0"]):
-        load_config(None, [*GIVEN[:1], "images.box=10", *words])
+    """A disc of 9 px and shifts of 4 px leave a box of 24 px, but classify needs no such room."""
+    words = ["images.box=24", "particle.radius=9px", "particle.max_shift=4px", "n_classes=3"]
+    load_config(None, [*GIVEN[:1], *words, "method=classify"])
     with pytest.raises(ValueError, match=r"images\.box"):
-        load_config(None, [*GIVEN, "images.box=8"])
+        load_config(None, [*GIVEN[:1], *words])
 
 
 @pytest.mark.parametrize("method", ["mra", "rfa", "classify", "isac"])
@@ -219,10 +224,11 @@ def test_a_resolved_file_of_defaults_loads_for_every_method(tmp_path, method):
     used = used_mapping(config)
     assert ("likelihood" in used, "isac" in used) == (method == "classify", method == "isac")
     assert ("search" in used) == (method in ("mra", "rfa"))
+    assert "particle" in used
 
 
 def test_all_problems_are_told_at_once_with_their_places(tmp_path):
-    text = "search:\n  max_shift: wide\n  lastring: 4\nn_classes: 0\n"
+    text = "search:\n  shift_step: wide\n  firstring: 4\nn_classes: 0\n"
     with pytest.raises(ValueError, match=r"^6 problems in the settings:") as error:
         load_text(tmp_path, text, "device=gpu", "settle=2")
     told = str(error.value)
@@ -239,25 +245,26 @@ def test_a_missing_file_is_named(tmp_path):
 def test_saved_settings_load_as_the_same(tmp_path):
     """Texts that look like numbers or words of YAML must come back as texts."""
     for name in ("1e3", "yes", "null", "010", "a: b", "ü #1", "~", "2024-01-01"):
-        config = load_config(None, [*GIVEN, "search.max_shift=1e-7", "search.shift_step=1e-7"])
+        config = load_config(None, [*GIVEN, "particle.max_shift=1e-7 px", "search.shift_step=1e-7"])
         config = replace(config, output=Path(name), particles=Path("x", name))
         save_config(tmp_path / "config.yaml", config)
         assert load_config(tmp_path / "config.yaml") == config, name
 
 
 def test_flat_has_the_value_of_every_key():
-    values = flat(load_config(None, [*GIVEN, "search.max_shift=4"]))
+    values = flat(load_config(None, [*GIVEN, "particle.max_shift=4 A"]))
     assert list(values) == list(dict(known_keys(RunConfig)))
-    assert (values["search.max_shift"], values["n_classes"]) == (4.0, 3)
+    assert (values["particle.max_shift"], values["n_classes"]) == ("4 A", 3)
 
 
 def test_description_has_a_line_for_every_key():
     lines = describe(RunConfig).splitlines()
     assert [line.split()[0] for line in lines] == list(dict(known_keys(RunConfig)))
-    shift = next(line for line in lines if "search.max_shift" in line)
-    assert "3.0" in shift
-    assert "≥ 0" in shift
+    shift = next(line for line in lines if "search.shift_step" in line)
+    assert "1.0" in shift
+    assert "> 0" in shift
     assert "px" in shift
+    assert "Annotated" not in describe(RunConfig)
     assert all(field.description for _, field in known_keys(RunConfig))
 
 
@@ -269,7 +276,7 @@ def test_a_schedule_is_read_from_lists_and_from_words_of_sparx():
     assert told.schedule == Schedule(max_shift=(3.0, 1.0), shift_step=(1.0, 1.0))
     one = load_config(None, [*words, "schedule.max_shift=2", "schedule.shift_step=1"])
     assert one.schedule.max_shift == (2.0,)
-    assert told.widest_search().max_shift == 3
+    assert told.made().max_shift(Box(64, None)) == 3
 
 
 def test_a_script_tells_its_keys_and_what_is_wrong(

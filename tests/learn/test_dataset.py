@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ([-1], ValueError, "row -1"),
         (np.ones(2, bool), ValueError, "mask of 2, the stack has 3"),
         (torch.tensor([0.0, 1.0]), TypeError, "whole numbers"),
-        (np.zeros((2, 2), int), ValueError, "one axis"),
+        (np.zeros((2, 2), int), ValueError, "one-dimensional"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(rows, error, words) -> None:

@@ -31,13 +31,15 @@ from cryoalign.learn.estimators import (
 )
 from cryoalign.methods.classify.split_and_merge import Likelihood
 from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import TensorStack
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.search.settings import Schedule
 from examples.pipeline import main as pipeline_example
 
 BOX = 20
-SEARCH = Search(max_shift=2, last_ring=14)
+LAST_RING = 14  # px
+PARTICLE = Particle(max_shift="2 px", radius=f"{LAST_RING} px")
 DATA = simulate(300, n_classes=3, size=40, snr=0.5, max_shift=1.0, seed=2)
 NEW = slice(200, 300)  # particles that were not fitted
 IMAGES, LABELS = DATA.images.numpy(), DATA.class_number.numpy()
@@ -66,9 +68,9 @@ class Rfa(_Patterns, ReferenceFreeAligner): ...
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @parametrize_with_checks(
     [
-        Mra(3, iterations=4, search=Search(max_shift=1, last_ring=7)),
+        Mra(3, iterations=4, particle=Particle(max_shift="1 px", radius="7 px")),
         Classify(3, likelihood=Likelihood(cycles=1)),
-        Rfa(iterations=3, search=Search(last_ring=5)),
+        Rfa(iterations=3, particle=Particle(radius="5 px")),
     ]
 )
 def test_scikit_learn(estimator: Any, check: Any) -> None:
@@ -118,7 +120,7 @@ def test_scikit_learn_without_help(estimator: Any, check: Any) -> None:
 
 @pytest.fixture(scope="module")
 def fitted() -> MultiReferenceAligner:
-    return MultiReferenceAligner(3, search=SEARCH, random_state=0).fit(IMAGES[:200])
+    return MultiReferenceAligner(3, particle=PARTICLE, random_state=0).fit(IMAGES[:200])
 
 
 def matched(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -127,7 +129,7 @@ def matched(labels: np.ndarray, truth: np.ndarray) -> float:
 
 def test_the_fit_is_the_alignment(fitted: MultiReferenceAligner) -> None:
     seed = np.random.RandomState(0).randint(2**31 - 1)
-    expected = align_multi_reference(DATA.images[:200], n_classes=3, search=SEARCH, seed=seed)
+    expected = align_multi_reference(DATA.images[:200], n_classes=3, particle=PARTICLE, seed=seed)
     np.testing.assert_array_equal(fitted.labels_, expected.class_number.numpy() - 1)
     assert matched(fitted.labels_, LABELS[:200]) > 0.95
     assert fitted.n_features_in_ == 1600
@@ -160,10 +162,10 @@ def test_aligned_particles_lie_alike(fitted: MultiReferenceAligner) -> None:
 def test_what_is_searched_is_masked_and_filtered(fitted: MultiReferenceAligner) -> None:
     """New particles must not be drawn by what noise the averages hold beyond the molecule."""
     y, x = np.mgrid[:40, :40] - 20
-    outside = np.hypot(x, y) > SEARCH.last_ring + 4 + 1  # the mask's edge, and a pixel
+    outside = np.hypot(x, y) > LAST_RING + 4 + 1  # the mask's edge, and a pixel
     assert outside.sum() > 100
     assert not fitted.averages_[:, outside].any()
-    window = np.cos(np.pi * np.clip(np.hypot(x, y) / (2 * SEARCH.last_ring), 0, 0.5)) ** 2
+    window = np.cos(np.pi * np.clip(np.hypot(x, y) / (2 * LAST_RING), 0, 0.5)) ** 2
     plain = fitted.alignment_.averages.numpy()
 
     def fine(images: np.ndarray) -> float:
@@ -203,7 +205,7 @@ def test_a_constant_image_is_set_aside(fitted: MultiReferenceAligner) -> None:
 
 
 def test_in_a_pipeline_and_a_grid() -> None:
-    aligner = MultiReferenceAligner(3, search=SEARCH, random_state=0)
+    aligner = MultiReferenceAligner(3, particle=PARTICLE, random_state=0)
     steps = [
         ("align", aligner),
         ("pca", PCA(8, random_state=0)),
@@ -238,9 +240,9 @@ def test_likelihood_and_reference_free() -> None:
 
 
 def test_bad_input_is_named(fitted: MultiReferenceAligner) -> None:
-    with pytest.raises(ValueError, match="X has n_features = 10, no square image"):
+    with pytest.raises(ValueError, match="X has n_features = 10, which is not a square image"):
         clone(fitted).fit(np.ones((5, 10)))
-    with pytest.raises(ValueError, match="40 x 30 px: give square ones"):
+    with pytest.raises(ValueError, match="40 x 30 px: give square images"):
         clone(fitted).fit(IMAGES[:, :, :30])
     with pytest.raises(ValueError, match="expecting 1600 features"):
         fitted.predict(IMAGES[:, :30, :30])
@@ -256,7 +258,7 @@ def test_bad_input_is_named(fitted: MultiReferenceAligner) -> None:
 
 
 def test_as_many_classes_as_references() -> None:
-    given = MultiReferenceAligner(references=DATA.views.numpy(), search=SEARCH, iterations=1)
+    given = MultiReferenceAligner(references=DATA.views.numpy(), particle=PARTICLE, iterations=1)
     assert matched(given.fit(IMAGES).labels_, LABELS) > 0.95
     assert len(given.averages_) == 3
     assert len(MultiReferenceAligner(iterations=1).fit(IMAGES).averages_) == 8

@@ -16,7 +16,7 @@ from cryoalign.operators.correlation import (
 from cryoalign.operators.ring_products import ring_factors
 from cryoalign.pose import Pose
 
-pytestmark = pytest.mark.usefixtures("in_pytorch")  # test_kernels_cpu has the other voice
+pytestmark = pytest.mark.usefixtures("in_pytorch")  # kernels/test_cpu.py tests the compiled search
 
 
 def _spectra(n, k, s, r, m, dtype=torch.complex64, seed=0):
@@ -120,10 +120,13 @@ def test_batch_size_changes_nothing() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     particles, references = _spectra(3, 4, 2, 5, 9, dtype=dtype)
     for mirror in (True, False):
-        torch.library.opcheck(correlation_peaks, (particles, references, mirror))
+        torch.library.opcheck(
+            torch.ops.cryoalign.correlation_peaks, (particles, references, mirror)
+        )
     # Not contiguous, and lazily conjugated, inputs.
     torch.library.opcheck(
-        correlation_peaks, (particles.transpose(0, 1).conj(), references.flip(0).conj())
+        torch.ops.cryoalign.correlation_peaks,
+        (particles.transpose(0, 1).conj(), references.flip(0).conj()),
     )
     lazily = correlation_peaks(particles.conj(), references.conj())
     for lazy, plain in zip(
@@ -220,7 +223,7 @@ def test_logsumexp_goes_to_the_peak() -> None:
 def test_logsumexp_gradcheck_and_opcheck(mirror) -> None:
     x, y = (t.requires_grad_() for t in _spectra(2, 2, 2, 2, 5, dtype=torch.complex128))
     assert torch.autograd.gradcheck(lambda x, y: correlation_logsumexp(x, y, 0.5, mirror), (x, y))
-    torch.library.opcheck(correlation_logsumexp, (x, y, 0.5, mirror))
+    torch.library.opcheck(torch.ops.cryoalign.correlation_logsumexp, (x, y, 0.5, mirror))
 
 
 def test_logsumexp_gradient_is_the_weighted_average() -> None:

@@ -10,8 +10,8 @@ from cryoalign.images.geometry import transform
 from cryoalign.io.formats import write_images
 from cryoalign.io.stack import read_particles
 from cryoalign.particles.simulate import simulate
+from cryoalign.report import embedding as export
 from cryoalign.report.embedding import embed, features, mpca, neighbour_purity
-from cryoalign.report.figures import embedding as export
 from cryoalign.results.alignment import Alignment
 
 SIMULATION = simulate(400, 4, size=48, snr=0.1, seed=4)

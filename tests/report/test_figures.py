@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from cryoalign.particles.simulate import simulate, truth_table
 from cryoalign.report import figures as plot
+from cryoalign.report.montage import grey_range, montage, thumbnail
 
 
 def texts(figure):
@@ -35,7 +36,7 @@ def test_montage_tells_number_size_and_resolution_in_order_of_size(k):
         resolutions[2] = torch.nan  # too small to halve
         resolutions[1] = torch.inf
         averages[5] = 7.0  # flat
-    figure = plot.montage(averages, sizes, resolutions, pixel_size=2.0)
+    figure = montage(averages, sizes, resolutions, pixel_size=2.0)
     order = np.argsort(-sizes.numpy(), kind="stable")
     found = texts(figure)
     assert [text for text in found if text.isdigit()] == [str(i + 1) for i in order]
@@ -62,14 +63,14 @@ def test_montage_levels_are_robust_and_each_its_own():
     averages[0, 0, 0] = -1e6  # outside the disc
     averages[1, 30, 30] = np.nan
     for image, (centre, spread) in zip(averages, [(0, 1), (50, 10)], strict=True):
-        low, high = plot.grey_range(image)
+        low, high = grey_range(image)
         assert low == pytest.approx(centre - 2.33 * spread, abs=0.3 * spread)
         assert high == pytest.approx(centre + 2.88 * spread, abs=0.5 * spread)
 
 
 def test_scale_bar_is_as_long_as_it_says():
     """A tile of 50 px of 4 Å is 200 Å: a bar of 50 Å is a quarter of the image's width."""
-    figure = plot.montage(np.zeros((1, 50, 50)), [3], [np.nan], pixel_size=4.0)
+    figure = montage(np.zeros((1, 50, 50)), [3], [np.nan], pixel_size=4.0)
     axes = figure.axes[0]
     left, right, _, _ = axes.images[0].get_extent()
     bar = np.ptp(axes.lines[0].get_xdata())
@@ -127,30 +128,80 @@ def test_frc_embedding_and_history_can_be_drawn(k):
     drawn(figure)
 
 
-def test_history_draws_what_is_there():
+def curves(figure):
+    """The values of each panel's curve by its title, and the labels of the y axes."""
+    for axes in figure.axes:
+        assert axes.get_xlabel() == "iteration"
+    values = {axes.get_title(): axes.lines[0].get_ydata() for axes in figure.axes}
+    return values, [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_history_draws_the_columns_that_are_there():
     table = pd.DataFrame({"iteration": [1, 2], "mean_score": [0.1, np.nan], "reassigned": [1, 0.1]})
     figure = plot.history(table)
-    assert [axes.get_title() for axes in figure.axes] == list(plot.HISTORY.values())[:2]
+    values, labels = curves(figure)
+    assert list(values) == ["mean score", "particles that changed class"]
+    np.testing.assert_array_equal(values["mean score"], [0.1, np.nan])
+    np.testing.assert_array_equal(values["particles that changed class"], [1, 0.1])
+    assert labels == ["correlation coefficient", "share of the particles"]
     drawn(figure)
     drawn(plot.history(table.assign(pose_change_px=0.0, empty_classes=0)))
-    with pytest.raises(ValueError, match="none of the columns"):
+    with pytest.raises(ValueError, match="no column that can be drawn"):
         plot.history(pd.DataFrame({"iteration": [1]}))
+
+
+def test_history_of_classification_shows_evidence_certainty_resolution_and_steps():
+    """A box of 48 px of 3 Å is 144 Å: 10 rings reach 14.4 Å, 12 rings 12 Å."""
+    table = pd.DataFrame(
+        {
+            "iteration": [1, 2, 3, 4],
+            "step": ["subset", "start", "cycle", "relax"],
+            "rings": [10, 10, 10, 12],
+            "classes": [6, 4, 4, 4],
+            "log_evidence": [100.0, 120, 110, 150],
+            "certainty": [np.nan, 0.7, 0.8, 0.9],
+            "empty_classes": 0,
+        }
+    )
+    figure = plot.history(table, box_length=144.0)
+    values, labels = curves(figure)
+    np.testing.assert_array_equal(values["log-evidence"], table["log_evidence"])
+    np.testing.assert_array_equal(values["certainty of the class"], table["certainty"])
+    np.testing.assert_allclose(values["resolution used"], [14.4, 14.4, 14.4, 12])
+    np.testing.assert_array_equal(values["classes"], table["classes"])
+    assert labels[:3] == ["mean per particle (nats)", "mean posterior", "Å"]
+    steps = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert steps == ["subset", "start", "cycle", "relax"]
+    colours = [patch.get_facecolor() for patch in figure.legends[0].get_patches()]
+    for axes in figure.axes:
+        assert [span.get_facecolor() for span in axes.patches] == colours
+        assert [span.get_x() for span in axes.patches] == [0.5, 1.5, 2.5, 3.5]
+    drawn(figure)
+    values, labels = curves(plot.history(table))
+    np.testing.assert_array_equal(values["resolution used"], table["rings"])
+    assert labels[2] == "Fourier rings"
+
+
+def test_history_numbers_the_steps_of_a_schedule():
+    table = pd.DataFrame({"iteration": [1, 2, 3], "step": [1, 1, 2], "mean_score": [0.1, 0.2, 0.3]})
+    figure = plot.history(table)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["step 1", "step 2"]
 
 
 def test_saved_whole_and_without_global_state(tmp_path):
     before = dict(matplotlib.rcParams)
-    path = plot.save(plot.montage(np.eye(8)[None], [5], [4.0]), tmp_path / "m.png", dpi=50)
+    path = plot.save(montage(np.eye(8)[None], [5], [4.0]), tmp_path / "m.png", dpi=50)
     assert imread(path).shape[2] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["m.png"]
     with pytest.raises(ValueError, match="nonsense"):
-        plot.save(plot.montage(np.eye(8)[None], [5], [4.0]), tmp_path / "m.nonsense")
+        plot.save(montage(np.eye(8)[None], [5], [4.0]), tmp_path / "m.nonsense")
     assert [p.name for p in tmp_path.iterdir()] == ["m.png"]
     assert dict(matplotlib.rcParams) == before
 
 
 def test_thumbnail_is_the_image(tmp_path):
     ramp = np.linspace(0, 1, 30 * 20).reshape(30, 20)
-    (tmp_path / "t.png").write_bytes(plot.thumbnail(ramp))
+    (tmp_path / "t.png").write_bytes(thumbnail(ramp))
     pixels = imread(tmp_path / "t.png")[..., 0]
     assert pixels.shape == (30, 20)
     assert np.corrcoef(pixels.ravel(), ramp.ravel())[0, 1] > 0.98  # the corners are clipped
@@ -158,4 +209,4 @@ def test_thumbnail_is_the_image(tmp_path):
 
 def test_montage_refuses_what_does_not_match():
     with pytest.raises(ValueError, match="k sizes"):
-        plot.montage(np.zeros((3, 4, 4)), [1, 2], [1, 2, 3])
+        montage(np.zeros((3, 4, 4)), [1, 2], [1, 2, 3])

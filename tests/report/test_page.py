@@ -1,5 +1,6 @@
 """The page, read back with Python's own HTML parser."""
 
+import base64
 import dataclasses
 from html.parser import HTMLParser
 
@@ -10,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from cryoalign.pose import Pose
-from cryoalign.report.page import flags, shift_key, write_report
+from cryoalign.report.page import flags, write_report
+from cryoalign.report.pictures import draw, picture
 from cryoalign.results.alignment import Alignment
 
 NASTY = """/data/<script>alert("x")</script>/{{ 7 * 7 }}/a&b 'c'.star"""
@@ -92,25 +94,26 @@ def test_class_table_is_the_alignment(tmp_path):
 
 
 def test_stable_classes_stay_in_their_order(tmp_path):
-    errors = pd.DataFrame({"pixel_error": [0.3, 0.2, 0.4, 0.1]})
-    config = {"method": "isac", "isac": {"max_shift": 3.0}}
-    path = write_report(alignment(class_quality=errors), tmp_path, config)
+    errors = pd.DataFrame({"order": [2, 1, 4, 3], "pixel_error": [0.3, 0.2, 0.4, 0.1]})
+    path = write_report(alignment(class_quality=errors), tmp_path, {"method": "isac"})
     page = Page(path.read_text(encoding="utf-8"))
     assert [(row[0][0], row[-1][0]) for row in page.tables[0][1:]] == [
-        ("1", "0.30"),
         ("2", "0.20"),
-        ("3", "0.40"),
+        ("1", "0.30"),
         ("4", "0.10"),
+        ("3", "0.40"),
     ]
-    assert "By class number, neighbours alike" in page.text
-    assert "Pixel error: the mean" in page.text
+    assert "Classes are in an order in which neighbours look alike" in page.text
+    assert "Pixel error is the mean" in page.text
     assert "Compactness" not in page.text
 
 
 def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
-    config = {"particles": NASTY, "search": {"max_shift": 3.0, "last_ring": None}}
-    extra = {"<b>Before</b> & after": Figure(figsize=(1, 1))}
-    page = Page(write_report(alignment(), tmp_path, config, extra).read_text(encoding="utf-8"))
+    config = {"particles": NASTY, "particle": {"max_shift": "3 px", "radius": None}}
+    extra = picture("tsne.png", Figure(figsize=(1, 1)))
+    extra = dataclasses.replace(extra, title="<b>Before</b> & after")
+    pictures = [*draw(alignment()), extra]
+    page = Page(write_report(alignment(), tmp_path, config, pictures).read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1  # the table's sorting
     assert "b" not in page.tags
     assert "i" not in page.tags
@@ -119,9 +122,11 @@ def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
     sources = [value for _, name, value in page.attributes if name in ("src", "href", "action")]
     assert len(sources) == 3 + 5  # thumbnails of the classes with particles; pictures
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+    shown = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    assert {picture.png for picture in pictures} <= set(shown)  # none is drawn for a second time
     assert [[cell[0] for cell in row] for row in page.tables[2][1:]] == [
-        ["search.max_shift", "3.0"],
-        ["search.last_ring", "–"],
+        ["particle.max_shift", "3 px"],
+        ["particle.radius", "–"],
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -129,8 +134,8 @@ def test_nothing_is_fetched_and_nothing_is_taken_for_markup(tmp_path):
 def test_a_sound_run_raises_no_flag(tmp_path):
     sound = alignment((30, 28, 31), (8.0, 8.1, 7.9))
     assert flags(sound, 3.0) == []
-    page = Page(write_report(sound, tmp_path, {"search": {"max_shift": 3.0}}).read_text("utf-8"))
-    assert "Nothing stands out" in page.text
+    page = Page(write_report(sound, tmp_path, max_shift=3.0).read_text("utf-8"))
+    assert "No warnings" in page.text
     assert flags(alignment((20,), (8.0,)), 3.0) == []  # one class has everything, rightly
 
 
@@ -141,27 +146,12 @@ def test_flags_name_what_is_wrong():
     assert unresolved.startswith("In class 4 ")
     (piled,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9)), 1.5)
     assert "±1.5 px" in piled
-    assert "raise search.max_shift" in piled
-    for method, key in (
-        ("mra", "search"),
-        ("rfa", "schedule"),
-        ("classify", "likelihood"),
-        ("isac", "isac"),
-    ):
-        assert shift_key({"method": method}) == f"{key}.max_shift"
-        (piled,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9)), 1.5, f"{key}.max_shift")
-        assert f"raise {key}.max_shift" in piled
+    assert "raise particle.max_shift" in piled
+    (piled,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9)), 1.5, "schedule.max_shift")
+    assert "raise schedule.max_shift" in piled
     history = pd.DataFrame({"iteration": [1, 2], "reassigned": [1.0, 0.2]})
     (restless,) = flags(alignment((30, 28, 31), (8.0, 8.1, 7.9), history=history), 3.0)
     assert restless.startswith("20% of the particles still changed class")
-
-
-def test_the_limit_is_in_pixels_of_the_input(tmp_path):
-    """max_shift 1.5 of averages at half the sampling is 3 px of the input: shifts to 2 are fine."""
-    config = {"search": {"max_shift": 1.5}}
-    small = alignment((30, 28, 31), (8.0, 8.1, 7.9), scale=2.0)
-    page = Page(write_report(small, tmp_path, config).read_text(encoding="utf-8"))
-    assert "Nothing stands out" in page.text
 
 
 def test_many_rejected_particles_are_cut_short_but_counted(tmp_path):

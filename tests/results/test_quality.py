@@ -138,9 +138,15 @@ def test_it_is_saved_and_loaded(judged: tuple[Alignment, torch.Tensor], tmp_path
 
 def test_the_report_shows_it(judged: tuple[Alignment, torch.Tensor], tmp_path) -> None:
     page = write_report(judged[0], tmp_path).read_text(encoding="utf-8")
-    for words in ("How good it is", "marked as junk", "effective classes", "compactness", "rank"):
+    for words in (
+        "Quality of the particles",
+        "marked as junk",
+        "effective classes",
+        "compactness",
+        "rank",
+    ):
         assert words in page
-    assert "pose known to (median sd)" in page
+    assert "pose error (median standard deviation)" in page
 
 
 def test_posterior_and_margin() -> None:
@@ -209,7 +215,7 @@ def test_flags_of_junk_need_junk(judged: tuple[Alignment, torch.Tensor]) -> None
     assert flags(found) == []  # a tenth is no reason
     table = found.class_quality.assign(junk_share=[0.0, 0.6, 0.0])
     (flag,) = flags(dataclasses.replace(found, class_quality=table))
-    assert flag.startswith("Most members of class 2 are marked as junk")
+    assert flag.startswith("Most particles of class 2 are marked as junk")
 
 
 def test_numbers_of_a_run() -> None:
@@ -246,4 +252,4 @@ def test_noise_alone_is_flagged_when_it_is_set_aside() -> None:
     aside = int((found.class_number == 0).sum())
     assert aside > 45
     assert int(found.class_sizes.sum()) + aside == 60
-    assert any("are judged junk" in flag for flag in flags(found, 1.0))
+    assert any("are marked as junk" in flag for flag in flags(found, 1.0))

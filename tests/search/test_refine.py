@@ -6,7 +6,6 @@ import torch
 from bench.bound import pose_covariance
 from cryoalign.images.geometry import pixel_grid
 from cryoalign.images.templates import templates_of
-from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.refine import refine
@@ -103,7 +102,9 @@ def test_the_operator_keeps_its_promises_for_strided_poses() -> None:
     shift = torch.rand(2, 3, generator=generator).mT  # (3, 2), columns side by side
     label, angle = torch.tensor([0, 1, 0]), torch.rand(6, generator=generator)[::2]
     arguments = (images, templates, label, angle, shift, angle > 0.5, 1, 9, 1)
-    torch.library.opcheck(refine_poses, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.cryoalign.refine_poses, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_steps_go_up_and_not_far_even_of_noise() -> None:

@@ -97,6 +97,10 @@ class Classification(Method):
     likelihood: Likelihood = field(default_factory=Likelihood)
     averaging: Averaging = field(default_factory=Averaging)
 
+    @classmethod
+    def needs_classes(cls, chosen: bool) -> bool:
+        return True
+
     def check(self, box: Box, n: int | None = None) -> None:
         self._plan(box)
         if n is None:
@@ -121,12 +125,14 @@ class Classification(Method):
         return self._work(particles).begin()
 
     def step(self, particles: PreparedParticles, state: State) -> State:
-        if len(state["classes"]) != self.n_classes:
-            raise ValueError(
-                f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: resume "
-                "with the same settings, or start another run"
-            )
-        work = state.unsaved.get("work") or self._work(particles)
+        work = state.unsaved.get("work")
+        if work is None:  # a checkpoint
+            if len(state["classes"]) != self.n_classes:
+                raise ValueError(
+                    f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
+                    "resume with the same settings, or start another run"
+                )
+            work = self._work(particles)
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:

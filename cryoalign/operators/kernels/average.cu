@@ -59,7 +59,7 @@ __device__ void keys_weights(float t, float (&w)[4]) {
 template <bool PADDED>
 __device__ float bicubic(const float* image, const Task& task, float x, float y) {
   const float left = floorf(x), top = floorf(y);
-  // Also what is no number, and what an int cannot hold, has no pixel near.
+  // NaN and numbers that an int cannot hold have no pixel nearby either.
   if (!(left >= -2.f && top >= -2.f && left <= task.width && top <= task.height)) return 0.f;
   float wx[4], wy[4];
   keys_weights(x - left, wx);
@@ -177,18 +177,13 @@ void sum_aligned(const Tensor& images, const Tensor& angle, const Tensor& shift,
   task.width = static_cast<int>(images.size(2));
   const int64_t area = images.size(1) * images.size(2);
   task.tiles = static_cast<int>(divide_up(area, THREADS * PIXELS));
-  // Odd, so that neither rows nor columns of pixels meet one bank alone.
+  // Odd, so that neither rows nor columns of pixels lie in a single bank.
   task.pitch = (task.width + 2 * MARGIN) | 1;
   task.buffer = (task.height + 2 * MARGIN) * task.pitch;
   const size_t bytes = 2 * sizeof(float) * task.buffer;
-  int limit = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        images.get_device_index()));
   const int64_t chunks = first.size(0);
-  if (chunks > 0 && bytes <= static_cast<size_t>(limit)) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(chunk_kernel<true>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)));
+  if (chunks > 0 && bytes <= static_cast<size_t>(shared_limit())) {
+    allow_shared(chunk_kernel<true>, bytes);
     chunk_kernel<true><<<grid_size(chunks * task.tiles), THREADS, bytes, stream>>>(task);
   } else if (chunks > 0) {
     task.pitch = task.width;

@@ -1,9 +1,9 @@
 """Compile the sources of this folder into libraries: ``cryoalign build-kernels``.
 
-One library of the CUDA sources where there is nvcc, one for the CPU where there is a C++ compiler.
-The first uses PyTorch's stable ABI only, the second nothing of PyTorch's, so one build serves
-PyTorch 2.10 and later. Names carry a hash of the sources and of the way they are built: a library
-that is not made of these very sources, for this kind of processor, is never loaded.
+The CUDA sources become one library if nvcc is installed, and the C++ source another if a C++
+compiler is. The first uses only PyTorch's stable ABI, the second nothing of PyTorch, so one build
+serves PyTorch 2.10 and later. File names contain a hash of the sources and the compiler flags, so
+that a library of other sources or for another kind of processor is never loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-# Ampere and Ada run sm_80, Hopper its own sm_90a; newer cards compile the PTX when they load it.
+# Ampere and Ada cards run the code of sm_80, Hopper cards that of sm_90a. For newer cards the
+# driver compiles the PTX of compute_80 when the library is loaded.
 TARGETS = (
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -35,21 +36,22 @@ FLAGS = (
     "--expt-relaxed-constexpr",
     *TARGETS,
 )
-# More flags, for whoever works on the kernels: -lineinfo, or -DCRYOALIGN_RACECHECK (see hopper.cu).
+# This environment variable adds compiler flags for work on the kernels, such as -lineinfo or
+# -DCRYOALIGN_RACECHECK (see hopper.cu).
 EXTRA = "CRYOALIGN_NVCC_FLAGS"
 LINK = ("-shared", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu")
 CPU_SOURCE = "peaks.cpp"
-# No -march=native: a home directory is often shared by machines of several kinds.
+# Not -march=native, because machines of several kinds often share a home directory.
 CPU_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 CPU_LEVELS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built here; the message says why and what to do."""
+    """The library cannot be built on this machine; the message says why and what to do."""
 
 
 class NoCompilerError(BuildError):
-    """There is nothing to build it with."""
+    """The compiler is not installed."""
 
 
 def sources() -> list[Path]:
@@ -57,58 +59,49 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def source_hash() -> str:
-    """What the library is made of: sources, headers and flags."""
-    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
-    for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def _flags() -> list[str]:
     return [*FLAGS, *os.environ.get(EXTRA, "").split()]
 
 
 def library_name() -> str:
-    """File name of the library of the present sources."""
-    return f"_cuda_{source_hash()}.so"
+    """File name of the CUDA library of the present sources, headers and flags."""
+    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
+    for path in sorted(SOURCES.glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"_cuda_{digest.hexdigest()[:16]}.so"
 
 
 def cpu_library_name() -> str:
-    """File name of the CPU's library of the present source, for this kind of processor."""
-    digest = hashlib.sha256(" ".join(_cpu_flags()).encode())
+    """File name of the CPU library of the present source, for this kind of processor."""
+    prefix, flags = _cpu_target()
+    digest = hashlib.sha256(" ".join(flags).encode())
     digest.update((SOURCES / CPU_SOURCE).read_bytes())
-    return f"{_cpu_prefix()}{digest.hexdigest()[:16]}.so"
+    return f"{prefix}{digest.hexdigest()[:16]}.so"
 
 
-def _cpu_prefix() -> str:
+def _cpu_target() -> tuple[str, tuple[str, ...]]:
+    """How library names start and the compiler flags, for this kind of processor."""
     import torch
 
-    level = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
-    return f"_cpu_{sys.platform}_{platform.machine()}_{level}_"
-
-
-def _cpu_flags() -> tuple[str, ...]:
-    import torch
-
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    level = CPU_LEVELS.get(torch.backends.cpu.get_cpu_capability(), ()) if x86 else ()
-    return (*CPU_FLAGS, *level)
+    machine, level = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    flags = CPU_LEVELS.get(level, ()) if machine in ("x86_64", "AMD64") else ()
+    level = level.replace(" ", "-").lower()
+    return f"_cpu_{sys.platform}_{machine}_{level}_", (*CPU_FLAGS, *flags)
 
 
 def cache_folder() -> Path:
-    """Where the library goes when the package's own folder cannot be written."""
+    """Where the library is stored if the package's own folder is not writable."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "cryoalign"
 
 
 def find_library() -> Path | None:
-    """The built library of the present sources, if there is one."""
+    """The CUDA library of the present sources, if it is built."""
     return _find(library_name())
 
 
 def find_cpu_library() -> Path | None:
-    """`find_library` for the CPU."""
+    """The CPU library of the present source, if it is built."""
     return _find(cpu_library_name())
 
 
@@ -120,8 +113,8 @@ def _find(name: str) -> Path | None:
 
 
 def _loads(library: Path) -> bool:
-    """Whether it is whole, and made for this system: a copied home directory may hold others."""
-    import torch  # noqa: F401  (whose libraries the CUDA one needs)
+    """Whether the library is complete and made for this system, not copied from another one."""
+    import torch  # noqa: F401  (the CUDA library needs PyTorch's libraries)
 
     try:
         ctypes.CDLL(str(library))
@@ -147,60 +140,61 @@ def find_compiler() -> str | None:
 
 
 def build(verbose: bool = False) -> Path:
-    """Compile the CUDA library, unless the present sources' library is there already and loads.
+    """Compile the CUDA library, unless that of the present sources is built already and loads.
 
     Args:
         verbose: print the compiler's commands and its report of registers and shared memory.
 
     Returns:
-        The library's path: beside the sources, or in `cache_folder`.
+        The library's path: next to the sources, or in `cache_folder`.
 
     Raises:
-        BuildError: no compiler, no sources, or the compiler's own complaint.
+        BuildError: there is no compiler, there are no sources, or the compiler failed.
     """
     existing = find_library()
     if existing is not None and _loads(existing):
         return existing
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise NoCompilerError(
-            "the CUDA kernels need NVIDIA's compiler: install the CUDA toolkit (12.8 or later) so "
-            "that nvcc is on the PATH, or set CUDA_HOME; without it cryoalign works in PyTorch"
-        )
+    nvcc = _needed(
+        find_nvcc(),
+        "the CUDA kernels need NVIDIA's compiler: install the CUDA toolkit (12.8 or later) so "
+        "that nvcc is on the PATH, or set CUDA_HOME",
+    )
     if not sources():
         raise BuildError(f"no CUDA sources in {SOURCES}: reinstall cryoalign")
     with tempfile.TemporaryDirectory(prefix="cryoalign-build-") as scratch:
         objects = _compile(nvcc, Path(scratch), verbose)
-        command = [nvcc, *objects, *_torch_flags()[1], *LINK]
+        command = [nvcc, *objects, f"-L{_torch_folder() / 'lib'}", *LINK]
         return _link(command, library_name(), "_cuda_*.so", verbose)
 
 
 def build_cpu(verbose: bool = False) -> Path:
-    """`build` for the CPU, with a C++ compiler (GCC 11, Clang 12 or later).
-
-    Raises:
-        BuildError: no compiler, or its own complaint.
-    """
+    """`build` for the CPU, with a C++ compiler: GCC 11, Clang 12 or later."""
     existing = find_cpu_library()
     if existing is not None and _loads(existing):
         return existing
-    compiler = find_compiler()
+    compiler = _needed(
+        find_compiler(),
+        "the CPU kernels need a C++ compiler: install g++ or clang++ so that it is on the PATH, or "
+        "set CXX",
+    )
+    prefix, flags = _cpu_target()
+    command = [compiler, *flags, str(SOURCES / CPU_SOURCE)]
+    return _link(command, cpu_library_name(), f"{prefix}*.so", verbose)
+
+
+def _needed(compiler: str | None, message: str) -> str:
     if compiler is None:
-        raise NoCompilerError(
-            "the CPU kernels need a C++ compiler: install g++ or clang++ so that it is on the "
-            "PATH, or set CXX; without it cryoalign works in PyTorch"
-        )
-    command = [compiler, *_cpu_flags(), str(SOURCES / CPU_SOURCE)]
-    return _link(command, cpu_library_name(), f"{_cpu_prefix()}*.so", verbose)
+        raise NoCompilerError(f"{message}; without it cryoalign works in PyTorch")
+    return compiler
 
 
 def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
-    """Run a compiler whose outcome is a library; put it in its place; remove stale ones
-    beside the sources."""
+    """Run a compiler that makes a library, put the library in place, and remove old ones next to
+    the sources."""
     folder = SOURCES if os.access(SOURCES, os.W_OK) else cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
-    # Linked beside its place and renamed: nobody ever loads half a library.
+    # It is written under another name and then renamed, so that no process loads half a library.
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as beside:
         linked = Path(beside.name)
     try:
@@ -209,7 +203,7 @@ def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
         linked.replace(target)
     finally:
         linked.unlink(missing_ok=True)
-    if folder == SOURCES:  # a cache may serve other installations, of other sources
+    if folder == SOURCES:  # other installations may use the libraries in the cache
         for other in folder.glob(stale):
             if other != target:
                 other.unlink(missing_ok=True)
@@ -217,9 +211,9 @@ def _link(command: list[str], name: str, stale: str, verbose: bool) -> Path:
 
 
 def _compile(nvcc: str, scratch: Path, verbose: bool) -> list[str]:
-    """Object files of all sources, made side by side."""
+    """Compile all sources in parallel and return the object files."""
     report = ["-Xptxas=-v"] if verbose else []
-    flags = [*_flags(), *report, *_torch_flags()[0]]
+    flags = [*_flags(), *report, f"-I{_torch_folder() / 'include'}"]
 
     def one(source: Path) -> str:
         out = scratch / f"{source.stem}.o"
@@ -230,12 +224,10 @@ def _compile(nvcc: str, scratch: Path, verbose: bool) -> list[str]:
         return list(pool.map(one, sources()))
 
 
-def _torch_flags() -> tuple[list[str], list[str]]:
-    """Compiler's and linker's flags that find PyTorch's headers and libraries."""
+def _torch_folder() -> Path:
     import torch
 
-    root = Path(torch.__file__).parent
-    return [f"-I{root / 'include'}"], [f"-L{root / 'lib'}"]
+    return Path(torch.__file__).parent
 
 
 def _run(command: list[str], verbose: bool) -> None:
@@ -250,8 +242,11 @@ def _run(command: list[str], verbose: bool) -> None:
 
 
 def main(verbose: bool) -> int:
-    """Build what there are compilers for and say so. The exit status is 1 if that is nothing, or
-    if one fails."""
+    """Build the libraries for which there are compilers, and print their paths.
+
+    Returns:
+        The exit status: 1 if no library was built or if one failed, else 0.
+    """
     built, status = 0, 0
     for make in (build_cpu, build):
         try:

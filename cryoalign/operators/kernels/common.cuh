@@ -1,15 +1,15 @@
-// What the CUDA sources of this folder share: the packed layout of ring spectra, tensor-core and
-// shared-memory helpers, and the few calls into PyTorch's stable ABI.
+// Shared by the CUDA sources of this folder: the packed layout of ring spectra, helpers for tensor
+// cores and shared memory, and the calls into PyTorch's stable ABI.
 //
 // THE PACKED LAYOUT
 //
-// A kernel reads ring spectra as fp16 tensor-core fragments, in the order in which it wants them.
+// A kernel reads ring spectra as fp16 tensor-core fragments, stored in the order of reading.
 //
 //   rings        R of them, taken from the OUTSIDE IN: index i = 0 .. R-1 is spectra ring R-1-i.
 //                Sixteen make a step: step t holds i = 16 t .. 16 t + 15 (zero where i >= R).
 //   frequencies  m = 2 m' + par, parity par = 0, 1. Eight m' make a group: m' = 8 q + mm,
 //                mm = 0 .. 7; group q holds m = 16 q .. 16 q + 15, both parities.
-//                Q groups are kept (the band is m < 16 Q). A frequency above a/2 is zero.
+//                Q groups are kept: frequencies m < 16 Q. Frequencies above a/2 are zero.
 //   steps        T(q) = 1 .. 7 ring steps are kept in group q: ring r (pixels) carries only
 //                m <= pi r, so the high groups need the outer rings alone. `steps` below.
 //   fragment     the 16 rings of one step at one frequency; 32 lanes x 16 bytes = 512 bytes.
@@ -22,8 +22,8 @@
 //
 //   particles    half (ceil(n/8), s, F, 32, 8): a tile is 8 particles x one shift; particle p is
 //                member p % 8 of block p / 8. Members past n are zero.
-//                With them goes `scale`, float (8 ceil(n/8), s), >= 0: the factor that turns
-//                packed spectra back into true ones (0 for what has none). Keep the packed
+//                `scale`, float (8 ceil(n/8), s), >= 0, is the factor that turns packed
+//                spectra back into true ones; 0 for a constant image. Keep the packed
 //                spectra's sum of |X|^2 over rings and frequencies 0 .. a/2 at or below a: then
 //                nothing overflows. `pack_particles` makes it a.
 //   references   half (ceil(k/8), F, 32, 8), with `scale` float (8 ceil(k/8),). Packed references
@@ -33,8 +33,8 @@
 //
 // Why the half step: the inverse transform is evaluated at (j + 1/2) 2 pi / a, where cosine and
 // sine of even and odd frequencies fold four angles into one product (phi, -phi, phi + pi,
-// pi - phi). With references turned by half a step those angles are the textbook's j 2 pi / a, for
-// both hands.
+// pi - phi). With references turned by half a step these become the angles j 2 pi / a of the
+// PyTorch implementation, for both hands.
 
 #pragma once
 
@@ -125,10 +125,17 @@ inline float2* complexes(const Tensor& t, const char* name) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of shared memory that a block may have on the current card (in search.cu).
+// Bytes of shared memory that a block can have on the current card (defined in search.cu).
 int shared_limit();
 
-// Grids are one-dimensional (x reaches 2^31 - 1).
+// Lets a kernel use this many bytes of dynamic shared memory.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+}
+
+// Grids are one-dimensional; x can reach 2^31 - 1.
 inline unsigned grid_size(int64_t blocks) {
   require(blocks > 0 && blocks < (int64_t{1} << 31), "too many blocks for one launch");
   return static_cast<unsigned>(blocks);
@@ -176,7 +183,7 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-// Read once: keep it out of L1.
+// For data that is read only once: it is kept out of the L1 cache.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"

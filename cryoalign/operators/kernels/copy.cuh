@@ -1,5 +1,5 @@
-// Copies into shared memory that nobody waits for before `wait_for_copies`: a loop of them costs
-// one memory latency.
+// Asynchronous copies into shared memory, which are complete after `wait_for_copies`. A loop of
+// them takes the time of one memory latency.
 #pragma once
 
 #include "common.cuh"
@@ -18,7 +18,7 @@ __device__ __forceinline__ void copy8(uint2* to, const uint2* from) {
                : "memory");
 }
 
-// This thread's copies are there; a barrier tells of the others'.
+// Waits for the copies of this thread. A barrier is needed for those of the other threads.
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;\n" ::: "memory");
 }

@@ -1,24 +1,23 @@
-"""The compiled search on a CPU (peaks.cpp): loading its library, and calling it.
+"""The optional compiled search on a CPU (peaks.cpp): loading its library, and calling it.
 
-It is optional, as the CUDA kernels are; ``cryoalign build-kernels`` makes it. It computes
-what `products.hand_peaks` does, in single precision, and agrees with it to rounding.
+It computes what `ring_products.hand_peaks` does, in single precision, and agrees with it up to
+rounding. ``cryoalign build-kernels`` builds the library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from cryoalign.images.polar import Rings, ring_points
-from cryoalign.operators.kernels import Status, unwanted
+from cryoalign.operators.kernels import Status, load_failed, unwanted
 
-# Particles are the lanes of a vector, 16 at most: work is shared out in multiples of that.
+# A vector register holds one number of each of up to 16 particles. Each thread gets a multiple of
+# this many particles, which fills whole registers.
 LANES = 16
 
 
@@ -26,117 +25,87 @@ LANES = 16
 def _load() -> tuple[ctypes.CDLL | None, Status]:
     from cryoalign.operators.kernels import build  # here, so that `python -m` can run it
 
+    instead = "the search runs in PyTorch"
     try:
         library = build.find_cpu_library()
-        if library is None:
-            needs = "" if build.find_compiler() else ", which needs a C++ compiler"
-            return None, Status(
-                False,
-                "the CPU kernels are not built: the search runs in PyTorch",
-                f"run `cryoalign build-kernels`{needs}: it searches several times faster",
-            )
-        return ctypes.CDLL(str(library)), Status(True, f"CPU kernels loaded from {library}")
+        if library is not None:
+            return ctypes.CDLL(str(library)), Status(True, f"CPU kernels loaded from {library}")
     except OSError as error:
-        message = f"the CPU kernels do not load: {error}"
-        advice = "rebuild them: `cryoalign build-kernels`"
-        warnings.warn(f"{message}; the search runs in PyTorch. {advice}", stacklevel=2)
-        return None, Status(False, message, advice)
+        return None, load_failed("CPU kernels", error, instead)
+    needs = "" if build.find_compiler() else ", which needs a C++ compiler"
+    advice = f"run `cryoalign build-kernels`{needs}: it searches several times faster"
+    return None, Status(False, f"the CPU kernels are not built: {instead}", advice)
 
 
 def status() -> Status:
-    """What is loaded, or why not; for people to read."""
+    """Whether the CPU kernels are loaded, or why not, for messages."""
     return _load()[1]
 
 
 def usable() -> bool:
-    """Whether the library is there and wanted."""
+    """Whether the library is loaded and the user has not switched it off."""
     return not unwanted() and _load()[1].loaded
 
 
 def image_peaks(
     images: Tensor, references: Tensor, rings: Rings, shifts: Tensor, mirror: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """`products.hand_peaks` straight from images: spectra are made a shift at a time.
+    """`ring_products.hand_peaks` from images; the spectra of one shift at a time are in memory.
 
     Args:
-        images: (n, h, w), background zero.
-        references: (k, r, m) ring spectra.
+        images: (n, h, w) float32, with a background of zero.
+        references: (k, r, m) complex64 ring spectra.
         rings: the rings.
-        shifts: (s, 2) trial shifts, pixels.
-        mirror: whether to try the mirrored hand.
+        shifts: (s, 2) trial shifts in x and y, pixels.
+        mirror: whether to search the mirrored hand too.
 
     Returns:
-        Scores and places (n, k, hands), or None where the kernels do not serve these inputs.
+        Scores and places (n, k, hands), or None for inputs that the library does not serve.
     """
-    library = _library_for(images, references)
-    if library is None:
-        return None
     points = ring_points(rings, images).contiguous()  # (r, a, 2)
     weights = rings.weights().to(images.dtype)
-    references = references.resolve_conj().contiguous()
     shifts = shifts.to(images.dtype).contiguous()
-    height, width = images.shape[1:]
-
-    def call(some: Tensor, score: Tensor, place: Tensor) -> int:
-        return library.cryoalign_image_peaks(
-            _at(some), ctypes.c_int64(len(some)), height, width, _at(points), _at(weights),
-            _at(shifts), len(shifts), _at(references), *references.shape, int(mirror), _at(score),
-            _at(place),
-        )  # fmt: skip
-
-    return _shared_out(call, images, len(references), mirror)
+    between = (*images.shape[1:], points, weights, shifts, len(shifts))
+    return _search("cryoalign_image_peaks", images, between, references, mirror)
 
 
 def spectra_peaks(
     particles: Tensor, references: Tensor, mirror: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """`products.hand_peaks` of spectra (n, s, r, m) and (k, r, m), or None as `image_peaks`."""
-    library = _library_for(particles, references)
-    if library is None:
-        return None
-    references = references.resolve_conj().contiguous()
+    """`ring_products.hand_peaks` of spectra (n, s, r, m) and (k, r, m); None as `image_peaks`."""
     shifts = particles.shape[1]
-
-    def call(some: Tensor, score: Tensor, place: Tensor) -> int:
-        return library.cryoalign_spectra_peaks(
-            _at(some), ctypes.c_int64(len(some)), shifts, _at(references), *references.shape,
-            int(mirror), _at(score), _at(place),
-        )  # fmt: skip
-
-    return _shared_out(call, particles.resolve_conj(), len(references), mirror)
+    return _search("cryoalign_spectra_peaks", particles, (shifts,), references, mirror)
 
 
-def _library_for(particles: Tensor, references: Tensor) -> ctypes.CDLL | None:
-    if (
-        particles.device.type != "cpu"
-        or references.dtype != torch.complex64
-        or particles.dtype not in (torch.float32, torch.complex64)
-        or not usable()
-    ):
-        return None
-    library = _load()[0]
-    angles = 2 * (references.shape[-1] - 1)
-    return library if library is not None and library.cryoalign_serves(angles) else None
+def _search(
+    name: str, particles: Tensor, between: tuple, references: Tensor, mirror: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Call a function of the library in as many threads as PyTorch would use.
 
-
-def _shared_out(
-    call: Callable[[Tensor, Tensor, Tensor], int], particles: Tensor, k: int, mirror: bool
-) -> tuple[Tensor, Tensor]:
-    """Scores and places (n, k, hands) of `call`, by as many threads as PyTorch would use.
-
-    No particle's arithmetic depends on the others: nor on who is together with whom.
+    ``between`` are the function's arguments between particles and references. The result for a
+    particle does not depend on which particles share a thread.
     """
-    n, threads = len(particles), torch.get_num_threads()
-    particles = particles.contiguous()
+    n, k, threads = len(particles), len(references), torch.get_num_threads()
+    library = _load()[0] if _serves(particles, references) else None
+    if library is None or not library.cryoalign_serves(2 * (references.shape[-1] - 1)):
+        return None
+    particles = particles.resolve_conj().contiguous()
+    references = references.resolve_conj().contiguous()
     score = torch.empty(n, k, 1 + mirror)
     place = torch.empty(n, k, 1 + mirror, dtype=torch.int64)
     if not n or not k:
         return score, place
+
+    def call(some: Tensor, score: Tensor, place: Tensor) -> int:
+        arguments = (*between, references, *references.shape, int(mirror), score, place)
+        pointers = [_pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+        return library[name](_pointer(some), ctypes.c_int64(len(some)), *pointers)
+
     each = max(1, -(-n // (threads * LANES))) * LANES
     parts = [t.split(each) for t in (particles, score, place)]
     if threads == 1:
         failed = any(map(call, *parts))
-    else:  # nothing of PyTorch's runs inside: its threads are left alone
+    else:  # no PyTorch operation runs in these threads
         with ThreadPoolExecutor(threads) as pool:
             failed = any(pool.map(call, *parts))
     if failed:
@@ -144,5 +113,14 @@ def _shared_out(
     return score, place
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
+def _serves(particles: Tensor, references: Tensor) -> bool:
+    return (
+        particles.device.type == "cpu"
+        and references.dtype == torch.complex64
+        and particles.dtype in (torch.float32, torch.complex64)
+        and usable()
+    )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())

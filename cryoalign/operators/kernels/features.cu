@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "copy.cuh"
+#include "wgmma.cuh"
 
 namespace cryoalign {
 namespace {
@@ -27,7 +28,7 @@ constexpr float DEVIATION = 0.25f;
 
 struct Task {
   const float* images;     // (n, h, w)
-  const uint4* transform;  // fragments of the four matrices, see images.forward_transform
+  const uint4* transform;  // fragments of the four matrices, see images._forward_transform
   const float* gain;       // (r,) sqrt of the rings' weights over the largest, outside in
   uint4* packed;           // (blocks, s, F, 32)
   float* scale;            // (8 blocks, s)
@@ -80,20 +81,11 @@ __device__ __forceinline__ uint32_t descriptor_of(uint32_t address) {
   return (address & 0x3FFFF) >> 4 | 1 << 16;
 }
 
-// D (64 x 32 fp32) (+)= A (64 x 16, registers) B (16 x 32, shared memory).
+// D = A B if FIRST, else D += A B; see wgmma.cuh.
 template <bool FIRST>
 __device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint32_t descriptor) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const uint64_t whole = 64ull << 32 | 1ull << 62 | descriptor;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-      "{%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(whole), "n"(FIRST ? 0 : 1));
+  cryoalign::wgmma(d, a, 64ull << 32 | 1ull << 62 | descriptor, FIRST ? 0 : 1);
 #endif
 }
 
@@ -127,7 +119,7 @@ __device__ __forceinline__ void store_bits(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
 }
 
-// Where it stands, and not where the compiler would rather have it.
+// Volatile, so that the compiler does not move the load.
 __device__ __forceinline__ uint4 load_matrix(const uint4* from) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];\n"
@@ -447,7 +439,7 @@ __global__ void __launch_bounds__(THREADS, 2) features_kernel(const __grid_const
       const float variance = whole - mean * mean;
       level[k][row] = mean * sqrtf(ANGLES * task.largest_weight);
       const int shift = (S - 1 - k) * S + (S - 1 - first_row - row);
-      // Below this the deviation is rounding.
+      // A smaller variance is rounding.
       task.scale[particle * S * S + shift] = variance > 1e-5f * whole ? rsqrtf(variance) : 0.f;
     }
     __syncthreads();
@@ -481,14 +473,12 @@ void launch(Task task, int64_t blocks, cudaStream_t stream) {
   task.product_bytes = (std::max(2 * BUFFER_BYTES<S>, raw) + 15) / 16 * 16;
   const size_t bytes =
       task.product_bytes + sizeof(__half2) * window_rows<S>(task.last_ring) * PITCH;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(features_kernel<S, PITCH>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
+  allow_shared(features_kernel<S, PITCH>, bytes);
   features_kernel<S, PITCH><<<grid_size(blocks), THREADS, bytes, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Pitches with which points along a ring meet different banks.
+// With these pitches the points along a ring lie in different banks.
 template <int S>
 void launch(const Task& task, int64_t blocks, cudaStream_t stream) {
   const int side = window_side(task.last_ring, S);

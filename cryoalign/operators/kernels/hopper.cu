@@ -11,12 +11,13 @@
 // takes about 3700 clocks, of which 64 wgmma of 32 columns take 37 each (half the rate of wider
 // ones, which its registers cannot hold: 64 for the matrix, 64 for sums, 32 for the best values)
 // and the reduction 1100. The stream of particle fragments, 5 to 6 TB/s from L2, comes next: with
-// 112 fragments a tile instead of 192 the time falls by less than a tenth. So a narrower band pays
-// through the transform's depth (K_STEPS) first, and through the stream second.
+// 112 fragments a tile instead of 192 the time falls by less than a tenth. So keeping fewer
+// frequencies saves time mostly in the transform (K_STEPS), and less in the stream.
 
 #include <algorithm>
 
 #include "search.cuh"
+#include "wgmma.cuh"
 
 namespace cryoalign {
 namespace {
@@ -32,8 +33,8 @@ constexpr int BARRIERS = 64;
 // Registers a thread after setmaxnreg: 128 x 184 + 256 x 160 = all that 384 x 168 started with.
 [[maybe_unused]] constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 160;
 
-// One lane arrives at a barrier for its warp. compute-sanitizer's racecheck does not see that it
-// speaks for the others: for it, every lane arrives (-DCRYOALIGN_RACECHECK).
+// One lane arrives at a barrier for its whole warp. The racecheck tool of compute-sanitizer does
+// not understand this; with -DCRYOALIGN_RACECHECK every lane arrives.
 #ifdef CRYOALIGN_RACECHECK
 [[maybe_unused]] constexpr int ARRIVALS = 32;
 #else
@@ -59,19 +60,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t at, uint32_t phase) {
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t at) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];\n" ::"r"(at) : "memory");
-}
-
-// D (64 x 32, fp32) = or += A (64 x 16, registers) B (16 x 32, shared memory).
-__device__ __forceinline__ void wgmma(float (&d)[16], const uint4& a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-      "{%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(add));
 }
 
 // One job: the ring products of 8 consecutive m' of one parity with the 8 resident references.
@@ -203,7 +191,7 @@ __device__ __forceinline__ void produce(const Task& task, const uint4* tiles, in
   }
 }
 
-// K_STEPS: steps of 16 m' that the band reaches; the rest would multiply zeros.
+// K_STEPS: steps of 16 m' that are kept; the others would multiply zeros.
 template <int STAGES, int K_STEPS>
 __device__ __forceinline__ void consume(const Task& task, int64_t first_particle_block,
                                         int particle_blocks, int64_t reference_block,
@@ -329,7 +317,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const Task task, int
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
-  // Groups past the band stay zero.
+  // Groups of frequencies that are not kept stay zero.
   for (int i = threadIdx.x; i < STAGES * TILE / 16; i += THREADS)
     store_shared(base + 16 * i, make_uint4(0, 0, 0, 0));
   const int resident = fragments * FRAGMENT;
@@ -371,8 +359,7 @@ template <int STAGES, int K_STEPS>
 void launch(const Task& task, int processors, cudaStream_t stream) {
   auto* kernel = hopper_kernel<STAGES, K_STEPS>;
   const int bytes = shared_bytes(STAGES, task.layout.fragments());
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allow_shared(kernel, bytes);
   const int each = choose_walk(task, processors);
   require(static_cast<int64_t>(each) * task.shifts < (int64_t{1} << 26), "too many shifts");
   const unsigned blocks =
@@ -382,7 +369,7 @@ void launch(const Task& task, int processors, cudaStream_t stream) {
 }
 
 template <int STAGES>
-void launch_band(const Task& task, int processors, cudaStream_t stream) {
+void launch_stages(const Task& task, int processors, cudaStream_t stream) {
   if (task.layout.groups <= 4)
     launch<STAGES, 2>(task, processors, stream);
   else if (task.layout.groups <= 6)
@@ -415,9 +402,9 @@ bool search_hopper(const Task& task, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   if (shared_bytes(2, fragments) <= limit)
-    launch_band<2>(task, processors, stream);
+    launch_stages<2>(task, processors, stream);
   else if (shared_bytes(1, fragments) <= limit)
-    launch_band<1>(task, processors, stream);
+    launch_stages<1>(task, processors, stream);
   else
     return false;
   return true;

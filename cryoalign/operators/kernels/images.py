@@ -1,7 +1,7 @@
-"""What the GPU does around the search: image features, refinement of poses, class sums.
+"""Compiled CUDA implementations of the operators that take images.
 
-Each function is the CUDA voice of an operator whose PyTorch body is its documentation:
-`refine.refine_poses`, `average.sum_aligned`, `search.image_peaks`.
+`image_peaks`, `refine_poses` and `sum_aligned` are documented where the operators of the same name
+are declared. They return None for inputs that the kernels do not serve.
 """
 
 from __future__ import annotations
@@ -9,35 +9,44 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cryoalign.images.polar import Rings
-from cryoalign.operators.kernels import peaks
+from cryoalign.operators.kernels import peaks, usable
 
-# Members of one chunk of a class sum: enough blocks for a GPU, few enough partial sums.
+# Images that one GPU block adds up: small enough to keep a GPU busy with few images, large enough
+# to keep the number of partial sums small.
 MEMBERS = 16
-# Largest value of a half-precision reference: far from overflow, and from subnormal numbers.
+# References in half precision are scaled to this largest value, which is far both from overflow
+# (65504) and from the smallest normal number (6e-5).
 TOP = 256.0
 
-# What features.cu is made for.
+# The limits of features.cu: angles on a ring, rings, groups of 16 frequencies, trial shifts along
+# one side of their square grid, and radius in pixels.
 KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS, MOST_SIDE, MOST_RADIUS = 256, 48, 8, 11, 64
-DEVIATION = 0.25  # of its samples, as there
-CLOSER = 4  # references of a block of closer.cu
+DEVIATION = 0.25  # features.cu scales the samples to this standard deviation
+RESCORED = 4  # references that a block of rescore_images.cu takes at most
+
+
+def unpack_options(
+    first_ring: int, ring_step: int, last_ring: int, angles: int, *others: Any
+) -> tuple[Rings, bool, int | None]:
+    """The rings, mirror and candidates from the operator's last six arguments."""
+    return Rings(first_ring, last_ring, ring_step, angles), *others
 
 
 def image_peaks(
-    images: Tensor,
-    references: Tensor,
-    shifts: Tensor,
-    rings: Rings,
-    mirror: bool,
-    candidates: int | None,
+    images: Tensor, references: Tensor, shifts: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor] | None:
-    """`search.image_peaks`; None where the kernels do not serve these inputs."""
+    """The operator `image_search.image_peaks`."""
+    rings, mirror, candidates = unpack_options(*options)
+    if not _serves(images):
+        return None
     side = _side_of_grid(shifts)
-    if side is None or not _serves(images, references, rings, side):
+    if side is None or not _serves_search(images, references, rings, side):
         return None
     n, k = len(images), len(references)
     images, references = images.contiguous(), references.resolve_conj().contiguous()
@@ -57,22 +66,19 @@ def image_peaks(
             score[rows], place[rows],
         )  # fmt: skip
 
-    peaks._in_batches(run, n, side**2 * layout.fragments * 64, images.device)
+    peaks.in_batches(run, n, side**2 * layout.fragments * 64, images.device)
     return score, place
 
 
 def pack_images(images: Tensor, rings: Rings, side: int, layout: peaks.Layout) -> peaks.Packed:
-    """Packed spectra of images (n, h, w) at a grid of side x side shifts, 1 px apart.
+    """Packed spectra of images (n, h, w) float32 at side x side trial shifts, 1 pixel apart.
 
-    Rings are sampled half an angle step off the textbook's places; at the frequencies that are
-    kept this moves the spectra less than half precision's rounding does that of noisy images.
+    The rings are sampled half an angle step away from the places that `polar` uses. At the
+    frequencies that are kept, this changes the spectra of noisy images less than the rounding to
+    half precision does.
     """
     gain, largest = _gains(rings, images.device)
-    blocks = -(-len(images) // 8)
-    packed = peaks.Packed(
-        images.new_empty(blocks, side**2, layout.fragments, 32, 8, dtype=torch.half),
-        images.new_empty(8 * blocks, side**2),
-    )
+    packed = peaks.empty_packed(images, len(images), (side**2,), layout)
     torch.ops.cryoalign_cuda.pack_images(
         images, _forward_transform(largest, images.device), gain, layout.steps,
         rings.first_ring, rings.ring_step, side, largest, *packed,
@@ -92,13 +98,16 @@ def rescore(
     score: Tensor,
     place: Tensor,
 ) -> None:
-    """Fill score and place (n, k) from the coarse result, the pairs that matter in fp32.
+    """Fill score and place (n, k): the pairs that matter are scored in single precision.
 
-    ``candidates`` None rescores every pair. A number rescores up to so many of a particle's best
-    references (`CLOSER` at most, then every one), those that may yet be the best; the others
-    keep their coarse score, but below any rescored one, and place -1.
+    Args:
+        images, references, shifts, rings: as of the operator.
+        max_shift: the largest trial shift along x or y, pixels.
+        coarse, shift: (n, k, hands) from `peaks.search_packed`.
+        candidates: as in `peaks.rescore`, except that more than `RESCORED` means all references.
+        score, place: (n, k) outputs.
     """
-    few = 0 if candidates is None or candidates > CLOSER else min(candidates, coarse.shape[1])
+    few = 0 if candidates is None or candidates > RESCORED else min(candidates, coarse.shape[1])
     weights = rings.weights(images.device).float()
     torch.ops.cryoalign_cuda.rescore_images(
         images, references, shifts, weights, coarse, shift, few,
@@ -106,8 +115,12 @@ def rescore(
     )  # fmt: skip
 
 
-def _serves(images: Tensor, references: Tensor, rings: Rings, side: int) -> bool:
-    """Whether the kernels take these: Hopper, 256 angles, few enough rings and shifts."""
+def _serves(images: Tensor) -> bool:
+    return images.dtype == torch.float32 and usable(images.device)
+
+
+def _serves_search(images: Tensor, references: Tensor, rings: Rings, side: int) -> bool:
+    """Whether the kernels take these: a Hopper GPU, 256 angles, few enough rings and shifts."""
     count = len(references) and references.shape[1]
     return (
         references.dtype == torch.complex64
@@ -121,7 +134,7 @@ def _serves(images: Tensor, references: Tensor, rings: Rings, side: int) -> bool
 
 
 def _side_of_grid(shifts: Tensor) -> int | None:
-    """Shifts a side, if they are the whole pixels of a square, in `Search.shifts`' order."""
+    """Shifts along a side, if they are the square grid of whole pixels of `Search.shifts`."""
     side = math.isqrt(len(shifts))
     axis = torch.arange(side) - side // 2
     grid = torch.cartesian_prod(axis, axis).to(shifts)
@@ -130,9 +143,9 @@ def _side_of_grid(shifts: Tensor) -> int | None:
 
 @functools.lru_cache(maxsize=8)
 def _gains(rings: Rings, device: torch.device) -> tuple[Tensor, float]:
-    """(r,) what rings' samples are multiplied by, outside in; and the largest area weight.
+    """Factors (r,) for the samples of each ring, outermost first, and the largest area weight.
 
-    The square root of a weight over the largest, as half precision holds it.
+    A factor is the square root of a ring's weight over the largest weight, in half precision.
     """
     weights = rings.weights().flip(0)
     largest = float(weights.max())
@@ -141,11 +154,12 @@ def _gains(rings: Rings, device: torch.device) -> tuple[Tensor, float]:
 
 @functools.lru_cache(maxsize=8)
 def _forward_transform(largest: float, device: torch.device) -> Tensor:
-    """Folded samples to packed spectra, as tensor-core fragments: half (2, 4, 2, 4, 32, 8).
+    """The matrices that turn folded samples into packed spectra, as tensor-core fragments.
 
-    Axes: parity of the frequency m = 2 m' + parity; 16 of 64 rows m'; cosines and minus sines; 16
-    of 64 columns; lane; what a lane holds. Columns 2 i and 2 i + 1 are the angles j + 1/2 and
-    j + 32 + 1/2 of a quarter turn of 64, where i = 16 a + 4 b + c has j = 8 b + 4 a + c.
+    Half precision, (2, 4, 2, 4, 32, 8). The axes are: the parity of the frequency
+    m = 2 m' + parity; 16 of 64 rows m'; cosines and negative sines; 16 of 64 columns; the lane of
+    a warp; what a lane holds. Columns 2 i and 2 i + 1 are the angles j + 1/2 and j + 32 + 1/2 of a
+    quarter turn of 64 angles, where i = 16 a + 4 b + c has j = 8 b + 4 a + c.
     """
     m = 2 * torch.arange(64, dtype=torch.float64)[None] + torch.arange(2)[:, None]  # (2, 64)
     j = torch.arange(32).reshape(4, 2, 4).transpose(0, 1).flatten()
@@ -154,7 +168,7 @@ def _forward_transform(largest: float, device: torch.device) -> Tensor:
     phase = m[:, :, None] * angle
     matrix = torch.stack([phase.cos(), -phase.sin()], 1)  # (parity, part, m', column)
     matrix = matrix * (math.sqrt(largest / KERNEL_ANGLES) / DEVIATION)
-    # Lane 4 g + c holds rows g, g + 8 and columns 2c, 2c + 1, 2c + 8, 2c + 9 of a 16 x 16 piece.
+    # See `peaks.dft_matrix` for the rows and columns that a lane holds.
     pieces = matrix.reshape(2, 2, 4, 2, 8, 4, 2, 4, 2)
     # parity, part, row block, row 8, g, column block, column 8, c, column 1
     pieces = pieces.permute(0, 2, 1, 5, 4, 7, 6, 3, 8)
@@ -162,54 +176,46 @@ def _forward_transform(largest: float, device: torch.device) -> Tensor:
 
 
 def refine_poses(
-    images: Tensor,
-    templates: Tensor,
-    label: Tensor,
-    angle: Tensor,
-    shift: Tensor,
-    mirror: Tensor,
-    first_ring: int,
-    last_ring: int,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`refine.refine_poses`: all steps of a particle in one block."""
+    images: Tensor, templates: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The operator `pose_refinement.refine_poses`: one GPU block makes all steps of a particle."""
+    if not _serves(images):
+        return None
+    label, angle, shift, mirror = (each.contiguous() for each in others[:4])
+    first_ring, last_ring, steps = others[4:]
     packed, scale = _pack_templates(templates, last_ring)
     disc = _disc(last_ring, images.shape[-1], images.device)
     found = torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
     torch.ops.cryoalign_cuda.refine_poses(
-        images.contiguous(), packed, scale, label.contiguous(), angle.contiguous(),
-        shift.contiguous(), mirror.contiguous(), disc, first_ring, last_ring, steps, *found,
+        images.contiguous(), packed, scale, label, angle, shift, mirror, disc,
+        first_ring, last_ring, steps, *found,
     )  # fmt: skip
     return found
 
 
 def _pack_templates(templates: Tensor, last_ring: int) -> tuple[Tensor, Tensor]:
-    """Square (k, side, side, 4) half about the centre, out to last_ring + 1, and their scale.
+    """The central square of each template in half precision (k, side, side, 4), and scales (k,).
 
-    Zeros lie where the box ends; the fourth number of a texel is there for its alignment.
+    The square reaches last_ring + 1 pixels from the centre, with zeros outside the box. A pixel
+    holds the value, its two derivatives and one unused number for alignment in memory.
     """
     height, width = templates.shape[-2:]
-    reach = last_ring + 1
+    reach, y, x = last_ring + 1, height // 2, width // 2
     scale = templates.flatten(1).abs().amax(1) / TOP
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    packed = templates.new_zeros(
-        len(templates), 2 * reach + 1, 2 * reach + 1, 4, dtype=torch.float16
-    )
-    y, x = height // 2, width // 2
-    up, left = min(y, reach), min(x, reach)
-    down, right = min(height - 1 - y, reach), min(width - 1 - x, reach)
-    part = templates[:, :, y - up : y + down + 1, x - left : x + right + 1]
-    part = (part * inverse[:, None, None, None]).permute(0, 2, 3, 1)
-    packed[:, reach - up : reach + down + 1, reach - left : reach + right + 1, :3] = part
-    return packed, scale
+    # A negative margin cuts off.
+    margins = (reach - x, reach + 1 + x - width, reach - y, reach + 1 + y - height)
+    square = torch.nn.functional.pad(templates, margins) * inverse[:, None, None, None]
+    packed = torch.nn.functional.pad(square.half().permute(0, 2, 3, 1), (0, 1))
+    return packed.contiguous(), scale
 
 
 @functools.lru_cache(maxsize=8)
 def _disc(last_ring: int, width: int, device: torch.device) -> Tensor:
-    """(d, 2) int32: pixels that a disc may cover, when its centre lies within half a pixel.
+    """(d, 2) int32: the pixels that a disc can cover if its centre is off by up to half a pixel.
 
-    The first number holds x and y as half, the second y * width + x. Neighbours lie together
-    (4 x 4 patches), so that what a warp reads of a turned reference does too.
+    The first number holds x and y in half precision, the second is y * width + x. They come in
+    patches of 4 x 4 pixels, so that the threads of a warp read nearby pixels of the reference.
     """
     reach = last_ring + 2
     axis = torch.arange(-reach, reach + 1)
@@ -225,15 +231,18 @@ def _disc(last_ring: int, width: int, device: torch.device) -> Tensor:
 
 def sum_aligned(
     images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, group: Tensor, n_groups: int
-) -> Tensor:
-    """`average.sum_aligned`: chunks of a group's members, each summed by a block in order."""
+) -> Tensor | None:
+    """The operator `aligned_sums.sum_aligned`. A GPU block sums up to `MEMBERS` images of a group,
+    in order; the partial sums are then added in order."""
+    if not _serves(images):
+        return None
     n, height, width = images.shape
     group, order = group.sort(stable=True)
-    # All on the GPU: nothing waits for the sizes of the groups.
+    # All of this stays on the GPU, so that the program need not wait for the sizes of the groups.
     edges = torch.searchsorted(group, torch.arange(n_groups + 1, device=group.device))
     end = (edges.diff() + MEMBERS - 1).div(MEMBERS, rounding_mode="floor").cumsum(0)
     chunk = torch.arange(min(n, n // MEMBERS + n_groups), device=group.device)
-    of = torch.searchsorted(end, chunk, right=True)  # the group of a chunk; n_groups past the last
+    of = torch.searchsorted(end, chunk, right=True)  # a chunk's group; n_groups after the last
     padded = torch.cat([end.new_zeros(1), end])
     first = edges[of] + MEMBERS * (chunk - padded[of])
     last = torch.minimum(first + MEMBERS, edges[(of + 1).clamp(max=n_groups)])

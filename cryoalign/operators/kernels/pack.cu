@@ -108,8 +108,7 @@ void pack(const Tensor& spectra, int64_t members, int64_t shifts, int64_t rings,
   if (tiles == 0) return;
   const DeviceGuard guard(spectra.get_device_index());
   const int unused = shared_limit() / 2 + 1024;  // so that a second block has no room
-  STD_CUDA_CHECK(cudaFuncSetAttribute(pack_kernel<REFERENCES>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, unused));
+  allow_shared(pack_kernel<REFERENCES>, unused);
   pack_kernel<REFERENCES><<<grid_size(tiles), PACK_THREADS, unused, current_stream(spectra)>>>(
       complexes(spectra, "spectra"), members, static_cast<int>(shifts), static_cast<int>(rings),
       static_cast<int>(frequencies), layout, halfs(packed, "packed"), floats(scale, "scale"));

@@ -1,10 +1,10 @@
 // The search on a CPU: from images or ring spectra to the best score of every particle, reference
 // and hand, without the correlation table or the spectra of more than one trial shift in memory.
 //
-// Particles are the lanes of every vector: samples, transforms, products and maxima are the same
-// instructions for all particles of a block, so no gather, no shuffle and no lane idles, and no
-// particle's arithmetic depends on the others'. The formulas are those of `polar.ring_spectra`
-// and `correlate.correlation_table`. Plain C++17 with vector types (GCC, Clang), called by ctypes.
+// A vector register holds one number of each particle of a block. Samples, transforms, products and
+// maxima are the same instructions for all of them, so that no lane is idle and the result for a
+// particle does not depend on the other particles. The formulas are those of `polar.ring_spectra`
+// and `correlation.correlation_table`. It is C++17 with vector types (GCC, Clang), called by ctypes.
 //
 // Letters as in Python: n particles, k references, s shifts, r rings, a angles, m frequencies.
 
@@ -28,7 +28,7 @@ namespace {
 #define LANES 4
 #endif
 #endif
-// References whose products are summed together: four sums each, as many as registers hold.
+// References that are multiplied at a time: each needs four sums, and all must fit the registers.
 #ifndef TOGETHER
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TOGETHER 4
@@ -210,7 +210,7 @@ class Search {
 
     void begin() { std::fill(best_.begin(), best_.end(), Best()); }
 
-    // `spectra` against all references; scale (of a lane) makes what comes out a score.
+    // Compares `spectra` with all references; scale (one per lane) turns the result into scores.
     void shift(int index, Vec scale) {
         for (int first = 0; first < references_.k; first += TOGETHER) {
             products(first / TOGETHER);
@@ -225,8 +225,8 @@ class Search {
         }
     }
 
-    // Scores and places (n, k, hands) of the block's first `count` particles. NaN comes out where
-    // it went in.
+    // Writes scores and places (n, k, hands) of the block's first `count` particles. The score is
+    // NaN where the input has NaN.
     void end(int count, Vec bad, float *score, int64_t *place) const {
         const size_t row = best_.size();
         for (int lane = 0; lane < count; ++lane)
@@ -351,7 +351,7 @@ class Features {
                 search.spectra[refs.place(r, 0)].re -= a_ * std::sqrt(weights_[r] / a_) * mean;
         const float limit = 16 * std::numeric_limits<float>::epsilon();
         Vec scale;
-        for (int lane = 0; lane < LANES; ++lane) {  // below the limit there is but rounding
+        for (int lane = 0; lane < LANES; ++lane) {  // a smaller variance is rounding
             const float v = variance[lane], power = v + mean[lane] * mean[lane];
             scale[lane] = v <= limit * power ? 0.0f : 1.0f / (std::sqrt(v) * a_);
         }

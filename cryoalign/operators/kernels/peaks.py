@@ -1,13 +1,14 @@
-"""The fused search on an NVIDIA GPU: layout, packing, coarse search, fp32 rescoring.
+"""The search of ring spectra on an NVIDIA GPU: packing, coarse search, rescoring.
 
-Coarse: spectra rounded to fp16, products accumulated in fp32; nothing is written but the best
-value and shift of every (particle, reference, hand), and a runner-up. Then the pairs that matter
-are scored again in fp32 from the original spectra, which also gives their angle. Measured against
-float64 on 4 x 1024 simulated particles (50 references, 49 shifts, SNR 0.1 to 0.006, candidates=4):
-always the same reference and hand; the same shift and angle for 99.93 %, and else a score lower by
-at most 0.6 % of the scores' standard deviation (without the runner-up: 99.6 %).
-`common.cuh` describes the packed
-layout; features made straight from images come in by `search_packed`.
+The coarse search rounds spectra to half precision (fp16) and adds their products in single
+precision (fp32). It writes only the best value and shift of every (particle, reference, hand), and
+those of the second-best shift. Then the pairs that matter are scored again in fp32 from the
+original spectra, which also gives their angle.
+
+Measured against float64 on 4 x 1024 simulated particles (50 references, 49 shifts, SNR 0.1 to
+0.006, candidates=4): the reference and hand are always the same. Shift and angle are the same for
+99.93 % (99.6 % without the second-best shift); otherwise the score is lower by at most 0.6 % of the
+scores' standard deviation. `common.cuh` describes the packed layout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ from torch import Tensor
 from cryoalign.images.polar import Rings
 from cryoalign.operators.kernels import portable_only, usable
 
-# Share of a reference's power that the packed layout may leave out, at most. It moves the coarse
-# scores by less than fp16 does in all but the noisiest references; rescored ones do not change.
+# The largest share of a reference's power that the packed layout may leave out. Except for the
+# noisiest references it changes the coarse scores less than fp16 does. Rescored ones do not change.
 DROPPED_POWER = 1e-4
-# Rescoring and the kernels hold this much, no more.
+# The limits of the kernels and of rescoring.
 MOST_FREQUENCIES, MOST_RINGS = 640, 112
-# Packed particles of one batch: a share of the free memory, and enough to fill any card.
+# Size of the packed particles of a batch: at most this share of the free GPU memory, and at most
+# so many bytes, which are enough to keep any card busy.
 FREE_SHARE, MOST_BYTES = 0.25, 2**31
 
 
@@ -39,9 +41,10 @@ class Layout:
     """Which rings and frequencies the packed spectra keep (see common.cuh).
 
     Attributes:
-        rings: number of rings R.
-        angles: a, even.
-        steps: T(q): for each group of 16 frequencies how many steps of 16 rings, outermost first.
+        rings: number of rings.
+        angles: number of angles on a ring, even.
+        steps: for each group of 16 frequencies, how many steps of 16 rings are kept, counted from
+            the outermost ring.
     """
 
     rings: int
@@ -50,23 +53,25 @@ class Layout:
 
     @property
     def fragments(self) -> int:
-        """Fragments of a tile, 512 bytes each."""
+        """Number of fragments, of 512 bytes each, for 8 particles at one shift."""
         return 16 * sum(self.steps)
 
     @property
     def k_steps(self) -> int:
-        """Steps of 16 m' in the inverse transform; 4 wherever the Hopper kernel may serve."""
+        """Steps of 16 frequencies of one parity in the inverse transform. The kernel for Hopper
+        cards needs 4, so they are 4 wherever it can run."""
         own = (len(self.steps) + 1) // 2
         return 4 if own < 4 and 192 < self.angles <= 256 else own
 
     @classmethod
     def of_rings(cls, rings: Rings) -> Layout:
-        """What rings in an image carry: ring r has frequencies up to pi r, and below a / 2."""
+        """What rings of an image can carry: the ring of radius r pixels has frequencies up to
+        pi r, and below a / 2."""
         radii, angles = rings.radii().tolist(), rings.n_angles
         steps = []
         for low in range(0, min(angles // 2, math.ceil(math.pi * radii[-1])), 16):
             count = sum(math.pi * radius >= low for radius in radii)
-            # A last group that only the last ring or two reach is not worth a step.
+            # A group of frequencies that only one ring has is not worth a step.
             if count < 2 and low > 0:
                 break
             steps.append(-(-count // 16))
@@ -74,7 +79,7 @@ class Layout:
 
     @classmethod
     def of_references(cls, references: Tensor) -> Layout:
-        """What these reference spectra (k, r, m) have power in, but for `DROPPED_POWER`."""
+        """Where reference spectra (k, r, m) have power, except for a share `DROPPED_POWER`."""
         k, r, m = references.shape
         deep, wide = -(-r // 16), -(-m // 16)
         pairs = torch.view_as_real(references.flip(1))
@@ -85,8 +90,8 @@ class Layout:
         share = blocks.T.tolist()  # [group][step]; waits for the device
         steps, left = [deep] * wide, DROPPED_POWER
         while True:
-            # The cheapest step that can go: the innermost of a group; a group's last only at the
-            # end of the band.
+            # Drop the step with the least power. Only the innermost step of a group can go, and
+            # the only step of a group can go only from the group of the highest frequencies.
             ends = [
                 (share[q][steps[q] - 1], q)
                 for q in range(len(steps))
@@ -103,47 +108,53 @@ class Layout:
 
 
 class Packed(NamedTuple):
-    """Packed spectra.
+    """Ring spectra in half precision, in the layout of common.cuh.
 
     Attributes:
-        spectra: half (blocks, s, F, 32, 8) of particles, (blocks, F, 32, 8) of references.
-        scale: float (8 blocks, s) or (8 blocks,), what turns them back.
+        spectra: half (blocks, s, fragments, 32, 8) of particles, in blocks of 8; without s of
+            references.
+        scale: float (8 blocks, s) or (8 blocks,), by which to multiply to get the true spectra.
     """
 
     spectra: Tensor
     scale: Tensor
 
 
-def pack_particles(spectra: Tensor, layout: Layout) -> Packed:
-    """Particles' spectra (n, s, r, m) complex64, packed."""
-    n, s = spectra.shape[:2]
-    blocks = -(-n // 8)
-    packed = Packed(
-        spectra.new_empty(blocks, s, layout.fragments, 32, 8, dtype=torch.half),
-        spectra.new_empty(8 * blocks, s, dtype=torch.float),
+# What a search takes: packed particles, packed references, and the layout of both.
+Task = tuple[Packed, Packed, Layout]
+
+
+def empty_packed(like: Tensor, members: int, shifts: tuple[int, ...], layout: Layout) -> Packed:
+    """Memory for packed spectra: ``shifts`` is (s,) for particles, () for references."""
+    blocks = -(-members // 8)
+    return Packed(
+        like.new_empty(blocks, *shifts, layout.fragments, 32, 8, dtype=torch.half),
+        like.new_empty(8 * blocks, *shifts, dtype=torch.float),
     )
+
+
+def pack_particles(spectra: Tensor, layout: Layout) -> Packed:
+    """Pack particles' spectra (n, s, r, m) complex64."""
+    packed = empty_packed(spectra, len(spectra), (spectra.shape[1],), layout)
     torch.ops.cryoalign_cuda.pack_particles(spectra, layout.steps, *packed)
     return packed
 
 
 def pack_references(spectra: Tensor, layout: Layout) -> Packed:
-    """References' spectra (k, r, m) complex64, packed."""
-    blocks = -(-len(spectra) // 8)
-    packed = Packed(
-        spectra.new_empty(blocks, layout.fragments, 32, 8, dtype=torch.half),
-        spectra.new_empty(8 * blocks, dtype=torch.float),
-    )
+    """Pack references' spectra (k, r, m) complex64."""
+    packed = empty_packed(spectra, len(spectra), (), layout)
     torch.ops.cryoalign_cuda.pack_references(spectra, layout.steps, *packed)
     return packed
 
 
 @functools.cache
 def dft_matrix(angles: int, k_steps: int, device: torch.device) -> Tensor:
-    """The inverse transform as tensor-core fragments: half (row blocks, 4, k_steps, 32, 8).
+    """The inverse Fourier transform over angles, as tensor-core fragments in half precision.
 
-    Rows: the angles (j + 1/2) 2 pi / a of a quarter turn (the others follow by symmetry), the last
-    one repeated to a multiple of 16. Columns: m' of one parity. Types 2 im + parity: cosines for
-    real parts, sines for imaginary ones; 2, or 1 for the frequencies 0 and a / 2, times the wave.
+    The axes are (row blocks, 4, k_steps, 32, 8). Rows are the angles (j + 1/2) 2 pi / a of a
+    quarter turn; the others follow by symmetry. The last row is repeated up to a multiple of 16.
+    Columns are the frequencies of one parity. The four types, 2 im + parity, are cosines for the
+    real parts and sines for the imaginary parts, times 2 (times 1 for frequencies 0 and a / 2).
     """
     quarter = -(-angles // 4)
     rows = 16 * -(-quarter // 16)
@@ -155,35 +166,16 @@ def dft_matrix(angles: int, k_steps: int, device: torch.device) -> Tensor:
             weight = 2.0 * (m < angles / 2) - 1.0 * (m == 0) + 1.0 * (m == angles / 2)
             types.append(weight * wave((row + 0.5)[:, None] * m * (2 * math.pi / angles)))
     matrix = torch.stack(types)  # (4, rows, 16 k_steps)
-    # Lane 4 g + c holds rows g, g + 8 and columns 2c, 2c + 1, 2c + 8, 2c + 9 of a 16 x 16 piece.
+    # Of a 16 x 16 piece, lane 4 g + c of a warp holds rows g, g + 8 and columns 2c, 2c + 1, 2c + 8,
+    # 2c + 9.
     pieces = matrix.reshape(4, rows // 16, 2, 8, k_steps, 2, 4, 2)
     pieces = pieces.permute(1, 0, 4, 3, 6, 5, 2, 7)  # row block, type, step, g, c, col 8, row 8, 2
     return pieces.reshape(rows // 16, 4, k_steps, 32, 8).half().to(device)
 
 
-def search_packed(
-    particles: Packed,
-    references: Packed,
-    layout: Layout,
-    n: int,
-    k: int,
-    mirror: bool = True,
-    portable: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The coarse search of packed spectra: best value and shift of each pair and hand.
-
-    Args:
-        particles, references: packed in ``layout``.
-        layout: theirs.
-        n, k: how many there are (the last blocks may be filled up).
-        mirror: try the mirrored hand too.
-        portable: use the kernel for every card; None asks `portable_only`.
-
-    Returns:
-        score: (n, k, hands) float, rounded as fp16 inputs round it.
-        shift: (n, k, hands) int32.
-    """
-    score, shift = search_two(particles, references, layout, n, k, mirror, portable)
+def search_packed(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`search_two` without the runner-up: score and shift (n, k, hands)."""
+    score, shift = search_two(*arguments, **options)
     return score[0], shift[0]
 
 
@@ -196,51 +188,47 @@ def search_two(
     mirror: bool = True,
     portable: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`search_packed` with a runner-up: the best of any other shift, for rescoring near ties.
+    """The coarse search of packed spectra: the two best shifts of each pair and hand.
 
-    The runner-up's value may be that of an angle beside its best one (see search.cuh).
+    The second is the best of all other shifts. Both are scored again where they are nearly equal.
+    The second value may be that of an angle next to its best one (see search.cuh).
+
+    Args:
+        particles, references: packed in ``layout``.
+        layout: which rings and frequencies the packed spectra keep.
+        n, k: number of particles and references; the last blocks may be partly filled.
+        mirror: whether to search the mirrored hand too.
+        portable: use the kernel that runs on every card; None asks `portable_only`.
 
     Returns:
-        score: (2, n, k, hands) float; the runner-up's is the lowest float where there is none.
-        shift: (2, n, k, hands) int32; -1 where there is none.
+        score: (2, n, k, hands) float, with the rounding of half-precision inputs; the lowest
+            float where there is no second shift.
+        shift: (2, n, k, hands) int32; -1 where there is no second shift.
     """
-    device = particles.scale.device
-    score = torch.empty(2, n, k, 1 + mirror, device=device)
-    shift = torch.empty(2, n, k, 1 + mirror, device=device, dtype=torch.int32)
-    torch.ops.cryoalign_cuda.fused_peaks(
-        *particles,
-        *references,
-        dft_matrix(layout.angles, layout.k_steps, device),
-        layout.steps,
-        layout.angles,
-        portable_only() if portable is None else portable,
-        score,
-        shift,
-    )
+    portable = portable_only() if portable is None else portable
+    score = particles.scale.new_empty(2, n, k, 1 + mirror)
+    shift = torch.empty_like(score, dtype=torch.int32)
+    task = _task(particles, references, layout)
+    torch.ops.cryoalign_cuda.fused_peaks(*task, portable, score, shift)
     return score, shift
 
 
 def fused_peaks(
     particles: Tensor, references: Tensor, mirror: bool, candidates: int | None
 ) -> tuple[Tensor, Tensor] | None:
-    """`correlation_peaks` on a GPU; None where the kernels do not serve these inputs."""
+    """The operator `correlation_peaks`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    particles, references = particles.resolve_conj(), references.resolve_conj().contiguous()
+    references = references.resolve_conj().contiguous()
     n, k = len(particles), len(references)
-    layout = Layout.of_references(references)
-    packed = pack_references(references, layout)
     score = references.new_empty(n, k, dtype=torch.float)
     place = torch.empty(n, k, dtype=torch.int64, device=references.device)
 
-    def run(rows: slice) -> None:
-        some = particles[rows].contiguous()
-        coarse, shift = search_two(
-            pack_particles(some, layout), packed, layout, len(some), k, mirror
-        )
+    def run(rows: slice, some: Tensor, packed: Task) -> None:
+        coarse, shift = search_two(*packed, len(some), k, mirror)
         rescore(some, references, coarse, shift, candidates, score[rows], place[rows])
 
-    _in_batches(run, n, particles.shape[1] * layout.fragments * 64, particles.device)
+    _in_packed_batches(run, particles, references)
     return score, place
 
 
@@ -253,10 +241,15 @@ def rescore(
     score: Tensor,
     place: Tensor,
 ) -> None:
-    """Fill score and place (n, k) from `search_two`'s result, the chosen pairs in fp32.
+    """Fill score and place (n, k): the chosen pairs are scored in single precision.
 
-    ``candidates`` None rescores every pair. Otherwise the best that many references of each
-    particle; the others keep their coarse score, but below every rescored one, and place -1.
+    Args:
+        particles: (n, s, r, m) complex64 ring spectra.
+        references: (k, r, m) complex64 ring spectra.
+        coarse, shift: the result of `search_two`.
+        candidates: how many of a particle's best references are scored again. The others keep
+            their coarse score, lowered below all rescored ones, and get place -1. None means all.
+        score, place: (n, k) outputs.
     """
     k = coarse.shape[2]
     every = candidates is None or candidates >= k
@@ -278,33 +271,41 @@ def rescore(
 def fused_logsumexp(
     particles: Tensor, references: Tensor, temperature: float, mirror: bool
 ) -> Tensor | None:
-    """`correlation_logsumexp` on a GPU; None where the kernels do not serve these inputs."""
+    """The operator `correlation_logsumexp`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    particles, references = particles.resolve_conj(), references.resolve_conj().contiguous()
-    n, k = len(particles), len(references)
-    layout = Layout.of_references(references)
-    packed = pack_references(references, layout)
-    out = references.new_empty(n, k, 1 + mirror, dtype=torch.float)
-    matrix = dft_matrix(layout.angles, layout.k_steps, out.device)
+    size = (len(particles), len(references), 1 + mirror)
+    out = references.new_empty(size, dtype=torch.float)
 
-    def run(rows: slice) -> None:
-        torch.ops.cryoalign_cuda.fused_logsumexp(
-            *pack_particles(particles[rows].contiguous(), layout),
-            *packed,
-            matrix,
-            layout.steps,
-            layout.angles,
-            temperature,
-            out[rows],
-        )
+    def run(rows: slice, some: Tensor, packed: Task) -> None:
+        torch.ops.cryoalign_cuda.fused_logsumexp(*_task(*packed), temperature, out[rows])
 
-    _in_batches(run, n, particles.shape[1] * layout.fragments * 64, particles.device)
+    _in_packed_batches(run, particles, references.resolve_conj().contiguous())
     return temperature * torch.logsumexp(out / temperature, 2)
 
 
+def _task(particles: Packed, references: Packed, layout: Layout) -> tuple[Any, ...]:
+    """The arguments that all searches of packed spectra have in common."""
+    matrix = dft_matrix(layout.angles, layout.k_steps, particles.scale.device)
+    return *particles, *references, matrix, layout.steps, layout.angles
+
+
+def _in_packed_batches(run: Callable[..., None], particles: Tensor, references: Tensor) -> None:
+    """Pack the references once and the particles batch by batch. ``run`` is called for each batch,
+    with its rows, its spectra and the search's task."""
+    layout = Layout.of_references(references)
+    packed = pack_references(references, layout)
+
+    def pack(rows: slice) -> None:
+        some = particles[rows].resolve_conj().contiguous()
+        run(rows, some, (pack_particles(some, layout), packed, layout))
+
+    bytes_each = particles.shape[1] * layout.fragments * 64
+    in_batches(pack, len(particles), bytes_each, particles.device)
+
+
 def serves(particles: Tensor, references: Tensor) -> bool:
-    """Whether the kernels take these spectra: complex64, a card that can, sizes that fit."""
+    """Whether the kernels take these spectra: complex64, on a suitable card, of suitable size."""
     n, _, r, m = particles.shape
     return (
         particles.dtype == torch.complex64
@@ -317,16 +318,16 @@ def serves(particles: Tensor, references: Tensor) -> bool:
 
 @functools.cache
 def _most_frequencies(index: int) -> int:
-    """As many as one hand's tile in the portable kernel's shared memory holds."""
+    """How many frequencies fit the shared memory of the portable kernel, for one hand."""
     memory = torch.ops.cryoalign_cuda.shared_limit(index) - 4096
     k_steps = (memory // 256 - 16) // 32
     return min(MOST_FREQUENCIES, 32 * k_steps)
 
 
-def _in_batches(
-    run: Callable[[slice], None], n: int, bytes_each: int, device: torch.device
-) -> None:
-    """Run over n particles in batches that fit the free memory; smaller ones if they do not."""
+def in_batches(run: Callable[[slice], None], n: int, bytes_each: int, device: torch.device) -> None:
+    """Call ``run`` with the rows of one batch of n particles after another. The packed spectra of a
+    batch, ``bytes_each`` per particle, fit the free GPU memory; a batch is halved if they do not.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     fits = int(min(FREE_SHARE * free, MOST_BYTES)) // bytes_each
@@ -341,7 +342,7 @@ def _in_batches(
             batch = max(8, batch // 2 // 8 * 8)
             torch.cuda.empty_cache()
             warnings.warn(
-                f"GPU memory is short: the search goes on with {batch} particles at a time",
+                f"GPU memory is short: the search continues with {batch} particles at a time",
                 stacklevel=2,
             )
             continue

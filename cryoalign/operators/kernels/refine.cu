@@ -1,4 +1,5 @@
-// Gauss-Newton refinement of poses, one block a particle: the CUDA voice of refine.refine_poses.
+// Gauss-Newton refinement of poses, one block per particle: the CUDA body of refine_poses in
+// pose_refinement.py.
 //
 // A pass over the disc gathers 21 weighted moments of particle x, moved reference y and the three
 // derivatives j of y (angle, shift x, shift y); score and step follow from the moments alone, so
@@ -13,8 +14,8 @@ using namespace cryoalign;
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr double MAX_TURN = 2.0;  // degrees, as refine.MAX_TURN
-constexpr double MAX_MOVE = 0.7;  // pixels, as refine.MAX_MOVE
+constexpr double MAX_TURN = 2.0;  // degrees, as pose_refinement.MAX_TURN
+constexpr double MAX_MOVE = 0.7;  // pixels, as pose_refinement.MAX_MOVE
 constexpr double DEGREE = 0.017453292519943295;
 
 // Where each moment lies among the 32 that a warp reduces.
@@ -80,7 +81,7 @@ __device__ void gather(const Task& task, const float* image, const uint2* refere
   // The disc lies about -shift on the particle: about its nearest pixel, and a remainder.
   const float near_x = rintf(-pose.x), near_y = rintf(-pose.y);
   const float rest_x = near_x + pose.x, rest_y = near_y + pose.y;
-  // So far away that nothing is left, also of what an int cannot hold.
+  // So far away that no pixel is left; it also keeps the numbers within the range of int.
   const float limit = 4.f * (task.width + task.height + task.last_ring);
   const int row = task.height / 2 + static_cast<int>(fminf(fmaxf(near_y, -limit), limit));
   const int column = task.width / 2 + static_cast<int>(fminf(fmaxf(near_x, -limit), limit));
@@ -89,12 +90,12 @@ __device__ void gather(const Task& task, const float* image, const uint2* refere
                       column + reach < task.width;
   const float* centre = image + static_cast<int64_t>(row) * task.width + column;
   const float rim = task.last_ring + 1.f, hole = task.first_ring - 1.f;
-  // A hair less than the rim: rounding must not lead to a tap beyond the reference's margin.
+  // Slightly less than the rim: rounding must not lead to a tap outside the reference's margin.
   const float rim_squared = rim * rim * (1.f - 2e-6f);
   const int middle = (task.last_ring + 1) * (pitch + 1);
   constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const int magic_bits = __float_as_int(MAGIC);
-  // A pixel is asked for one round before it is needed.
+  // A pixel is loaded one round before it is needed.
   const auto fetch = [&](int i) {
     Pixel pixel{FLT_MAX, 0.f, 0.f};
     if (i >= task.points) return pixel;
@@ -187,7 +188,7 @@ struct Fit {
     return static_cast<float>(xy * rsqrt(fmax(xx * yy, 1.2e-38)));
   }
 
-  // The Gauss-Newton step with amplitude and constant projected out, as refine._step.
+  // The Gauss-Newton step with amplitude and constant projected out, as pose_refinement._step.
   __device__ Trial step() const {
     const double power = fmax(yy, 1.2e-38);
     const double amplitude = fmax(xy / power, 1e-3);
@@ -289,9 +290,7 @@ __global__ void __launch_bounds__(THREADS, 4) refine_kernel(const __grid_constan
 
 template <bool SHARED>
 void launch(const Task& task, int64_t n, size_t bytes, cudaStream_t stream) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(refine_kernel<SHARED>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
+  allow_shared(refine_kernel<SHARED>, bytes);
   refine_kernel<SHARED><<<grid_size(n), THREADS, bytes, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -326,10 +325,7 @@ void refine_poses(const Tensor& images, const Tensor& templates, const Tensor& s
   task.pitch = task.side;
   while (task.pitch % 8 != 4) ++task.pitch;
   const size_t bytes = sizeof(uint2) * task.side * task.pitch;
-  int limit = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        images.get_device_index()));
-  if (bytes + 2048 <= static_cast<size_t>(limit))
+  if (bytes + 2048 <= static_cast<size_t>(shared_limit()))
     launch<true>(task, n, bytes, current_stream(images));
   else
     launch<false>(task, n, 0, current_stream(images));

@@ -1,5 +1,5 @@
-// Chosen (particle, reference) pairs again, in fp32 from the original spectra, at the shifts that
-// the fused search found: the exact score and the exact angle of the textbook's grid.
+// Scores chosen (particle, reference) pairs again, in fp32 from the original spectra, at the shifts
+// that the coarse search found: the exact score and angle of the search grid.
 
 #include <cfloat>
 
@@ -10,9 +10,9 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
-// The other hand is looked at again if its coarse score is within this share of the better one's:
-// many times what fp16 rounds. The runner-up shift's coarse score may be that of an angle beside
-// its best, hence more room.
+// The other hand is scored again if its coarse score is within this share of the better hand's
+// score, which is many times the rounding of fp16. The share is larger for the second-best shift,
+// whose coarse score may be that of an angle next to its best one.
 constexpr float NEAR = 4e-3f, NEAR_SHIFT = 2e-2f;
 
 struct Peak {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int hand = 0; hand < hands; ++hand) {
       const int64_t at = (rank * n * k + pair) * hands + hand;
       const int64_t s = shift[at];
-      // The same for all threads. Not >=: a NaN is looked at, and comes out.
+      // The same for all threads. Not >=, so that a NaN is scored again and appears in the result.
       if (s < 0 || coarse[at] < enough) continue;
       ring_products(particles + (particle * shifts + s) * size, references + reference * size,
                     rings, frequencies, hand == 1, partial, product);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS)
     }
   }
   if (threadIdx.x == 0) {
-    const bool none = best.place == INT64_MAX;  // spectra that are not numbers
+    const bool none = best.place == INT64_MAX;  // spectra with NaN
     score[pair] = none ? __int_as_float(0x7fffffff) : best.score;
     place[pair] = none ? 0 : best.place;
   }

@@ -26,7 +26,7 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 
 // Bytes between rows of m' in shared memory: an odd number of 16-byte units, so that neither
-// stores nor ldmatrix meet bank conflicts.
+// stores nor ldmatrix have bank conflicts.
 __host__ __device__ constexpr int row_bytes(int k_steps) { return 32 * k_steps + 16; }
 
 __host__ __device__ constexpr int tile_bytes(int k_steps, int hands) {
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
   const int type_bytes = SETS * 32 * stride;
   const uint32_t tile = shared_address(shared);
   const float sign = task.first_hand ? -1.f : 1.f;
-  const int band_steps = (task.layout.groups + 1) / 2;
+  const int kept_steps = (task.layout.groups + 1) / 2;
 
-  // Groups past the band stay zero.
+  // Groups of frequencies that are not kept stay zero.
   for (int i = threadIdx.x; i < 4 * type_bytes / 16; i += THREADS)
     store_shared(tile + 16 * i, make_uint4(0, 0, 0, 0));
   __syncthreads();
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS, 2) portable_kernel(const Task task) {
       float sums[4][4][4] = {};  // type (2 im + parity), column group, accumulator
       const uint4* w =
           task.weights + static_cast<int64_t>(row_block) * 4 * task.k_steps * 32 + lane;
-      for (int step = 0; step < band_steps; ++step) {
+      for (int step = 0; step < kept_steps; ++step) {
 #pragma unroll
         for (int type = 0; type < 4; ++type) {
           const uint4 a = __ldg(w + (type * task.k_steps + step) * 32);
@@ -310,8 +310,7 @@ template <int HANDS, class Reduction>
 void launch_portable(const Task& task, cudaStream_t stream) {
   const int bytes = tile_bytes(task.k_steps, HANDS);
   auto* kernel = portable_kernel<HANDS, Reduction>;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allow_shared(kernel, bytes);
   const unsigned blocks = grid_size(task.particle_blocks * task.reference_blocks);
   kernel<<<blocks, THREADS, bytes, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -424,7 +423,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cryoalign_cuda, m) {
       "Tensor weights, int[] steps, int angles, float temperature, Tensor(a!) out) -> ()");
 }
 
-// No tensor among its arguments says where it runs.
+// It has no tensor argument whose device could select an implementation.
 STABLE_TORCH_LIBRARY_IMPL(cryoalign_cuda, CompositeExplicitAutograd, m) {
   m.impl("shared_limit", TORCH_BOX(&cryoalign::shared_limit_of));
 }

@@ -1,4 +1,4 @@
-"""The compiled CPU search against float64, and against its PyTorch voice."""
+"""The compiled CPU search against float64 and against the search in PyTorch."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_the_operator_with_kernels_is_an_operator() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 4, 5, 9, dtype=torch.complex64, generator=generator)
     y = torch.randn(2, 5, 9, dtype=torch.complex64, generator=generator)
-    torch.library.opcheck(correlation_peaks, (x, y, True))
+    torch.library.opcheck(torch.ops.cryoalign.correlation_peaks, (x, y, True))
     lazily = correlation_peaks(x.transpose(0, 1).conj(), y.flip(0).conj())
     plainly = correlation_peaks(
         x.transpose(0, 1).conj_physical().contiguous(), y.flip(0).conj_physical().contiguous()

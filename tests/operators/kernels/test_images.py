@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -18,12 +19,12 @@ from cryoalign.images.polar import (
 )
 from cryoalign.images.templates import _gradient
 from cryoalign.operators import kernels
-from cryoalign.operators.aligned_sums import _sum_in_torch, sum_aligned
+from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.operators.correlation import correlation_table
 from cryoalign.operators.image_search import image_peaks
 from cryoalign.operators.kernels import images as kernel_images
 from cryoalign.operators.kernels.peaks import Layout
-from cryoalign.operators.pose_refinement import _refine_in_torch, refine_poses
+from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.particles.simulate import simulate
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.match import best_match, match
@@ -84,6 +85,9 @@ def refinement(device: str, size: int, last_ring: int, n: int = 37, k: int = 3):
     return images, templates, label, start.angle, start.shift, start.mirror, 1, last_ring
 
 
+in_pytorch = inspect.unwrap
+
+
 def widened(arguments: tuple) -> list:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
 
@@ -97,7 +101,7 @@ def test_refined_poses_are_float64s(gpu, size: int, last_ring: int, first_ring: 
     arguments = list(refinement("cuda", size, last_ring))
     arguments[6] = first_ring
     angle, shift, score = refine_poses(*arguments, 3)
-    angle64, shift64, score64 = _refine_in_torch(*widened(tuple(arguments)), 3)
+    angle64, shift64, score64 = in_pytorch(refine_poses)(*widened(tuple(arguments)), 3)
     # A last step whose gain is rounding may be taken by one and not by the other.
     assert wrap_degrees(angle - angle64).abs().quantile(0.9) < 0.02
     apart = (shift - shift64).norm(dim=1)
@@ -113,7 +117,7 @@ def test_refinement_starts_from_what_it_is_given(gpu) -> None:
     angle, shift, score = refine_poses(*arguments, 0)
     torch.testing.assert_close(angle, wrap_degrees(arguments[3]))
     assert torch.equal(shift, arguments[4])
-    expected = _refine_in_torch(*widened(arguments), 0)[2].float()
+    expected = in_pytorch(refine_poses)(*widened(arguments), 0)[2].float()
     torch.testing.assert_close(score, expected, atol=5e-5, rtol=0)
 
 
@@ -160,7 +164,7 @@ def placed(device: str, n: int, size: int | tuple[int, int], groups: int, seed: 
 def test_class_sums_are_float64s(gpu, n: int, size, groups: int) -> None:
     arguments = placed("cuda", n, size, groups)
     images, found = arguments[0], sum_aligned(*arguments)
-    expected = _sum_in_torch(*widened(arguments))
+    expected = in_pytorch(sum_aligned)(*widened(arguments))
     # A coordinate of c pixels is off by 1e-7 c; noise changes by about itself from pixel to pixel.
     error = (found - expected).square().mean().sqrt() if n else 0
     assert error <= 3e-7 * max(images.shape[-2:]) * expected.square().mean().sqrt()
@@ -301,14 +305,15 @@ def test_images_that_say_nothing(gpu) -> None:
 def test_operators_keep_their_contract(device: str, request: pytest.FixtureRequest) -> None:
     if device == "cuda":
         request.getfixturevalue("gpu")
-    torch.library.opcheck(refine_poses, (*refinement(device, 32, 12, n=5), 2))
-    torch.library.opcheck(sum_aligned, placed(device, 7, 24, 3))
+    torch.library.opcheck(torch.ops.cryoalign.refine_poses, (*refinement(device, 32, 12, n=5), 2))
+    torch.library.opcheck(torch.ops.cryoalign.sum_aligned, placed(device, 7, 24, 3))
     images, views = particles(5, 2, 40, device=device)[:2]
     search = Search(max_shift=1, last_ring=12)
     spectra = reference_spectra(views, search.rings(40))
     for candidates in (None, 1):
         torch.library.opcheck(
-            image_peaks, (images, spectra, search.shifts(), 1, 1, 12, 256, True, candidates)
+            torch.ops.cryoalign.image_peaks,
+            (images, spectra, search.shifts(), 1, 1, 12, 256, True, candidates),
         )
 
 

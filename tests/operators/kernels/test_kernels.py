@@ -232,9 +232,11 @@ def test_the_choice_is_fp32s(gpu, kernel) -> None:
 @pytest.mark.gpu
 def test_opcheck(gpu) -> None:
     x, y = spectra(9, 3, 5, 7, 32)
-    torch.library.opcheck(correlation_peaks, (x, y, True, 2))
-    torch.library.opcheck(correlation_peaks, (x.transpose(0, 1).conj(), y.flip(0).conj()))
-    torch.library.opcheck(correlation_logsumexp, (x, y, 0.1))
+    torch.library.opcheck(torch.ops.cryoalign.correlation_peaks, (x, y, True, 2))
+    torch.library.opcheck(
+        torch.ops.cryoalign.correlation_peaks, (x.transpose(0, 1).conj(), y.flip(0).conj())
+    )
+    torch.library.opcheck(torch.ops.cryoalign.correlation_logsumexp, (x, y, 0.1))
     wide = x.to(torch.complex128), y.to(torch.complex128)  # the PyTorch body
     torch.testing.assert_close(
         correlation_peaks(*wide)[0].float(), correlation_peaks(x, y)[0], rtol=1e-3, atol=1e-5

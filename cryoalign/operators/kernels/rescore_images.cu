@@ -1,10 +1,9 @@
-// Chosen (particle, reference) pairs again, in fp32 from the images, at the shifts that the fused
-// search found: the exact score and angle of the textbook's grid. For 256 angles.
+// Scores chosen (particle, reference) pairs again, in fp32 from the images, at the shifts that the
+// coarse search found: the exact score and angle of the search grid. For 256 angles.
 //
-// A block takes one particle and up to GROUP of its references: the best, which it picks itself, or
-// every one in turn. Each shift among them is sampled once. A warp makes the spectra of two rings
-// with one complex transform of 256 points, 8 in every lane; two rows of scores come back from one
-// such transform too.
+// A block takes one particle and up to GROUP references: the best ones, which it picks itself, or
+// all references in turn. Each different shift is sampled once. A warp computes the spectra of two
+// rings with one complex transform of 256 points, 8 in each lane, and two rows of scores likewise.
 #include <cfloat>
 
 #include "copy.cuh"
@@ -23,11 +22,11 @@ constexpr int SLOT = 288;          // float2 of a transform: its exchange, then 
 constexpr int PRODUCT = 264;       // float2 of a job's ring products, in two parts to be added
 constexpr int PART = 132;
 constexpr int PART_THREADS = 144;  // two parts of the rings side by side
-// A hand is looked at again if its coarse score is within this share of the better one's: many
-// times what fp16 rounds.
+// A hand is scored again if its coarse score is within this share of the better hand's score, which
+// is many times the rounding of fp16.
 constexpr float NEAR = 4e-3f;
-// And of the best references one is left alone if it is this far below the first: a share of the
-// score for fp16, and a part for noise on rings half an angle step apart.
+// A reference is not scored again if it is this far below the best one: a share of the score for
+// the rounding of fp16, and an absolute part for noise on rings half an angle step apart.
 constexpr float HOPELESS_SHARE = 1e-2f, HOPELESS = 4e-3f;
 
 struct Task {
@@ -141,7 +140,7 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Transforms kept at once: two rings in each, or the way back of a pair of jobs.
+// Transforms that are in memory at a time: of two rings each, or of the scores of two jobs each.
 __host__ __device__ constexpr int slots(int rings) {
   return (rings + 1) / 2 > GROUP ? (rings + 1) / 2 : GROUP;
 }
@@ -314,7 +313,7 @@ __device__ void pick_best(const Task& task, const float* coarse, int count, int6
   }
 }
 
-// What the search leaves of the references that were not looked at again.
+// Writes the coarse scores of the references that were not scored again.
 __device__ void write_others(const Task& task, const float* coarse, int64_t particle, float limit,
                              const int64_t* chosen, const int* job_shift, int count) {
   for (int64_t k = threadIdx.x; k < task.k; k += THREADS) {
@@ -329,7 +328,8 @@ __device__ void write_others(const Task& task, const float* coarse, int64_t part
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(THREADS, 2)
+    rescore_images_kernel(const __grid_constant__ Task task) {
   extern __shared__ float2 dynamic[];
   __shared__ Statistics statistics;
   __shared__ int job_shift[JOBS];  // -1: nothing to do
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
         };
         const int64_t k = chosen[local];
         const float top = better(k), best = every ? top : better(chosen[0]);
-        // Not >=: a NaN is looked at, and comes out.
+        // Not >=, so that a NaN is scored again and appears in the result.
         if (!(coarse[k * task.hands + hand] < top - NEAR * fabsf(top)) &&
             !(top < best - HOPELESS_SHARE * fabsf(best) - HOPELESS))
           shift = task.shift[(particle * task.k + k) * task.hands + hand];
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
   wait_for_copies();
   __syncthreads();
 
-  for (int lead = 0; lead < JOBS; ++lead) {  // every different shift, once
+  for (int lead = 0; lead < JOBS; ++lead) {  // each different shift once
     const int shift = job_shift[lead];
     bool done = shift < 0;
     for (int before = 0; before < lead; ++before) done = done || job_shift[before] == shift;
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
       power += statistics.power[w];
     }
     const float variance = power - mean * mean;
-    // As polar.normalised_spectra: below this the deviation is rounding.
+    // As polar.normalised_spectra: a smaller variance is rounding.
     const float scale = variance <= 16.f * FLT_EPSILON * power ? 0.f : rsqrtf(variance) / ANGLES;
     for (int job = lead; job < JOBS; ++job) {
       if (job_shift[job] != shift) continue;
@@ -440,20 +440,20 @@ __global__ void __launch_bounds__(THREADS, 2) closer_kernel(const __grid_constan
     worst[threadIdx.x] = looked_at ? best : FLT_MAX;
     if (looked_at) {
       const int64_t pair = particle * task.k + chosen[threadIdx.x];
-      const bool none = place == INT64_MAX;  // an image that is no numbers
+      const bool none = place == INT64_MAX;  // an image with NaN or infinity
       task.score[pair] = none ? __int_as_float(0x7fffffff) : best;
       task.place[pair] = none ? 0 : place;
     }
   }
   if (every) return;
   __syncthreads();
-  // Below every score of full precision, so that the best has a place.
+  // Below all rescored references, so that the best one has a place.
   float limit = FLT_MAX;
   for (int i = 0; i < count; ++i) limit = fminf(limit, worst[i]);
   write_others(task, coarse, particle, nextafterf(limit, -FLT_MAX), chosen, job_shift, count);
 }
 
-// reach: pixels about the centre that rings about any shift can touch.
+// reach: how far from the centre rings at any shift can reach, pixels.
 void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weights, Tensor coarse,
                     Tensor shift, int64_t candidates, int64_t first_ring, int64_t ring_step,
                     int64_t reach, Tensor score, Tensor place) {
@@ -492,9 +492,9 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
       sizeof(float2) * (slots(task.rings) * SLOT + JOBS * PRODUCT + ANGLES) +
       sizeof(float) * (MOST_RINGS + (2 * task.reach + 2) * task.pitch);
   const DeviceGuard guard(images.get_device_index());
-  STD_CUDA_CHECK(cudaFuncSetAttribute(closer_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
-  closer_kernel<<<grid_size(n * task.groups), THREADS, bytes, current_stream(images)>>>(task);
+  allow_shared(rescore_images_kernel, bytes);
+  const auto stream = current_stream(images);
+  rescore_images_kernel<<<grid_size(n * task.groups), THREADS, bytes, stream>>>(task);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

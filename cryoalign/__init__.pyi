@@ -1,0 +1,64 @@
+from .images.geometry import transform
+from .images.polar import Rings, ring_spectra, to_polar
+from .io import read_images, read_particles, write_images
+from .learn.dataset import ParticleDataset
+from .methods.assignment import Assignment
+from .methods.base import align
+from .methods.classify.classify import classify
+from .methods.classify.split_and_merge import Likelihood
+from .methods.isac.generations import Isac
+from .methods.isac.isac import StableClasses, classify_stable
+from .methods.mra import align_multi_reference
+from .methods.rfa import align_reference_free
+from .operators.correlation import correlation_at, correlation_peaks, correlation_table
+from .particles.prepare import prepare
+from .particles.settings import Images, Particle
+from .particles.simulate import simulate
+from .pose import Pose, compose, pixel_error
+from .results.alignment import Alignment
+from .results.averages import Averaging
+from .results.pose_errors import pose_covariance
+from .results.quality import Quality
+from .search.joint_refinement import refine_jointly
+from .search.match import match
+from .search.settings import Schedule, Search, SearchSettings
+
+__version__: str
+__all__ = [
+    "Alignment",
+    "Assignment",
+    "Averaging",
+    "Images",
+    "Isac",
+    "Likelihood",
+    "Particle",
+    "ParticleDataset",
+    "Pose",
+    "Quality",
+    "Rings",
+    "Schedule",
+    "Search",
+    "SearchSettings",
+    "StableClasses",
+    "align",
+    "align_multi_reference",
+    "align_reference_free",
+    "classify",
+    "classify_stable",
+    "compose",
+    "correlation_at",
+    "correlation_peaks",
+    "correlation_table",
+    "match",
+    "pixel_error",
+    "pose_covariance",
+    "prepare",
+    "read_images",
+    "read_particles",
+    "refine_jointly",
+    "ring_spectra",
+    "simulate",
+    "to_polar",
+    "transform",
+    "write_images",
+]
