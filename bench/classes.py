@@ -16,7 +16,7 @@ from bench.data import particle_of, truth_of
 from bench.result import Result, Row, with_means
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import Stack, TensorStack, optics_of

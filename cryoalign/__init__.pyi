@@ -5,9 +5,9 @@ from .learn.dataset import ParticleDataset
 from .methods.assignment import Assignment
 from .methods.base import align
 from .methods.classify.classify import classify
-from .methods.classify.split_and_merge import Likelihood
-from .methods.isac.generations import Isac
+from .methods.classify.settings import Likelihood
 from .methods.isac.isac import StableClasses, classify_stable
+from .methods.isac.settings import Isac
 from .methods.mra import align_multi_reference
 from .methods.rfa import align_reference_free
 from .operators.correlation import correlation_at, correlation_peaks, correlation_table

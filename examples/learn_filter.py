@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from cryoalign.app.schema import settings_from_words
 from cryoalign.images.ctf import Optics, ctf_2d
-from cryoalign.images.fourier import filter_shells, low_pass_curve, ring_index
+from cryoalign.images.fourier import filter_shells, low_pass_curve, shell_index
 from cryoalign.images.geometry import radius_grid
 from cryoalign.images.masks import normalise, soft_mask
 from cryoalign.images.polar import Rings
@@ -384,7 +384,7 @@ def experiment(settings: Settings, seed: int) -> Result:
 def shell_means(values: Tensor) -> Tensor:
     """(size // 2,) means of values (n, size, size // 2 + 1) in rfft2's layout at 1, 2 … 1/box."""
     size = values.shape[-2]
-    ring, mean = ring_index(size).flatten(), values.mean(0).flatten()
+    ring, mean = shell_index(size).flatten(), values.mean(0).flatten()
     return (torch.bincount(ring, mean) / torch.bincount(ring))[1 : size // 2 + 1]
 
 

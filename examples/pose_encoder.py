@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cryoalign.app.schema import settings_from_words
+from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.polar import Rings, reference_spectra
 from cryoalign.images.templates import templates_of
 from cryoalign.learn.dataset import ParticleDataset, RandomPose
@@ -51,7 +52,6 @@ from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.report import figures as plot
 from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import keep_freed_memory
-from cryoalign.search.coarse_to_fine import reduce
 from cryoalign.search.match import best_poses, prepare_target
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
@@ -165,7 +165,7 @@ class PoseEncoder(nn.Module):
         self.scale = settings.size / settings.box  # pixels of the particles to one of the network's
         self.deviation = 1 / (torch.pi**0.5 * settings.rings.last_ring)  # of a score of noise
         self.spectra, self.correlate = RingSpectra(settings.rings), RotationalCorrelation()
-        small = reduce(references, settings.box)
+        small = fourier_shrink(references, settings.box)
         self.register_buffer("references", reference_spectra(small, settings.rings), False)
         centres = nn.Linear(settings.hidden // 2, 2 * settings.heads)
         nn.init.normal_(centres.bias, std=0.3)  # guesses that start alike would stay alike
@@ -244,17 +244,17 @@ class Aligner:
     def __init__(self, encoder: PoseEncoder, references: Tensor) -> None:
         settings = encoder.settings
         self.encoder, self.scale = encoder, encoder.scale
-        self.low = templates_of(reduce(references, settings.box))
+        self.low = templates_of(fourier_shrink(references, settings.box))
         self.fine = templates_of(references)
         self.rings = Search(max_shift=settings.max_shift).rings(settings.size)
 
     def predict(self, images: Tensor) -> Answer:
         """The encoder alone."""
-        return self.encoder.predict(reduce(images, self.encoder.settings.box)).best()
+        return self.encoder.predict(fourier_shrink(images, self.encoder.settings.box)).best()
 
     def align(self, images: Tensor, shifts: Tensor | None = None) -> Answer:
         """The best few predictions refined at the network's resolution, the best of all at full."""
-        small = reduce(images, self.encoder.settings.box)
+        small = fourier_shrink(images, self.encoder.settings.box)
         found = self.encoder.predict(small, shifts).scaled(1 / self.scale)
         found = refine_each(small, self.low, found, self.encoder.settings.rings, LOW_STEPS)
         found = found.few(FINAL, FINAL_MARGIN * self.encoder.deviation).scaled(self.scale)
@@ -282,7 +282,7 @@ def train(encoder: PoseEncoder, particles: Tensor, seed: int) -> tuple[list[floa
     torch.manual_seed(seed)
     keep_freed_memory()
     start = time.perf_counter()
-    small = TensorStack(reduce(particles, settings.box))
+    small = TensorStack(fourier_shrink(particles, settings.box))
     batches = DataLoader(
         ParticleDataset(small, RandomPose()), settings.batch_size, shuffle=True, drop_last=True
     )

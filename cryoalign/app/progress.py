@@ -87,10 +87,13 @@ class Watch:
         )
 
     def step(self, state: State) -> None:
-        """Print a line about the step just done."""
+        """Print a line about the step just done, or those that were made at once."""
+        rows = state.history[-1:]
+        if self.method.most_steps is not None:  # every row of the history is a step
+            rows = state.history[self.done :]
+        for row in rows:
+            self.console.print(self.method.line(row), highlight=False, soft_wrap=True)
         self.done = state.iteration
-        line = self.method.line(state.history[-1])
-        self.console.print(line, highlight=False, soft_wrap=True)
 
     def finishing(self) -> None:
         """The iterations are over; files are being written."""

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from cryoalign.app import yaml12
 from cryoalign.app.schema import known_keys, load_settings
 from cryoalign.methods import METHODS
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.base import Method
-from cryoalign.methods.classify.split_and_merge import Likelihood
-from cryoalign.methods.isac.generations import Isac
+from cryoalign.methods.classify.settings import Likelihood
+from cryoalign.methods.isac.settings import Isac
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.particles.settings import Box, Images, Particle
 from cryoalign.results.averages import Averaging
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.files import replacing
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 from cryoalign.search.settings import Schedule, SearchSettings
 
 RUN_KEYS = {
@@ -57,7 +56,7 @@ ASSIGN_NEEDS = {
 HEADER = "# Resolved settings of a cryoalign run; `cryoalign run` takes this file again."
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class RunConfig:
     """All settings of ``cryoalign run``. Those of a method are the fields of its `Method`.
 
@@ -201,7 +200,7 @@ class RunConfig:
                 yield f"assign.{name} has an effect with assign.{needed} only: set that too"
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class SimulateConfig:
     """All that ``cryoalign simulate`` can be told: the arguments of `synthetic.simulate`."""
 

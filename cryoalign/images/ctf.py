@@ -1,4 +1,4 @@
-"""The contrast transfer function of particles, and its cheap correction."""
+"""The contrast transfer function (CTF) of particles, and its correction by phase flipping."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 from torch_ctf import calculate_ctf_2d, calculate_relativistic_electron_wavelength
 
+from cryoalign.images.fourier import frequency_grid
+
 ANGSTROM_PER_MICROMETRE = 1e4
 
 
 @dataclass(frozen=True, eq=False)
 class Optics:
-    """How n particles were imaged: every field a tensor (n,), float32.
+    """How n particles were imaged; every field is a float32 tensor (n,).
 
     Attributes:
-        defocus_u, defocus_v: Å, underfocus positive; defocus_angle: degrees, of u from +x to +y.
-        voltage: kV; spherical_aberration: mm; amplitude_contrast: share; phase_shift: degrees.
+        defocus_u, defocus_v: Å, underfocus is positive.
+        defocus_angle: direction of defocus_u, degrees from +x towards +y.
+        voltage: kV.
+        spherical_aberration: mm.
+        amplitude_contrast: from 0 to 1.
+        phase_shift: of a phase plate, degrees.
         pixel_size: Å.
     """
 
@@ -41,11 +47,11 @@ class Optics:
         return Optics(**{name: value[rows] for name, value in vars(self).items()})
 
     def scaled(self, scale: float) -> Optics:
-        """The same for images whose pixels are ``scale`` times as large."""
+        """The same optics for images whose pixels are ``scale`` times as large."""
         return replace(self, pixel_size=self.pixel_size * scale)
 
 
-# Our name and RELION's column. All must be there but the phase shift.
+# RELION's column of each field. All are required, except the phase shift.
 COLUMNS = {
     "defocus_u": "rlnDefocusU",
     "defocus_v": "rlnDefocusV",
@@ -60,13 +66,13 @@ COLUMNS = {
 def optics_from_relion(
     particles: Mapping[str, Any], optics: Mapping[str, Any] | None, pixel_size: float
 ) -> Optics | None:
-    """The optics of particles from RELION's columns, or None where they say no defocus.
+    """The optics of particles from RELION's columns; None if there is no defocus column.
 
     Args:
         particles: columns of the particles' table.
         optics: columns of the optics table (RELION 3.1 and later), joined by ``rlnOpticsGroup``;
-            None where the particles' table holds everything (3.0).
-        pixel_size: Å of the images.
+            None if the particles' table holds everything (RELION 3.0).
+        pixel_size: of the images, Å.
 
     Raises:
         ValueError: a column is missing though ``rlnDefocusU`` is there.
@@ -95,7 +101,7 @@ def optics_from_relion(
 def _group_rows(
     particles: Mapping[str, Any], optics: Mapping[str, Any] | None
 ) -> np.ndarray | None:
-    """(n,) the row of the optics table of every particle."""
+    """(n,) row of each particle in the optics table; None if nothing joins the tables."""
     if optics is None or "rlnOpticsGroup" not in particles or "rlnOpticsGroup" not in optics:
         return None
     row_of = {int(group): row for row, group in enumerate(optics["rlnOpticsGroup"])}
@@ -105,10 +111,10 @@ def _group_rows(
 def ctf_2d(optics: Optics, size: int) -> Tensor:
     """(n, size, size // 2 + 1) CTFs in rfft2's layout, positive at low frequency.
 
-    That is the sign for bright particles (as stacks are after the usual inversion of contrast).
+    That is the sign for particles that are brighter than their background.
 
     Args:
-        optics: of n particles; ``pixel_size`` that of the images of ``size`` pixels.
+        optics: of n particles, with the pixel size of these images.
         size: box, pixels.
     """
     return _calculate(optics, size)
@@ -117,22 +123,23 @@ def ctf_2d(optics: Optics, size: int) -> Tensor:
 def complex_ctf(optics: Optics, size: int) -> Tensor:
     """(n, size, size // 2 + 1) complex exp(i phase), whose imaginary part is `ctf_2d`.
 
-    More defocus adds ``defocus_phase`` radians an Å to the phase.
+    Each Å of additional defocus adds `defocus_phase` radians to the phase.
     """
     return _calculate(optics, size, return_complex_ctf=True)
 
 
 def defocus_phase(optics: Optics, size: int) -> Tensor:
-    """(n, size, size // 2 + 1) pi * wavelength * k^2: radians of `complex_ctf` per Å of defocus."""
+    """(n, size, size // 2 + 1) pi * wavelength * k^2: phase of `complex_ctf`, radians per Å of
+    defocus."""
     wavelength = calculate_relativistic_electron_wavelength(optics.voltage * 1e3) * 1e10  # Å
-    kx, ky = (torch.fft.rfftfreq(size), torch.fft.fftfreq(size)[:, None])  # cycles/px
-    square = (kx.square() + ky.square()).to(optics.voltage.device)
+    kx, ky = frequency_grid(size)
+    square = (kx.square() + ky.square()).to(optics.voltage.device)  # (cycles/px)^2
     return (math.pi * wavelength / optics.pixel_size.square())[:, None, None] * square
 
 
 def _calculate(optics: Optics, size: int, return_complex_ctf: bool = False) -> Tensor:
     u, v = optics.defocus_u, optics.defocus_v
-    # The library writes into its defocus argument: it gets a fresh tensor.
+    # The library writes into its defocus argument, so it gets a new tensor.
     return calculate_ctf_2d(
         defocus=(u + v) / 2 / ANGSTROM_PER_MICROMETRE,
         astigmatism=(u - v) / 2 / ANGSTROM_PER_MICROMETRE,
@@ -150,6 +157,6 @@ def _calculate(optics: Optics, size: int, return_complex_ctf: bool = False) -> T
 
 
 def phase_flip(images: Tensor, optics: Optics) -> Tensor:
-    """(n, size, size) images with the sign of their CTF undone, amplitudes left as they are."""
+    """(n, size, size) images times the sign of their CTF in Fourier space; amplitudes stay."""
     sign = torch.sign(ctf_2d(optics, images.shape[-1])).to(images.device)
     return torch.fft.irfft2(torch.fft.rfft2(images) * sign, s=images.shape[-2:])

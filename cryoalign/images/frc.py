@@ -1,4 +1,4 @@
-"""Fourier ring correlation and what it says: resolution, and the best linear filter."""
+"""Fourier ring correlation, the resolution read from it, and the best linear filter."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import functools
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import frequency_grid
+from cryoalign.images.fourier import frequency_grid, rfft_weights
 
 
 def ring_correlation(a: Tensor, b: Tensor) -> Tensor:
     """(n, size // 2 + 1) Fourier ring correlation of image pairs (n, size, size).
 
-    Shell i is the spatial frequency i / size (1/px), a component between two shells counting in
-    both by linear weights; beyond the last shell it counts there while it is nearer than one.
-    Shell 0 is always 1; with an empty image (all zero) the others are 0. Sums are taken in float64
-    by one matrix product: on a GPU a loop over shells would cost as much as an alignment's search.
+    Shell i is the spatial frequency i / size (1/px). A component between two shells counts in
+    both, by linear weights. Shell 0 is always 1; with an empty image (all zero) the others are 0.
+    Sums are taken in float64 by one matrix product: on a GPU a loop over shells would take as long
+    as the search of an alignment.
     """
     f, g = (torch.fft.rfft2(image.double()).flatten(1) for image in (a, b))
     rings = _ring_weights(a.shape[-1], a.device)  # (components, shells)
@@ -28,31 +28,27 @@ def ring_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _ring_weights(size: int, device: torch.device) -> Tensor:
-    """(size (size // 2 + 1), shells) share of each component of an rfft2 in each shell; components
-    that stand for their mirror image too count twice."""
+    """(size (size // 2 + 1), shells) float64: how much each component of rfft2 counts in each
+    shell: a linear weight of its distance, times `rfft_weights`."""
     kx, ky = frequency_grid(size, device)
     radius = torch.hypot(kx.double(), ky.double()) * size
     shell = torch.arange(size // 2 + 1, device=device)
     share = (1 - (radius.unsqueeze(-1) - shell).abs()).clamp(min=0)
-    twice = torch.full((size // 2 + 1, 1), 2.0, dtype=torch.float64, device=device)
-    twice[0] = 1
-    if size % 2 == 0:
-        twice[-1] = 1
-    return (share * twice).flatten(0, 1)
+    return (share * rfft_weights(size, share)[:, None]).flatten(0, 1)
 
 
 def resolution(frc: Tensor, size: int, pixel_size: float = 1.0, threshold: float = 0.143) -> Tensor:
-    """Where FRC curves first fall below a threshold.
+    """The resolution at which FRC curves first fall below a threshold.
 
     Args:
         frc: (n, shells).
         size: box in pixels.
-        pixel_size: Å per pixel (1: the answer is in pixels).
+        pixel_size: Å per pixel; 1 gives the result in pixels.
         threshold: 0.143 between half-sets; 0.5 against a known truth.
 
     Returns:
-        (n,) resolution in Å (period), linear between shells; the Nyquist limit where the curve
-        never falls, and infinite where it is below from the first shell on.
+        (n,) resolution in Å (a period), linear between shells; the Nyquist limit where the curve
+        never falls, and infinity where it is below the threshold from the first shell on.
     """
     curve = frc[:, 1:]
     below = curve < threshold
@@ -67,20 +63,26 @@ def resolution(frc: Tensor, size: int, pixel_size: float = 1.0, threshold: float
 
 
 def wiener_curve(frc: Tensor) -> Tensor:
+    """(n, shells) `wiener_factors` of FRC curves from shell 0 on, cut off where the signal ends.
+
+    The filter is zero from the first two neighbouring shells whose factor is zero: beyond them the
+    FRC only follows noise. A single zero may be one of the particle's own transform. Shell 0
+    passes unchanged.
+    """
+    factors = wiener_factors(frc)
+    zero = factors <= 0
+    ended = zero & torch.cat([zero[:, 1:], zero[:, -1:]], 1)
+    curve = factors * torch.cumprod((~ended).to(factors.dtype), 1)
+    return torch.cat([torch.ones_like(curve[:, :1]), curve[:, 1:]], 1)
+
+
+def wiener_factors(frc: Tensor, most: float = 1.0) -> Tensor:
     """(n, shells) the linear filter of least squared error for the average of two half-sets.
 
-    With the signal-to-noise ratio of the full average SNR = 2 FRC / (1 - FRC), it is
-    SNR / (1 + SNR) = 2 FRC / (1 + FRC) (Rosenthal & Henderson 2003). The curve is smoothed over
-    three shells and is zero from where two in a row are not positive: beyond, it only follows
-    noise, while a single one may be a zero of the class's own transform.
-    Shell 0 passes unchanged.
+    The average of both halves has the signal-to-noise ratio SNR = 2 FRC / (1 - FRC), and the
+    filter is SNR / (1 + SNR) = 2 FRC / (1 + FRC) (Rosenthal & Henderson 2003). The FRC is first
+    smoothed over three shells and clamped to [0, most].
     """
-    smooth = torch.nn.functional.avg_pool1d(
-        torch.nn.functional.pad(frc.unsqueeze(1), (1, 1), mode="replicate"), 3, stride=1
-    ).squeeze(1)
-    smooth = smooth.clamp(0, 1)
-    dead = smooth <= 0
-    ended = dead & torch.cat([dead[:, 1:], dead[:, -1:]], 1)
-    alive = torch.cumprod((~ended).to(smooth.dtype), 1)
-    curve = 2 * smooth / (1 + smooth) * alive
-    return torch.cat([torch.ones_like(curve[:, :1]), curve[:, 1:]], 1)
+    padded = torch.nn.functional.pad(frc.unsqueeze(1), (1, 1), mode="replicate")
+    smooth = torch.nn.functional.avg_pool1d(padded, 3, stride=1).squeeze(1).clamp(0, most)
+    return 2 * smooth / (1 + smooth)

@@ -1,7 +1,7 @@
-"""Where pixels are, and images sampled between them: the one home of ``grid_sample``.
+"""Positions of pixels, and images sampled between them. Only this module calls ``grid_sample``.
 
-Points are (x, y) in pixels about the centre (w // 2, h // 2); y is the row. Outside the image
-there is zero, so images come here normalised to a background of zero.
+Points are (x, y) in pixels from the centre (w // 2, h // 2); y is the row. Outside the image
+samples are zero, so images should have a background of zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 def pixel_grid(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """(h, w, 2) the xy position of every pixel about the centre, with dtype and device of like."""
+    """(h, w, 2) xy position of every pixel from the centre; dtype and device are those of like."""
     height, width = shape
     y = torch.arange(height, device=like.device, dtype=like.dtype) - height // 2
     x = torch.arange(width, device=like.device, dtype=like.dtype) - width // 2
@@ -37,15 +37,15 @@ def sample(images: Tensor, points: Tensor, interpolation: Interpolation = "bilin
 
     Args:
         images: (n, *c, h, w); the channels of an image share its points.
-        points: (n, *p, 2), each image's own, or (1, *p, 2) shared by all; xy pixels about the
-            centre.
+        points: (n, *p, 2), for each image its own, or (1, *p, 2) shared by all; xy pixels from
+            the centre.
         interpolation: ``bilinear`` or ``bicubic`` (Keys' kernel, a = -0.75).
 
     Returns:
         (n, *c, *p).
 
     Raises:
-        ValueError: there are points for another number of images.
+        ValueError: the number of images and of sets of points differ.
     """
     n = len(images)
     if len(points) not in (1, n):
@@ -61,10 +61,10 @@ def sample(images: Tensor, points: Tensor, interpolation: Interpolation = "bilin
 def gather_sample(
     images: Tensor, points: Tensor, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """`sample` made of gathers: slower, with second derivatives and a deterministic gradient.
+    """`sample` by ``gather``: slower, with second derivatives and a deterministic gradient.
 
-    ``grid_sample`` has no second derivative, and on CUDA its gradient adds in whatever order
-    threads come. Here PyTorch's deterministic mode holds, so `sample` uses it in that mode.
+    ``grid_sample`` has no second derivative, and on CUDA the order of the sums in its gradient
+    changes from call to call. `sample` calls this function in PyTorch's deterministic mode.
     """
     n, *channels, height, width = images.shape
     flat = images.reshape(n, -1, height * width)  # (n, C, h w)
@@ -84,7 +84,7 @@ def gather_sample(
 
 
 def _taps(part: Tensor, interpolation: Interpolation) -> list[Tensor]:
-    """Weights of the pixels about a point ``part`` of a pixel past one of them."""
+    """Weights of the pixels next to a point that lies ``part`` (0 to 1) of a pixel past one."""
     if interpolation == "bilinear":
         return [1 - part, part]
     a = -0.75
@@ -94,20 +94,20 @@ def _taps(part: Tensor, interpolation: Interpolation) -> list[Tensor]:
 
 
 def sampling_places(points: Tensor, height: int, width: int) -> Tensor:
-    """Points (n or 1, *p, 2) in pixels about the centre as `sample_at` wants them."""
+    """Points (n or 1, *p, 2), xy pixels from the centre, in the units that `sample_at` takes."""
     scale: Tensor | float = 2.0 / width
     offset: Tensor | float = (2 * (width // 2) + 1) / width - 1.0
-    if width != height:  # numbers where they will do: ten times faster than rows of two
+    if width != height:  # for square images numbers suffice: ten times faster than tensors
         scale = points.new_tensor([scale, 2.0 / height])
         offset = points.new_tensor([offset, (2 * (height // 2) + 1) / height - 1.0])
     return points * scale + offset
 
 
 def sample_at(images: Tensor, places: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
-    """`sample` at `sampling_places` that serve many calls."""
+    """`sample` at points that `sampling_places` has converted, once for many calls."""
     n, *channels, height, width = images.shape
     grid = places.flatten(1, -2).unsqueeze(2)  # (n or 1, P, 1, 2)
-    # With shared points all images are channels of one: a point's weights serve them all.
+    # With shared points all images become channels of one, so that weights are computed once.
     stack = images.reshape(len(places), -1, height, width)
     values = F.grid_sample(stack, grid, mode=interpolation, align_corners=False)
     return values.reshape(n, *channels, *places.shape[1:-1])
@@ -116,31 +116,31 @@ def sample_at(images: Tensor, places: Tensor, interpolation: Interpolation = "bi
 def transform(images: Array, pose: Pose, interpolation: Interpolation = "bicubic") -> Tensor:
     """Images moved by their poses: out(v') = image(v) with v' = F^mirror R(angle) (v + shift).
 
-    One interpolation per image, zero from outside; differentiable in images, angle and shift.
+    Each image is interpolated once. Differentiable in images, angle and shift.
 
     Args:
-        images: (n, h, w), a tensor or another array (`interop.Array`).
+        images: (n, h, w), a tensor or another array (`runtime.arrays.Array`).
         pose: (n,).
-        interpolation: see `sample`; ``python -m bench interpolation`` shows what each loses.
+        interpolation: see `sample`; ``python -m bench interpolation`` measures the loss of each.
 
     Returns:
         (n, h, w).
 
     Raises:
-        ValueError: images of whole numbers.
+        ValueError: images are of an integer type.
     """
     images = as_tensor(images)
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: use .float()")
     target = pixel_grid((images.shape[-2], images.shape[-1]), images)  # (h, w, 2)
-    # v = L^-1 v' - shift, and L is orthogonal: rows times L are columns times its transpose.
+    # v = L^-1 v' - shift. L is orthogonal: a row vector times L is L^-1 times the column vector.
     linear = pose.linear().to(images.dtype)  # (n, 2, 2)
     source = target.flatten(0, 1) @ linear - pose.shift.to(images.dtype).unsqueeze(1)
     return sample(images, source.reshape(len(images), *target.shape), interpolation)
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
-    """Images moved by whole pixels, which changes no value: out(v) = image(v - shift).
+    """Images moved by whole pixels, without interpolation: out(v) = image(v - shift).
 
     Args:
         images: (n, h, w).

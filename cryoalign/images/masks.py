@@ -1,4 +1,4 @@
-"""Soft masks, the background beyond a particle, and normalisation by it."""
+"""Soft masks, the background around a particle, and normalisation by it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cryoalign.images.geometry import radius_grid
 def soft_mask(
     size: int, radius: float, edge: float = 4.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """(size, size) one inside ``radius`` pixels, zero beyond ``radius + edge``, a raised cosine
-    between."""
+    """(size, size) one within ``radius`` pixels of the centre, zero beyond ``radius + edge``, a
+    raised cosine between."""
     beyond = radius_grid(size, device) - radius
     if edge == 0:
         return (beyond <= 0).float()
@@ -23,10 +23,10 @@ def soft_mask(
 
 
 def background(size: int, radius: float, device: torch.device | str | None = None) -> Tensor:
-    """(size, size) bool: the pixels beyond ``radius`` of the centre.
+    """(size, size) bool: the pixels more than ``radius`` pixels from the centre.
 
     Raises:
-        ValueError: they are fewer than 16.
+        ValueError: there are fewer than 16 of them.
     """
     outside = radius_grid(size, device) > radius
     if int(outside.sum()) < 16:
@@ -38,21 +38,21 @@ def background(size: int, radius: float, device: torch.device | str | None = Non
 
 
 def normalise(images: Tensor, radius: float) -> Tensor:
-    """Images whose background (beyond ``radius`` pixels) has mean 0 and deviation 1.
+    """Images shifted and scaled so that their background has mean 0 and standard deviation 1.
 
-    Without noise in the background, the whole image has deviation 1; a constant one is zero.
+    Where the background has no noise (simulated or masked images), the whole image gets standard
+    deviation 1. A constant image becomes zero.
 
     Args:
         images: (n, size, size).
-        radius: of the particle, pixels; the corners beyond it are background.
+        radius: of the particle, pixels; all beyond it is background.
 
     Raises:
-        ValueError: fewer than 16 pixels are left outside, or images are not square.
+        ValueError: fewer than 16 pixels are background, or images are not square.
     """
     outside = background(_square(images), radius, images.device)  # (size, size)
     beyond = images[:, outside]  # (n, p)
     mean = beyond.mean(1)[:, None, None]
-    # A background without noise (simulated, masked) has nothing to be scaled to.
     deviation = beyond.std(1)[:, None, None]
     overall = images.flatten(1).std(1)[:, None, None]
     scale = torch.where(deviation > 1e-3 * overall, deviation, overall)

@@ -1,9 +1,9 @@
-"""Rings: particles in polar coordinates about every trial shift, and their angular spectra.
+"""Particles sampled on rings about the centre of every trial shift, and their angular spectra.
 
-The spectra of this module are *unit vectors*: mean and deviation over the rings are removed per
-particle and shift, and the area weights and the FFT's length are folded in, half into each
-side, so that a plain inner product over rings and angular frequencies is a correlation
-coefficient (see `ring_spectra`).
+The spectra of this module are *unit vectors*: the mean over the rings is subtracted, and the
+spectra are divided by the standard deviation. Both factors of an inner product contain the square
+root of the rings' area weights and of the FFT's length, so that the inner product over rings and
+angular frequencies is a correlation coefficient (see `ring_spectra`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Rings:
         first_ring: radius of the innermost ring, pixels.
         last_ring: radius of the outermost ring, pixels.
         ring_step: distance between rings, pixels.
-        angles: samples on every ring, even; None chooses `angular_samples(last_ring)`.
+        angles: samples on every ring, an even number; None is `angular_samples(last_ring)`.
     """
 
     first_ring: int = Field(default=1, ge=1)
@@ -56,15 +56,16 @@ class Rings:
         )
 
     def weights(self, device: torch.device | str | None = None) -> Tensor:
-        """(r,) share of the area that each ring stands for; they sum to 1. float64."""
+        """(r,) share of each ring in the area of all; they sum to 1. float64."""
         radii = self.radii(device)
         return radii / radii.sum()
 
 
 def angular_samples(last_ring: int) -> int:
-    """Angles that resolve a pixel at ``last_ring``: at least 2 pi last_ring, a fast FFT length.
+    """Number of angles at which samples on the last ring are at most one pixel apart.
 
-    256 up to 40 px (as SPARX), then the next multiple of 64 without a prime factor above 5.
+    256 up to 40 px (as in SPARX), then the next multiple of 64 without a prime factor above 5,
+    for a fast FFT.
     """
     needed = max(256, math.ceil(2 * math.pi * last_ring))
     fast = (64 * 2**i * 3**j * 5**k for i in range(12) for j in range(4) for k in range(4))
@@ -72,7 +73,7 @@ def angular_samples(last_ring: int) -> int:
 
 
 def ring_points(rings: Rings, like: Tensor) -> Tensor:
-    """(r, a, 2) the xy points of the rings about the centre; angle grows from +x towards +y."""
+    """(r, a, 2) xy points of the rings, pixels from the centre; angles grow from +x towards +y."""
     angle = torch.arange(rings.n_angles, device=like.device, dtype=torch.float64)
     angle = angle * (2 * math.pi / rings.n_angles)
     unit = torch.stack([torch.cos(angle), torch.sin(angle)], -1)  # (a, 2)
@@ -80,13 +81,13 @@ def ring_points(rings: Rings, like: Tensor) -> Tensor:
 
 
 def to_polar(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tensor:
-    """Images on rings, about the centre that each trial shift would bring to the middle.
+    """Images sampled on rings, once for every trial shift.
 
     Args:
         images: (n, h, w), background zero.
         rings: the rings.
-        shifts: (s, 2) trial shifts of a `Pose`, shared by all images, or (n, s, 2); the rings
-            of shift t are centred on the image's centre - t. None is one zero shift.
+        shifts: (s, 2) trial shifts of a `Pose`, pixels, shared by all images, or (n, s, 2). The
+            rings of shift t are centred on the image's centre - t. None is one zero shift.
 
     Returns:
         (n, s, r, a) bilinear samples; zero outside the image.
@@ -104,13 +105,13 @@ def shifted_rings(images: Tensor, rings: Rings, shifts: Tensor) -> Tensor:
 
 
 def ring_spectra(images: Tensor, rings: Rings, shifts: Tensor | None = None) -> Tensor:
-    """Angular spectra of images on rings, normalised to unit vectors per image and shift.
+    """Angular spectra of images on rings, a unit vector for every image and shift.
 
     With x(r, theta) the polar samples, w_r the area weights (sum 1) and a the number of angles,
     the mean and variance are mu = sum_r w_r mean_theta x and sigma^2 = sum_r w_r mean_theta
-    (x - mu)^2, and the result is sqrt(w_r / a) rfft_theta[(x - mu) / sigma]. So
-    irfft(sum_r conj(X) Y) is the correlation coefficient of x turned by each of the a angles
-    with y, in [-1, 1]. An image without variance on the rings has spectra of zero.
+    (x - mu)^2, and the result is sqrt(w_r / a) rfft_theta[(x - mu) / sigma]. Then
+    irfft(sum_r conj(X) Y) is the correlation coefficient, in [-1, 1], of y with x rotated by each
+    of the a angles. An image without variance on the rings has spectra of zero.
 
     Args:
         images, rings, shifts: as `to_polar`.
@@ -126,40 +127,40 @@ def normalised_spectra(polar: Tensor, rings: Rings) -> Tensor:
     a = polar.shape[-1]
     weights = rings.weights(polar.device).to(polar.dtype)  # (r,)
     spectra = torch.fft.rfft(polar)
-    # Sums, not products with a vector: those round by how many rows there are.
+    # Not a matrix product: its rounding would depend on the number of rows.
     mean = (spectra[..., 0].real * weights).sum(-1) / a  # (...,)
     scale = inverse_deviation(polar, mean, weights)
     factor = (weights / a).sqrt() * scale.unsqueeze(-1)  # (..., r)
-    # In place on our own fresh tensor: a pass less over the largest array there is.
+    # In place on a tensor made here: this saves a pass over the largest array of the search.
     pairs = torch.view_as_real(spectra).mul_(factor[..., None, None])
     pairs[..., 0, 0] -= a * mean.unsqueeze(-1) * factor
     return spectra
 
 
 def inverse_deviation(polar: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
-    """(...,) 1 / sigma of polar samples (..., r, a) about their mean (...,), rings weighted (r,);
+    """(...,) 1 / sigma of polar samples (..., r, a) with their mean (...,) and ring weights (r,);
     0 where there is no variance."""
     power = (torch.linalg.vecdot(polar, polar) * weights).sum(-1) / polar.shape[-1]
     variance = power - mean.square()
-    # Below this the deviation is rounding: such an image says nothing about its pose.
+    # Below this the deviation is rounding error, and the pose cannot be determined.
     flat = variance <= 16 * torch.finfo(polar.dtype).eps * power
     return torch.where(flat, 0.0, torch.where(flat, 1.0, variance).rsqrt())
 
 
-def carried(rings: Rings, device: torch.device | str | None = None) -> Tensor:
-    """(r, m) bool: the angular frequencies that a ring of an image sampled at 1 px can hold.
+def resolved_frequencies(rings: Rings, device: torch.device | str | None = None) -> Tensor:
+    """(r, m) bool: the angular frequencies that each ring of an image can have.
 
-    Ring r meets 2 pi r pixels, hence m <= pi r; two more are left to the bilinear samples' tails.
-    What a ring shows beyond is interpolation, not image.
+    Ring r crosses 2 pi r pixels, hence m <= pi r. Two more are kept because bilinear samples
+    spread over neighbouring frequencies. Higher frequencies are an effect of interpolation.
     """
     frequency = torch.arange(rings.n_angles // 2 + 1, device=device)
     return frequency <= (math.pi * rings.radii(device)).floor().unsqueeze(1) + 2
 
 
 def reference_spectra(references: Tensor, rings: Rings) -> Tensor:
-    """`ring_spectra` of references, without what their rings cannot hold, as unit vectors again.
+    """`ring_spectra` of references, only at `resolved_frequencies`, as unit vectors again.
 
-    So half of every ring product is zero, and `correlation_peaks` leaves it out.
+    About half of the spectra is then zero, and `correlation_peaks` skips that half.
 
     Args:
         references: (k, h, w).
@@ -167,9 +168,10 @@ def reference_spectra(references: Tensor, rings: Rings) -> Tensor:
     Returns:
         (k, r, m) complex.
     """
-    spectra = ring_spectra(references, rings)[:, 0] * carried(rings, references.device)
+    spectra = ring_spectra(references, rings)[:, 0]
+    spectra = spectra * resolved_frequencies(rings, references.device)
     pairs = torch.view_as_real(spectra).square().sum(-1).sum(1)  # (k, m)
-    # A real signal's frequencies count twice, but for the first and the last.
+    # Every frequency of a real signal counts twice, except the first and the last.
     power = (2 * pairs.sum(1) - pairs[:, 0] - pairs[:, -1]) / rings.n_angles
     scale = torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
     return spectra * scale[:, None, None]

@@ -43,7 +43,7 @@ from cryoalign.learn.dataset import ParticleDataset
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.base import Method, align
 from cryoalign.methods.classify.classify import Classification
-from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.methods.mra import MultiReference
 from cryoalign.methods.references import SEEDINGS, AlignAndAverage
 from cryoalign.methods.rfa import ReferenceFree

@@ -13,37 +13,23 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 # Temperatures of the smoothed problem, in deviations of the scores, and sweeps at each.
 HOT, COLD, COOLING, SWEEPS = 1.0, 1e-4, 0.5, 8
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Assignment:
-    """How particles are assigned to classes.
-
-    Attributes:
-        strategy: `best`, every particle to its best class; `equal`, classes of equal size
-            (`assign_equal`); `stochastic`, to some better class (`assign_stochastic`); `robust`,
-            by how scores rank among members and others (`assign_robust`); `soft`, weighted over
-            classes (`soft_weights`), and to the best in the last iteration.
-        slack: of `equal`, how far class sizes may be from their mean, as a share of it.
-        similarity: what `robust` ranks: `correlation`, or `correntropy` at the same poses.
-        start_classes: classes to begin with; they are doubled, the largest split first, every
-            ``level_iterations``. None begins with all.
-        level_iterations: see above.
-        anneal: of `soft`, temperature of the first iteration in units of the noise's.
-        anneal_iterations: in which temperature and resolution reach their ends.
-        start_resolution: of `soft`, highest frequency of the references of the first iteration,
-            cycles per pixel.
-    """
+    """How particles are assigned to classes."""
 
     strategy: Literal["best", "equal", "stochastic", "robust", "soft"] = Field(
-        default="best", description="which class a particle joins"
+        default="best",
+        description="which class a particle joins: best: the one of best score; equal: classes of "
+        "equal size; stochastic: some better class; robust: by the rank of scores among members "
+        "and others; soft: weighted over all classes",
     )
     slack: float = Field(
         default=0.0, ge=0, description="equal: class sizes from their mean, as a share of it"
@@ -52,7 +38,9 @@ class Assignment:
         default="correlation", description="robust: what is ranked"
     )
     start_classes: int | None = Field(
-        default=None, ge=1, description="begin with so many and split them; null: all at once"
+        default=None,
+        ge=1,
+        description="classes to begin with, doubled every level_iterations; null: all at once",
     )
     level_iterations: int = Field(
         default=4, ge=1, description="iterations until the classes are doubled"

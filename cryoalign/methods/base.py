@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from inspect import signature
+from typing import Any, ClassVar, Self, TypeVar
 
 import pandas as pd
 from torch import Tensor
@@ -25,6 +26,7 @@ from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import world_size
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 OnStep = Callable[[State], None]
 """Called with the state after every step."""
 
@@ -127,22 +129,6 @@ class Method(ABC):
     def line(self, row: Mapping[str, Any]) -> str:
         """What a log says of a step, from its row of the history."""
 
-    def prepared(
-        self,
-        particles: Stack | Array | PreparedParticles,
-        images: Images | None,
-        device: str,
-        progress: Progress | None,
-        optics: Optics | None = None,
-    ) -> PreparedParticles:
-        """Particles made ready, after a check of what can be checked before they are read."""
-        if isinstance(particles, PreparedParticles):
-            return particles
-        stack, images = as_stack(particles), images or Images()
-        if stack.shape[0] == stack.shape[1]:  # other images are refused by `prepare`
-            self.check(images.box_of(stack.shape[0], stack.pixel_size))
-        return prepare(stack, images, optics=optics, device=device, progress=progress)
-
     def step_files(
         self, state: State, box: Box
     ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
@@ -152,8 +138,11 @@ class Method(ABC):
 
 def align(
     method: Method,
-    particles: PreparedParticles,
+    particles: Stack | Array | PreparedParticles,
     *,
+    images: Images | None = None,
+    optics: Optics | None = None,
+    device: str = "auto",
     resume: State | None = None,
     on_step: OnStep | None = None,
     progress: Progress | None = None,
@@ -162,10 +151,14 @@ def align(
 
     Args:
         method: with its settings.
-        particles: `particles.prepare` makes them.
+        particles: a stack (`io.read_particles`), an array (n, size, size) of any library, or
+            particles that `prepare` made ready.
+        images: how particles are prepared, unless they are.
+        optics: CTFs of the particles of an array; those of a stack come from its STAR file.
+        device: auto, cpu or cuda, where particles are not prepared yet.
         resume: go on from this state, of the same method, particles and settings.
         on_step: called with the state after every step.
-        progress: called now and then; None leaves the particles' own.
+        progress: called now and then; None leaves the prepared particles' own.
 
     Returns:
         The `Alignment`, of the whole input on every process.
@@ -174,10 +167,15 @@ def align(
         ValueError: settings that do not fit the particles or each other, before work starts; a
             state of another method or of other particles.
     """
-    if progress is not None:
-        particles = particles.reporting_to(progress)
     if world_size() > 1 and not method.in_processes:
         raise ValueError(f"method={method.name} runs in one process: start it without torchrun")
+    if not isinstance(particles, PreparedParticles):
+        stack, images = as_stack(particles), images or Images()
+        if stack.shape[0] == stack.shape[1]:  # other images are refused by `prepare`
+            method.check(images.box_of(stack.shape[0], stack.pixel_size))
+        particles = prepare(stack, images, optics=optics, device=device, progress=progress)
+    elif progress is not None:
+        particles = particles.reporting_to(progress)
     method.check(particles.box, len(particles))
     if resume is None:
         state = method.start(particles)
@@ -191,6 +189,38 @@ def align(
         if on_step is not None:
             on_step(state)
     return method.finish(particles, state)
+
+
+def align_with(
+    method: type[Method], particles: Stack | Array | PreparedParticles, **settings: Any
+) -> Alignment:
+    """`align` with a method that is made here of those settings which are its fields.
+
+    Args:
+        method: its class.
+        particles: as in `align`.
+        settings: fields of the method (None: the default), and arguments of `align`.
+    """
+    own = {each.name for each in fields(method)} & set(settings)
+    made = {name: settings[name] for name in own if settings[name] is not None}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    return align(method(**made), particles, **rest)
+
+
+def shows_settings(method: type[Method]) -> Callable[[Function], Function]:
+    """Decorator: help and notebooks list a function's settings, the fields of a method and the
+    arguments of `align`, in place of ``**settings``."""
+
+    def decorate(function: Function) -> Function:
+        own = signature(function)
+        given = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD]
+        names = {each.name for each in given} | {"method"}
+        more = [*signature(method).parameters.values(), *signature(align).parameters.values()]
+        more = [each.replace(kind=each.KEYWORD_ONLY) for each in more if each.name not in names]
+        function.__signature__ = own.replace(parameters=[*given, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def _refuse_other_particles(state: State, method: Method, particles: PreparedParticles) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from cryoalign.images.fourier import filter_shells, low_pass_curve, radial_mean
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import Assignment
-from cryoalign.methods.base import Method, OnStep, align
+from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.matching import assign_particles, match_particles, refined, soft_sums, weigh
 from cryoalign.methods.references import (
     SEEDINGS,
@@ -31,68 +31,18 @@ from cryoalign.methods.references import (
     seed_references,
 )
 from cryoalign.methods.state import State, pose_tensors
-from cryoalign.particles.prepare import PreparedParticles, Progress
-from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
 from cryoalign.pose import Found, Pose
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging, ClassSums
-from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
 from cryoalign.search.match import prepare_target
 from cryoalign.search.settings import SearchSettings
 
 Soft = Callable[[Tensor, int], ClassSums]
 """Makes soft class sums of so many classes, given the hard labels (n,)."""
-
-
-def align_multi_reference(
-    particles: Stack | Array | PreparedParticles,
-    references: Array | str | Path = "random",
-    *,
-    n_classes: int | None = None,
-    iterations: int = 20,
-    particle: Particle | None = None,
-    search: SearchSettings | None = None,
-    assign: Assignment | None = None,
-    images: Images | None = None,
-    averaging: Averaging | None = None,
-    quality: Quality | None = None,
-    min_class_share: float = 0.2,
-    settle: float = 0.002,
-    seed: int = 0,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Alignment:
-    """Align particles to references and the references to what they gathered, until it settles.
-
-    Args:
-        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
-            `prepare` made ready.
-        references: (k, size, size), the path of such a stack, or a way to choose them
-            (`references.SEEDINGS`).
-        n_classes: number of classes, unless the references say it.
-        iterations, particle, search, assign, averaging, quality, min_class_share, settle, seed:
-            see `MultiReference`.
-        images, device: how and where particles are prepared, unless they are.
-        resume, on_step, progress: see `base.align`.
-
-    Returns:
-        The `Alignment`, of the whole input on every process.
-
-    Raises:
-        ValueError: anything that does not fit, before the first iteration.
-    """
-    method = MultiReference(
-        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
-        references=references, n_classes=n_classes, iterations=iterations,
-        search=search or SearchSettings(), assign=assign or Assignment(),
-        averaging=averaging or Averaging(), min_class_share=min_class_share, settle=settle,
-    )  # fmt: skip
-    prepared = method.prepared(particles, images, device, progress)
-    return align(method, prepared, resume=resume, on_step=on_step, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -280,6 +230,30 @@ class MultiReference(Method):
                 "they are",
                 stacklevel=2,
             )
+
+
+@shows_settings(MultiReference)
+def align_multi_reference(
+    particles: Stack | Array | PreparedParticles,
+    references: Array | str | Path = "random",
+    **settings: Any,
+) -> Alignment:
+    """Align particles to references and the references to what they gathered, until it settles.
+
+    Args:
+        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
+            `prepare` made ready.
+        references: (k, size, size), the path of such a stack, or a way to choose them
+            (`references.SEEDINGS`).
+        settings: those of `MultiReference`, and the arguments of `base.align`.
+
+    Returns:
+        The `Alignment`, of the whole input on every process.
+
+    Raises:
+        ValueError: anything that does not fit, before the first iteration.
+    """
+    return align_with(MultiReference, particles, references=references, **settings)
 
 
 def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[Tensor, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cryoalign.images import frc
 from cryoalign.images.masks import masked
-from cryoalign.methods.base import Method, OnStep, align
+from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.references import (
     SEEDINGS,
     AlignAndAverage,
@@ -29,64 +29,17 @@ from cryoalign.methods.references import (
 )
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.operators.correlation import correlation_at
-from cryoalign.particles.prepare import PreparedParticles, Progress
-from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
 from cryoalign.pose import Found, Pose, wrap_degrees
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging
-from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
 from cryoalign.search.match import prepare_target
 from cryoalign.search.settings import Schedule, Search, SearchSettings
 
 STEADY_HANDS = 0.01  # share of hands that may still change where poses are at rest
-
-
-def align_reference_free(
-    particles: Stack | Array | PreparedParticles,
-    references: Array | str | Path = "average",
-    *,
-    schedule: Schedule | None = None,
-    iterations: int = 20,
-    particle: Particle | None = None,
-    search: SearchSettings | None = None,
-    images: Images | None = None,
-    averaging: Averaging | None = None,
-    quality: Quality | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Alignment:
-    """Align particles of one view to their own average, until they come to rest.
-
-    The history says of each iteration its step, the mean score, how far poses moved, the share of
-    hands that changed and the resolution of the average.
-
-    Args:
-        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
-            `prepare` made ready.
-        references: "average" begins with that of the particles as they come; or a template, a
-            stack of one image or its path.
-        schedule, iterations, particle, search, averaging, quality, seed: see `ReferenceFree`.
-        images, device: how and where particles are prepared, unless they are.
-        resume, on_step, progress: see `base.align`.
-
-    Returns:
-        The `Alignment`, with one class.
-
-    Raises:
-        ValueError: anything that does not fit, before the first iteration.
-    """
-    method = ReferenceFree(
-        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
-        references=references, schedule=schedule or Schedule(), iterations=iterations,
-        search=search or SearchSettings(), averaging=averaging or Averaging(),
-    )  # fmt: skip
-    prepared = method.prepared(particles, images, device, progress)
-    return align(method, prepared, resume=resume, on_step=on_step, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -313,3 +266,29 @@ class ReferenceFree(Method):
             return Found(torch.zeros_like(which), pose, score)
 
         return find_all(particles, best)
+
+
+@shows_settings(ReferenceFree)
+def align_reference_free(
+    particles: Stack | Array | PreparedParticles,
+    references: Array | str | Path = "average",
+    **settings: Any,
+) -> Alignment:
+    """Align particles of one view to their own average, until they come to rest.
+
+    The history says of each iteration its step, the mean score, how far poses moved, the share of
+    hands that changed and the resolution of the average.
+
+    Args:
+        particles: as for `align_multi_reference`.
+        references: "average" begins with that of the particles as they come; or a template, a
+            stack of one image or its path.
+        settings: those of `ReferenceFree`, and the arguments of `base.align`.
+
+    Returns:
+        The `Alignment`, with one class.
+
+    Raises:
+        ValueError: anything that does not fit, before the first iteration.
+    """
+    return align_with(ReferenceFree, particles, references=references, **settings)

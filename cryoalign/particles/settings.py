@@ -6,9 +6,8 @@ import re
 from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 
 class Box(NamedTuple):
@@ -56,21 +55,15 @@ def in_pixels(length: str, box: Box, name: str) -> float:
     return float(number) / box.pixel_size
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Particle:
-    """What is known of the particle in its box. Lengths have a unit: ``36 px`` or ``130 A``.
-
-    Attributes:
-        radius: radius of the particle. References are masked there, and only what lies inside is
-            compared. None: `mra` and `rfa` take the largest disc that stays in the box at every
-            shift, `classify` and `isac` 0.4 of the box.
-        max_shift: how far off the centre of its box a particle may be, along x and along y.
-        mirror: whether a particle and its mirror image belong to one class.
-        ctf: whether to use the contrast transfer function where the STAR file has a defocus.
-    """
+    """What is known of the particle in its box. Lengths have a unit: ``36 px`` or ``130 A``."""
 
     radius: Length | None = Field(
-        default=None, description="radius of the particle, px or A; null: by the box"
+        default=None,
+        description="radius of the particle, px or A: references are masked there, and only what "
+        "lies inside is compared; null: for mra and rfa the largest disc that stays in the box at "
+        "every shift, for classify and isac 0.4 of the box",
     )
     max_shift: Length = Field(
         default="3 px", description="how far off centre a particle may be in x and y, px or A"
@@ -91,24 +84,22 @@ class Particle:
         return in_pixels(self.max_shift, box, "particle.max_shift")
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Images:
-    """How particles are prepared. Every other length in px is in pixels of the prepared images.
-
-    Attributes:
-        box: side to crop to in Fourier space, pixels; None keeps the input's.
-        background_radius: particles are normalised by the pixels beyond it, in pixels of the
-            input; None is half the box.
-        invert: turn the contrast round (density should be bright).
-    """
+    """How particles are prepared. Every other length in px is in pixels of the prepared images."""
 
     box: int | None = Field(
-        default=None, ge=8, description="down-sample to this box (Fourier crop), px; null: keep"
+        default=None, ge=8, description="side to crop to in Fourier space, px; null: the input's"
     )
     background_radius: float | None = Field(
-        default=None, gt=0, description="normalise by the pixels beyond it, px; null: half the box"
+        default=None,
+        gt=0,
+        description="particles are normalised by the pixels beyond this radius, px of the input; "
+        "null: half the box",
     )
-    invert: bool = Field(default=False, description="turn the contrast round")
+    invert: bool = Field(
+        default=False, description="turn the contrast round: density should be bright"
+    )
 
     def box_of(self, size: int, pixel_size: float | None) -> Box:
         """The prepared images of particles of ``size`` pixels of ``pixel_size`` Å."""

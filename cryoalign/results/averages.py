@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images import frc
@@ -19,7 +18,7 @@ from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose, compose
 from cryoalign.runtime.processes import sum_over_ranks
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
@@ -27,29 +26,24 @@ TRUSTED = 4  # members of each half from which a class's own FRC counts
 LOW_PASS = 0.1  # 1/px: what a few noisy particles have to say
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Averaging:
-    """How class averages become references.
+    """How class averages become references."""
 
-    Attributes:
-        mask_edge: width of the soft edge of the mask, which begins at the particle's radius,
-            pixels.
-        filter: `wiener` weights every class by its own half-set FRC; `none` leaves it.
-        centre: `members` moves an average so that its members' boxes are centred on it on
-            average, `mass` brings its centre of mass to the middle, `none` leaves it. Members'
-            poses are moved along.
-    """
-
-    mask_edge: float = Field(default=4.0, ge=0, description="width of the mask's soft edge, px")
+    mask_edge: float = Field(
+        default=4.0, ge=0, description="width of the mask's soft edge beyond the radius, px"
+    )
     filter: Literal["wiener", "none"] = Field(
-        default="wiener", description="per-class filter from the half-set FRC"
+        default="wiener", description="wiener: each class by its own half-set FRC; none"
     )
     centre: Centre = Field(
-        default="members", description="members: mean shift of members; mass: centre of mass; none"
+        default="members",
+        description="members: by the mean shift of the members' boxes; mass: by the centre of "
+        "mass; none; members' poses are moved along",
     )
 
 
-@plain_dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ClassSums:
     """Sums of aligned particles by class and half-set.
 

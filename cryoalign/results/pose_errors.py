@@ -1,4 +1,4 @@
-"""How well refined poses are known: their covariance, particle by particle."""
+"""The covariance of refined poses, particle by particle."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryoalign.images.fourier import frequency_grid
+from cryoalign.images.fourier import rfft_weights, shell_count, shell_index, shell_sums
 from cryoalign.images.geometry import pixel_grid, sample
 from cryoalign.images.polar import Rings
 from cryoalign.images.templates import annulus, check_labels, templates_of, with_turn
 from cryoalign.pose import Pose
 
-# Particles of a chunk hold so many pixels: they stay in a core's cache, or spare a GPU's memory.
+# Pixels of the particles of a chunk: few enough for a core's cache, or for a GPU's memory.
 CPU_CHUNK = 2**17
 CUDA_CHUNK = 2**24
-# Of a shell's noise, what the fit leaves in the residual at least: the constant takes the first.
+# Least share of a shell's noise that is assumed to remain in the residual after the fit. In the
+# innermost shell the fitted constant removes nearly all of it.
 LEAST_LEFT = 0.2
-# What a derivative must keep, of what its pixels could tell, once all before it have explained
-# theirs. Round and band-limited references keep 1e-6 of a turn in fp32, a 5 % ellipse 0.03.
-LEAST_TOLD = 1e-3
-REFERENCES = 16  # whose derivatives are in memory at a time
+# Least share of a derivative that must be independent of the others; below, the pose counts as
+# undetermined. The derivative by the angle of a round reference has 1e-6 in float32, that of an
+# ellipse of 5 % has 0.03.
+LEAST_INDEPENDENT = 1e-3
+REFERENCES = 16  # references whose derivatives are in memory at a time
 
 
 class Curvature(NamedTuple):
-    """What references tell of poses: a QR factorisation of W^1/2 [1, reference, G], G being its
-    derivatives by turn (radians), x and y (px) in its own frame.
+    """How k references determine poses: a QR factorisation of W^1/2 [1, reference, G].
+
+    W are the weights of the disc's pixels, and the columns of G the derivatives of the reference
+    by rotation (radians), x and y (px), in the reference's own axes.
 
     Attributes:
         norm: (k,) of the reference under W, its mean removed.
-        root: (k, 3, 3) R^-1 of G, less what constant and reference explain; infinite where it has
-            none but for rounding.
-        power: (k, shells, 9) of W^1/2 Q of G in Fourier space: noise of power 1 in one shell alone
-            gives Q' W^1/2 noise this covariance.
-        leverage: (k, shells) power of W^1/2 Q of all five: what the fit takes from the residual.
+        root: (k, 3, 3) R^-1 of G, without what constant and reference explain; infinite where only
+            rounding errors are left.
+        power: (k, shells, 9) power of the columns W^1/2 Q of G on each shell, and of their
+            products: the covariance that noise of power 1 on this shell alone gives Q' W^1/2 noise.
+        leverage: (k, shells) power of all five columns W^1/2 Q: what the fit removes from the
+            residual.
     """
 
     norm: Tensor
@@ -47,7 +52,7 @@ class Curvature(NamedTuple):
 def pose_covariance(
     particles: Tensor, references: Tensor, label: Tensor, pose: Pose, rings: Rings
 ) -> Tensor:
-    """Covariance of poses that `refine` has found, from each particle's own noise.
+    """Covariance of poses that `refine` has found, from the noise of each particle.
 
     `refine` fits particle = a * moved reference + c by least squares under the weight W of the
     disc. For noise of covariance C the estimate has the sandwich covariance of M-estimators
@@ -55,29 +60,30 @@ def pose_covariance(
 
         H^-1 (G' W C W G) H^-1 / a^2,    H = G' W G,
 
-    G being the derivatives of the moved reference by angle, shift x and shift y, less what a and c
-    explain. For white noise that is sigma^2 / a^2 (G'G)^-1, the inverse Fisher information. C is
-    isotropic noise, its power spectrum that of the particle's residual on the disc, by shells,
-    made up for what the fit has taken of it (MacKinnon & White 1985, HC2).
+    with G the derivatives of the moved reference by angle, shift x and shift y, without what a and
+    c explain. For white noise that is sigma^2 / a^2 (G'G)^-1, the inverse Fisher information. C is
+    isotropic noise with the power spectrum, by shells, of the particle's residual on the disc,
+    corrected for what the fit has removed (MacKinnon & White 1985, HC2).
 
-    First order in the noise, for the peak that was found: it says nothing of wrong classes or
-    hands, nor of where the reference itself stands. References may be noise-free, or class averages
-    weighted by their FRC (`average.filtered_averages`): such a weight makes <R, truth> = <R, R>, so
-    that their own noise needs no term. Of plain averages H counts noise as knowledge: filter them.
-    How often 95 % intervals hold the truth: ``python -m bench coverage`` (94 to 95 %; 91 % for the
-    angle at SNR 0.02 on averages of 100, whose FRC is optimistic).
+    This is first order in the noise, about the peak that was found: it does not contain wrong
+    classes or hands, nor errors of the reference's own position. References may be noise-free, or
+    class averages weighted by their FRC (`averages.filtered_averages`): the weight makes
+    <R, truth> = <R, R>, so that their noise needs no term of its own. With unfiltered averages the
+    covariance is too small. ``python -m bench coverage`` counts how many 95 % intervals contain
+    the truth: 94 to 95 %, and 91 % for the angle at SNR 0.02 on averages of 100, whose FRC is
+    optimistic.
 
     Args:
         particles: (n, size, size), background zero.
         references: (k, size, size).
-        label: (n,) int64, which reference is each particle's.
+        label: (n,) int64 index of the reference of each particle.
         pose: (n,) refined.
         rings: the disc that `refine` compared.
 
     Returns:
-        (n, 3, 3) of (angle in degrees, shift x, shift y in pixels); infinite on the diagonal, zero
-        elsewhere, where particle and reference do not correlate or the reference leaves part of the
-        pose open, as a round one does the angle.
+        (n, 3, 3) of (angle in degrees, shift x, shift y in pixels); infinite on the diagonal and
+        zero elsewhere, where particle and reference do not correlate, or where the reference does
+        not determine the pose, as a round one the angle.
 
     Raises:
         ValueError: boxes, dtypes, lengths or labels that do not fit; boxes that are not square.
@@ -88,7 +94,7 @@ def pose_covariance(
 
 
 def curvature_of(references: Tensor, rings: Rings) -> Curvature:
-    """What `pose_covariance` needs to know of references (k, size, size), for any particles."""
+    """The part of `pose_covariance` that depends on references (k, size, size) alone."""
     if not len(references):
         return _curvature(references, rings)
     parts = [_curvature(some, rings) for some in references.split(REFERENCES)]
@@ -104,18 +110,18 @@ def _curvature(references: Tensor, rings: Rings) -> Curvature:
     basis, factor = torch.linalg.qr(columns * weight[:, None])
     images = (basis * weight[:, None]).mT.unflatten(2, (size, size))
     spectrum = torch.fft.rfft2(images, norm="ortho").flatten(2)  # (k, 5, f)
-    shell, twice = shells_of(size, references.device)
-    leverage = _by_shell((spectrum.abs().square() * twice).sum(1), shell)
+    shell, twice = _components(size, references)
+    leverage = shell_sums((spectrum.abs().square() * twice).sum(1), shell, shell_count(size))
     own = spectrum[:, 2:]
     products = (own.unsqueeze(2) * own.unsqueeze(1).conj()).real * twice  # (k, 3, 3, f)
-    power = _by_shell(products.flatten(1, 2), shell).mT.contiguous()
+    power = shell_sums(products.flatten(1, 2), shell, shell_count(size)).mT.contiguous()
     left = factor[:, 2:, 2:]
     slope = (by_x.square() + by_y.square()).sqrt() * weight  # (k, p)
     by_shift = slope.norm(dim=1)
-    could = torch.stack([(slope * radius).norm(dim=1), by_shift, by_shift], 1)
-    silent = (left.diagonal(dim1=1, dim2=2).abs() <= LEAST_TOLD * could).any(1)
+    whole = torch.stack([(slope * radius).norm(dim=1), by_shift, by_shift], 1)
+    unknown = (left.diagonal(dim1=1, dim2=2).abs() <= LEAST_INDEPENDENT * whole).any(1)
     inverse, failed = torch.linalg.inv_ex(left)
-    root = torch.where((silent | (failed != 0))[:, None, None], torch.inf, inverse)
+    root = torch.where((unknown | (failed != 0))[:, None, None], torch.inf, inverse)
     return Curvature(factor[:, 1, 1].abs(), root, power, leverage)
 
 
@@ -127,7 +133,7 @@ def covariance_on(
     pose: Pose,
     rings: Rings,
 ) -> Tensor:
-    """`pose_covariance` with `curvature_of` the references at hand."""
+    """`pose_covariance` with `curvature_of` the references already computed."""
     pixels = CPU_CHUNK if particles.device.type == "cpu" else CUDA_CHUNK
     chunk = max(1, pixels // particles.shape[-1] ** 2)
     found = [particles.new_empty(0, 3, 3)]
@@ -149,10 +155,10 @@ def covariance_on(
 def _fitted(
     images: Tensor, references: Tensor, leverage: Tensor, pose: Pose, rings: Rings
 ) -> tuple[Tensor, Tensor]:
-    """Amplitude (n,) of references (n, h, w), as unit vectors under the weight, in images; and
-    the residual's power (n, shells).
+    """Amplitude (n,) of references (n, h, w) in images, and power (n, shells) of the residual.
 
-    Interpolation damps a moved reference: taken of unit vectors, its amplitude does not show it.
+    References are scaled to unit vectors under the weight after they are moved, because
+    interpolation damps them.
     """
     height, width = images.shape[-2:]
     grid = pixel_grid((height, width), images)
@@ -161,7 +167,9 @@ def _fitted(
     # L (v + shift), column by column and row by row.
     along, down = linear[:, :, :1] * x.unsqueeze(1), linear[:, :, 1:] * y.unsqueeze(1)  # (n, 2, .)
     places = torch.stack([along[:, i, None] + down[:, i, :, None] for i in (0, 1)], -1)
-    radius = (x.square().unsqueeze(1) + y.square().unsqueeze(2)).sqrt()  # a turn keeps distances
+    radius = (
+        x.square().unsqueeze(1) + y.square().unsqueeze(2)
+    ).sqrt()  # a rotation keeps distances
     weight = annulus(radius, rings).flatten(1)  # (n, p)
     y = sample(references, places).flatten(1)
     x = images.flatten(1)
@@ -171,16 +179,18 @@ def _fitted(
     amplitude = (weight * x * y).sum(1)
     residual = weight * (x - amplitude.unsqueeze(1) * y)
     spectrum = torch.fft.rfft2(residual.unflatten(1, (height, width)), norm="ortho")
-    shell, twice = shells_of(width, images.device)
-    power = _by_shell((spectrum.real.square() + spectrum.imag.square()).flatten(1) * twice, shell)
-    # What noise of variance 1 leaves in the weighted residual, less what the fit takes.
-    whole = _by_shell(twice, shell) * weight.square().mean(1, keepdim=True)
+    shell, twice = _components(width, images)
+    count = shell_count(width)
+    square = (spectrum.real.square() + spectrum.imag.square()).flatten(1)
+    power = shell_sums(square * twice, shell, count)
+    # The power of noise of variance 1 in the weighted residual, before the fit removes a part.
+    whole = shell_sums(twice, shell, count) * weight.square().mean(1, keepdim=True)
     return amplitude, power / torch.maximum(whole - leverage, LEAST_LEFT * whole)
 
 
 def _to_particle(pose: Pose) -> Tensor:
-    """(n, 3, 3) from (turn in radians, x, y) on the reference to (degrees, x, y) of the pose."""
-    # Mirrored, a turn goes backwards; a pose shifts before it turns.
+    """(n, 3, 3) from (radians, x, y) on the reference to (degrees, x, y) of the pose."""
+    # A rotation of a mirrored particle has the opposite sense; a pose shifts before it rotates.
     sign = torch.where(pose.mirror, -1.0, 1.0).to(pose.angle)
     matrix = pose.angle.new_zeros(len(pose), 3, 3)
     matrix[:, 0, 0] = sign * (180 / math.pi)
@@ -188,21 +198,10 @@ def _to_particle(pose: Pose) -> Tensor:
     return matrix
 
 
-def shells_of(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(f,) shell of each component of rfft2, and how often it counts: twice but for the edges."""
-    kx, ky = frequency_grid(size, device)
-    shell = (torch.hypot(kx, ky) * size).round().long()
-    twice = torch.full_like(kx, 2.0)
-    twice[:, 0] = 1
-    if size % 2 == 0:
-        twice[:, -1] = 1
-    return shell.flatten(), twice.expand(size, -1).flatten()
-
-
-def _by_shell(values: Tensor, shell: Tensor) -> Tensor:
-    """(..., shells) sums of values (..., f)."""
-    shells = int(shell.amax()) + 1
-    return values.new_zeros(*values.shape[:-1], shells).index_add_(-1, shell, values)
+def _components(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(f,) shell of each component of rfft2, and its `rfft_weights`."""
+    shell = shell_index(size, like.device).flatten()
+    return shell, rfft_weights(size, like).repeat(size)
 
 
 def _check(particles: Tensor, references: Tensor, label: Tensor, pose: Pose) -> None:

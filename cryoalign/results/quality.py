@@ -7,7 +7,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images import frc
@@ -17,17 +16,12 @@ from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment, over_all_rows
 from cryoalign.results.averages import ClassSums, class_sums
 from cryoalign.results.evidence import LEAST_EVIDENCE, Scope, judge
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Quality:
-    """What becomes of particles that are judged junk.
-
-    Attributes:
-        junk: `mark` leaves them in their classes, with a junk score above zero; `set_aside` takes
-            them out of classes and averages and lists them among the rejected.
-    """
+    """What becomes of particles that are judged junk."""
 
     junk: Literal["mark", "set_aside"] = Field(
         default="mark", description="mark: keep junk, marked, in its classes; set_aside: leave out"

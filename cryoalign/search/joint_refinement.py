@@ -1,12 +1,12 @@
 """Angle, shift, magnification and defocus refined together, by likelihood, with their covariance.
 
-A particle x is, in Fourier space, a reference enlarged by ``magnification`` m, taken to the
-particle's pose, and seen through the CTF of its defocus plus ``defocus_offset`` d:
+A particle x is, in Fourier space, a reference enlarged by ``magnification`` m, moved to the
+particle's pose and multiplied by the CTF of its defocus plus ``defocus_offset`` d:
 
     X(k) = a CTF(k; d) exp(2 pi i k . shift) FT[ reference(L v / m) ](k) + noise(k),
 
-L the pose's linear part (`Pose`). `refine` is the fast way to angle and shift alone; it knows no
-CTF. docs/refinement.md has the figures.
+with L the linear part of the pose (`Pose`). `refine` is faster, for angle and shift alone and
+without the CTF. docs/refinement.md compares their errors.
 """
 
 from __future__ import annotations
@@ -23,36 +23,45 @@ from cryoalign.images.ctf import Optics
 from cryoalign.images.templates import check_labels
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
-from cryoalign.search.forward_model import COLUMNS, Frame, Observed, frame_of, model, observed
-from cryoalign.search.least_squares import Point, gauss_newton, lbfgs
+from cryoalign.search.forward_model import (
+    COLUMNS,
+    ParticleData,
+    SharedData,
+    model,
+    particle_data,
+    shared_data,
+)
+from cryoalign.search.least_squares import Point, gauss_newton
 
 Parameter = Literal["angle", "shift", "magnification", "defocus"]
-Solver = Literal["gauss-newton", "lbfgs"]
+# Columns of each parameter.
 OF: dict[str, tuple[int, ...]] = {
     "angle": (0,), "shift": (1, 2), "magnification": (3,), "defocus": (4,)
 }  # fmt: skip
-LONGEST = (2.0, 0.7, 0.7, 0.02, 500.0)  # of one step: longer ones leave the peak that was found
-SOLVERS = {"gauss-newton": gauss_newton, "lbfgs": lbfgs}
-LEAST_AMPLITUDE = 1e-3  # of the one that explains all of the particle
-# An eigenvalue of the information, scaled to a unit diagonal, below which a parameter is unknown.
-LEAST_TOLD = 1e-4
-# Pixels of the particles of a chunk: they stay in a core's cache, or spare a GPU's memory.
-CPU_CHUNK = 2**17
-CUDA_CHUNK = 2**22
+# Largest change of each column in one step; a longer step could leave the peak of the score.
+LONGEST = (2.0, 0.7, 0.7, 0.02, 500.0)
+# Least amplitude in the slope, as a share of the one that explains all of the particle: it gives a
+# particle that does not correlate with its reference a way to improve.
+LEAST_AMPLITUDE = 1e-3
+# Least eigenvalue of the information, scaled to a unit diagonal: below, rounding prevails, and the
+# covariance is infinite.
+LEAST_INFORMATION = 1e-4
+# Pixels of the particles of a chunk: few enough for a core's cache, or for a GPU's memory.
+CHUNK = {"cpu": 2**17, "cuda": 2**22}
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """What `refine_jointly` found of n particles.
+    """The result of `refine_jointly` for n particles.
 
     Attributes:
         pose: (n,), particle onto reference.
-        magnification: (n,) of the particle's picture of its reference; 1 where not refined.
-        defocus_offset: (n,) Å to be added to the optics' defocus_u and defocus_v; or 0.
-        amplitude: (n,) a, of the reference as given.
+        magnification: (n,) of the particle relative to its reference; 1 if not refined.
+        defocus_offset: (n,) Å to add to the optics' defocus_u and defocus_v; 0 if not refined.
+        amplitude: (n,) factor a of the reference.
         score: (n,) correlation coefficient of particle and model, both weighted by the noise.
-        covariance: (n, p, p) of the ``columns``; infinite on the diagonal, zero elsewhere, where
-            the particle leaves part of them open.
+        covariance: (n, p, p) of the ``columns``; infinite on the diagonal and zero elsewhere if
+            the particle does not determine all of them.
         columns: (p,) those of `COLUMNS` that were refined.
     """
 
@@ -66,16 +75,17 @@ class Refined:
 
 
 class _Task(NamedTuple):
-    """What is asked of every particle.
+    """What is the same for all particles.
 
     Attributes:
-        frame: what they share.
+        shared: the references and the noise.
         refined: (p,) the columns that are unknown.
-        white: the noise is white, its power each particle's own.
-        precision: (5,) of the prior, about ``centre`` (5,).
+        white: the noise is white, and its power is estimated for each particle.
+        precision: (5,) of the prior; 0 is no prior.
+        centre: (5,) mean of the prior, and start of all but the pose.
     """
 
-    frame: Frame
+    shared: SharedData
     refined: list[int]
     white: bool
     precision: Tensor
@@ -94,34 +104,30 @@ def refine_jointly(
     noise: Tensor | None = None,
     magnification_sd: float | None = None,
     defocus_sd: float | None = None,
-    solver: Solver = "gauss-newton",
     steps: int = 20,
 ) -> Refined:
-    """The most probable pose, magnification and defocus of every particle, near where it starts.
+    """The most probable pose, magnification and defocus of every particle, near its start.
 
-    Least squares over all frequencies below Nyquist but zero, the amplitude projected out (Golub &
-    Pereyra 1973); each particle steps, accepts and stops by itself. Priors are normal, about a
-    magnification of 1 and an offset of 0 Å, where their deviation is given: at low SNR a single
-    particle says little of its defocus. Parameters not named stay at the start, 1 and 0. No
-    gradient flows through the result.
-
-    There is no mask: noise outside the molecule does not touch a model that is zero there. What
-    else lies in the box (neighbours) counts as noise; mask references, and where needed particles.
+    Least squares over all frequencies below Nyquist except zero, by Levenberg-Marquardt with the
+    amplitude projected out (Golub & Pereyra 1973), for each particle by itself. No gradient flows
+    through the result. There is no mask: the model is zero outside the molecule, where noise then
+    has no influence. Mask references, and particles that have neighbours in the box.
 
     Args:
         particles: (n, size, size) float32 or float64, background zero, *not* phase-flipped.
         references: (k, size, size) without CTF, of the particles' dtype, background zero.
-        label: (n,) int64, which reference is each particle's.
+        label: (n,) int64 index of the reference of each particle.
         pose: (n,) start, within a grid step of the optimum.
-        parameters: which to refine: "angle", "shift", "magnification", "defocus".
+        parameters: which to refine, of "angle", "shift", "magnification" and "defocus". The others
+            stay at the start, at a magnification of 1 and an offset of 0 Å.
         optics: of the n particles; None is a CTF of 1.
-        noise: (shells,) its power at 0, 1, 2 … 1/box up to the transform's corner, as
-            `observations.noise_spectrum` measures it, 1 for white noise of variance 1; infinite
-            leaves a shell out. None is white noise, its variance each particle's own.
-        magnification_sd: of the prior; None for none.
-        defocus_sd: of the prior, Å; None for none.
-        solver: "gauss-newton" (Levenberg-Marquardt) or "lbfgs"; they end at one optimum.
-        steps: evaluations of a particle at most.
+        noise: (shells,) power at 0, 1, 2 … 1/box up to the transform's corner, 1 for white noise
+            of variance 1, as `whitening.noise_spectrum` measures it; an infinite power leaves a
+            shell out. None is white noise whose variance is estimated for each particle.
+        magnification_sd: standard deviation of a normal prior about 1; None is no prior.
+        defocus_sd: standard deviation of a normal prior about 0, Å; None is no prior. At low SNR a
+            particle by itself hardly determines its defocus.
+        steps: largest number of steps of a particle.
 
     Returns:
         The optima, and the inverse of the Fisher information there (with the prior's precision).
@@ -132,28 +138,30 @@ def refine_jointly(
     particles, references, label = (as_tensor(each) for each in (particles, references, label))
     _check(particles, references, label, pose, optics)
     refined = _columns(parameters, optics, magnification_sd, defocus_sd)
-    if solver not in SOLVERS or steps < 0:
-        raise ValueError(
-            f"solver={solver!r}, steps={steps}: use one of {', '.join(SOLVERS)}, and steps >= 0"
-        )
+    if steps < 0:
+        raise ValueError(f"steps={steps}: use steps >= 0")
     priors = [None, None, None, magnification_sd, defocus_sd]
-    precision = [0.0 if sd is None else sd**-2 for sd in priors]
     task = _Task(
-        frame_of(references, noise),
+        shared_data(references, noise),
         refined,
         noise is None,
-        torch.tensor(precision, dtype=torch.float64, device=references.device),
-        torch.tensor([0, 0, 0, 1, 0], dtype=torch.float64, device=references.device),
+        references.new_tensor([0 if sd is None else sd**-2 for sd in priors], dtype=torch.float64),
+        references.new_tensor([0, 0, 0, 1, 0], dtype=torch.float64),
     )
-    pixels = CPU_CHUNK if particles.device.type == "cpu" else CUDA_CHUNK
-    chunk = max(1, pixels // particles.shape[-1] ** 2)
-    p = len(refined)
+    return _refine(particles, label, pose, optics, task, steps)
+
+
+def _refine(
+    particles: Tensor, label: Tensor, pose: Pose, optics: Optics | None, task: _Task, steps: int
+) -> Refined:
+    chunk = max(1, CHUNK[particles.device.type] // particles.shape[-1] ** 2)
+    p = len(task.refined)
     found = [tuple(task.centre.new_empty(0, *shape) for shape in ((5,), (), (), (p, p)))]
     for start in range(0, len(particles), chunk):
         rows = slice(start, start + chunk)
         own = None if optics is None else optics[rows]
-        data = observed(particles[rows], label[rows], pose.mirror[rows], own, task.frame)
-        found.append(_refine_chunk(data, pose[rows], task, solver, steps))
+        data = particle_data(particles[rows], label[rows], pose.mirror[rows], own, task.shared)
+        found.append(_refine_chunk(data, pose[rows], task, steps))
     unknowns, amplitude, score, covariance = (
         torch.cat(of).to(particles.dtype) for of in zip(*found, strict=True)
     )
@@ -164,17 +172,17 @@ def refine_jointly(
         amplitude,
         score,
         covariance,
-        tuple(COLUMNS[column] for column in refined),
+        tuple(COLUMNS[column] for column in task.refined),
     )
 
 
 def _refine_chunk(
-    data: Observed, pose: Pose, task: _Task, solver: Solver, steps: int
+    data: ParticleData, pose: Pose, task: _Task, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unknowns (n, 5), amplitude (n,), score (n,) and covariance (n, p, p) of a chunk."""
     start = task.centre.repeat(len(pose), 1)
     start[:, 0], start[:, 1:3] = pose.angle, pose.shift
-    held = data
+    current = data
 
     def whole(unknowns: Tensor, rows: Tensor | slice) -> Tensor:
         filled = start[rows].clone()
@@ -182,34 +190,34 @@ def _refine_chunk(
         return filled
 
     def evaluate(unknowns: Tensor, rows: Tensor) -> Point:
-        nonlocal held  # the rows still at work only get fewer
-        if len(rows) < len(held.mirror):
-            held = data.take(rows)
-        return _point(whole(unknowns, rows), held, task)
+        nonlocal current  # the particles that have not stopped only get fewer
+        if len(rows) < len(current.mirror):
+            current = data.take(rows)
+        return _point(whole(unknowns, rows), current, task)
 
     longest = start.new_tensor(LONGEST)[task.refined]
-    best = SOLVERS[solver](evaluate, start[:, task.refined], longest, steps)
+    best = gauss_newton(evaluate, start[:, task.refined], longest, steps)
     unknowns = whole(best.unknowns, slice(None))
     unknowns[:, 0] = wrap_degrees(unknowns[:, 0])
     amplitude, score = best.notes.unbind(1)
     return unknowns, amplitude, score, _covariance(best.curvature, amplitude > 0)
 
 
-def _point(unknowns: Tensor, data: Observed, task: _Task) -> Point:
-    """How well unknowns (n, 5) explain the particles, and which way is better."""
-    value, *derivatives = model(unknowns, data, task.frame)
+def _point(unknowns: Tensor, data: ParticleData, task: _Task) -> Point:
+    """Loss, slope and curvature at unknowns (n, 5); the notes are amplitude and score."""
+    value, *derivatives = model(unknowns, data, task.shared)
     rows = [data.spectra, value, *(derivatives[column] for column in task.refined)]
     real = torch.view_as_real(torch.stack(rows, 1)).flatten(2)  # (n, 2 + p, 2 h f)
     moments = (real @ real.mT).double()
     tiny = torch.finfo(real.dtype).tiny
     xx, xm, mm = moments[:, 0, 0], moments[:, 0, 1], moments[:, 1, 1].clamp(min=tiny)
-    # The amplitude's part is taken out of particle and derivatives.
+    # Particle and derivatives without what a change of the amplitude explains.
     share = moments[:, 1] / mm[:, None]
     rest = moments - share[:, :, None] * moments[:, 1, None]
     score = xm / (xx * mm).clamp(min=tiny).sqrt()
-    # Signed: an amplitude below zero is worse than none, so that there is a way up.
+    # Signed, so that a negative amplitude is worse than none.
     explained = score.clamp(-1, 1) * score.abs().clamp(max=1)
-    free = task.frame.numbers - 1 - len(task.refined)
+    free = task.shared.numbers - 1 - len(task.refined)
     eps = torch.finfo(data.spectra.dtype).eps
     left = xx * (1 - explained).clamp(min=eps)
     if task.white:
@@ -219,9 +227,11 @@ def _point(unknowns: Tensor, data: Observed, task: _Task) -> Point:
         variance = torch.ones_like(xx)
         loss = -xx * explained / 2
     amplitude = xm / mm
-    # Where it is not positive, the derivatives still say how the correlation grows.
+    # Where it is not positive, the slope still points to a higher correlation.
     scale = torch.maximum(amplitude, LEAST_AMPLITUDE * (xx / mm).sqrt())
-    scale = torch.where(moments[:, 1, 1] > tiny, scale, 0.0)  # an empty model tells nothing
+    scale = torch.where(
+        moments[:, 1, 1] > tiny, scale, 0.0
+    )  # of a model that is zero nothing is known
     variance = variance.clamp(min=tiny)
     precision = task.precision[task.refined]
     away = unknowns[:, task.refined] - task.centre[task.refined]
@@ -237,14 +247,14 @@ def _point(unknowns: Tensor, data: Observed, task: _Task) -> Point:
 
 
 def _covariance(information: Tensor, known: Tensor) -> Tensor:
-    """(n, p, p) the inverse, where it is ``known`` (n,) and there is one; else infinite."""
+    """(n, p, p) the inverse, where ``known`` (n,) is true and there is one; else infinite."""
     diagonal = information.diagonal(dim1=1, dim2=2)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     unit = scale[:, :, None] * information * scale[:, None, :]
     known = known & (diagonal > 0).all(1) & unit.isfinite().all(2).all(1)
     one = torch.eye(unit.shape[1]).to(unit)
     safe = torch.where(known[:, None, None], unit, one)
-    known = known & (torch.linalg.eigvalsh(safe)[:, 0] > LEAST_TOLD)
+    known = known & (torch.linalg.eigvalsh(safe)[:, 0] > LEAST_INFORMATION)
     safe = torch.where(known[:, None, None], unit, one)
     inverse = scale[:, :, None] * torch.linalg.inv(safe) * scale[:, None, :]
     unknown = torch.diag(torch.full((unit.shape[1],), math.inf)).to(unit)
@@ -264,7 +274,9 @@ def _columns(
             f"parameters={parameters!r}: give some of {', '.join(map(repr, OF))}, in a tuple"
         )
     if "defocus" in parameters and optics is None:
-        raise ValueError("defocus cannot be refined without optics: give optics=, one a particle")
+        raise ValueError(
+            "defocus cannot be refined without optics: give optics= for every particle"
+        )
     for name, sd in (("magnification", magnification_sd), ("defocus", defocus_sd)):
         if sd is not None and not sd > 0:
             raise ValueError(f"{name}_sd={sd}: a prior's deviation is above 0; None is no prior")

@@ -1,11 +1,9 @@
-"""Many small minimisations at once, none of which depends on another.
+"""Many small, independent minimisations at once.
 
-Each of n problems has p unknowns, a loss that is minus a log-likelihood (so that a change of 1
-means something), its slope, and an approximation of its curvature. Problems step, accept and stop
-each on its own: what a problem ends at is the same in any batch, but for rounding.
-
-(``torch.optim.LBFGS`` takes all unknowns for one problem: one curvature and one step length for
-all. docs/refinement.md has what that costs.)
+Each of n problems has p unknowns, a loss, its slope and an approximation of its curvature. The
+loss is minus a log-likelihood, which gives a change of 1 a meaning. Every problem has its own
+steps, accepts them and stops by itself, so that its result is the same in any batch, except for
+rounding. (The optimisers of ``torch.optim`` have one step length and one stop for all.)
 """
 
 from __future__ import annotations
@@ -16,24 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A step that promises less than this of the loss is not taken. What is left of the error is then
-# below sqrt(2 TOLERANCE) = 0.045 standard deviations; fp32's sums over a particle's pixels round
-# a loss by about as much.
+# A problem stops when its next step is expected to lower the loss by less than this. The error
+# that remains is then below sqrt(2 TOLERANCE) = 0.045 standard deviations, about what float32 sums
+# over the pixels of a particle round a loss by.
 TOLERANCE = 1e-3
+# Share of the curvature's diagonal added to it: at the start, at least and at most.
 DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-3, 1e-7, 1e7
-MEMORY = 5  # pairs of steps and slopes that LBFGS remembers
-ARMIJO = 1e-4  # share of the promised decrease that a step must keep
 
 
 class Point(NamedTuple):
-    """Where n problems stand.
+    """Unknowns of n problems, and the loss there.
 
     Attributes:
         unknowns: (n, p).
         loss: (n,).
-        slope: (n, p) of the loss.
-        curvature: (n, p, p) positive semi-definite approximation of the loss's second derivative.
-        notes: (n, q) what else the caller wants to know there.
+        slope: (n, p) derivative of the loss.
+        curvature: (n, p, p) positive semi-definite approximation of its second derivative.
+        notes: (n, q) other values that the caller wants at the end.
     """
 
     unknowns: Tensor
@@ -44,7 +41,7 @@ class Point(NamedTuple):
 
 
 Evaluate = Callable[[Tensor, Tensor], Point]
-"""The point of unknowns (m, p) of the problems ``rows`` (m,): those still at work, ascending."""
+"""Computes the point of unknowns (m, p) of problems ``rows`` (m,), ascending: those not stopped."""
 
 
 def gauss_newton(evaluate: Evaluate, start: Tensor, longest: Tensor, steps: int) -> Point:
@@ -53,8 +50,8 @@ def gauss_newton(evaluate: Evaluate, start: Tensor, longest: Tensor, steps: int)
     Args:
         evaluate: see `Evaluate`.
         start: (n, p).
-        longest: (p,) a step is shortened, as a whole, until no unknown moves further.
-        steps: at most.
+        longest: (p,) largest change of each unknown in one step; longer steps are scaled down.
+        steps: largest number of steps.
 
     Returns:
         The best point of each problem.
@@ -64,8 +61,8 @@ def gauss_newton(evaluate: Evaluate, start: Tensor, longest: Tensor, steps: int)
     damping = torch.full_like(now.loss, DAMPING)
     for _ in range(steps):
         step = _shortened(_damped_solve(now.curvature, -now.slope, damping), longest)
-        going = _promise(now, step) >= TOLERANCE
-        rows, now, step, damping = rows[going], _of(now, going), step[going], damping[going]
+        going = _expected_decrease(now, step) >= TOLERANCE
+        rows, now, step, damping = rows[going], _rows(now, going), step[going], damping[going]
         if not len(rows):
             break
         trial = evaluate(now.unknowns + step, rows)
@@ -73,81 +70,25 @@ def gauss_newton(evaluate: Evaluate, start: Tensor, longest: Tensor, steps: int)
         damping = torch.where(better, damping * 0.1, damping * 10)
         damping = damping.clamp(LEAST_DAMPING, MOST_DAMPING)
         now = _choose(better, trial, now)
-        best = _put(best, rows, now)
-    return best
-
-
-def lbfgs(evaluate: Evaluate, start: Tensor, longest: Tensor, steps: int) -> Point:
-    """Limited-memory BFGS (Nocedal 1980); steps are halved until Armijo's condition holds.
-
-    The diagonal of the curvature at the start is its metric: unknowns have units of their own.
-    Arguments and result as `gauss_newton`; ``steps`` counts evaluations.
-    """
-    rows = torch.arange(len(start), device=start.device)
-    best = now = evaluate(start, rows)
-    diagonal = now.curvature.diagonal(dim1=1, dim2=2)
-    metric = torch.where(diagonal > 0, 1 / diagonal, 0.0)  # (n, p)
-    moves, turns = start.new_zeros(2, MEMORY, *start.shape)
-    length = torch.ones_like(now.loss)
-    direction = _shortened(-metric * now.slope, longest)
-    for _ in range(steps):
-        going = -length * (now.slope * direction).sum(1) >= TOLERANCE
-        rows, now, metric, length = rows[going], _of(now, going), metric[going], length[going]
-        moves, turns, direction = moves[:, going], turns[:, going], direction[going]
-        if not len(rows):
-            break
-        step = length[:, None] * direction
-        trial = evaluate(now.unknowns + step, rows)
-        better = trial.loss <= now.loss + ARMIJO * (now.slope * step).sum(1)
-        # Without positive curvature along the step there is nothing to remember.
-        turn = trial.slope - now.slope
-        kept = better & ((turn * step).sum(1) > 0)
-        moves, turns = (
-            torch.where(kept[:, None], torch.cat([old[1:], new[None]]), old)
-            for old, new in ((moves, step), (turns, turn))
-        )
-        now = _choose(better, trial, now)
-        best = _put(best, rows, now)
-        length = torch.where(better, 1.0, 0.5 * length)
-        ahead = _shortened(-_two_loops(now.slope, moves, turns, metric), longest)
-        direction = torch.where(better[:, None], ahead, direction)
+        best = _replaced(best, rows, now)
     return best
 
 
 def _damped_solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
-    """(n, p) solutions of (matrix + damping * its diagonal) x = right; zero where it has none."""
+    """(n, p) solutions of (matrix + damping * its diagonal) x = right, 0 where that is 0."""
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     scale = torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), 0.0)  # (n, p)
     unit = scale[:, :, None] * matrix * scale[:, None, :]
-    # Of unit diagonal, or of zero where nothing is known; a trace more, for what is nearly so.
+    # The diagonal of ``unit`` is 1, or 0 where nothing is known; 1e-9 keeps it invertible.
     ridge = damping[:, None] + torch.where(diagonal > 0, 1e-9, 1.0)
     solved = torch.linalg.solve(unit + torch.diag_embed(ridge), (scale * right)[..., None])
     return scale * solved[..., 0]
 
 
-def _promise(point: Point, step: Tensor) -> Tensor:
-    """(n,) how much the quadratic model expects of the steps (n, p)."""
+def _expected_decrease(point: Point, step: Tensor) -> Tensor:
+    """(n,) decrease of the loss that its quadratic model predicts for steps (n, p)."""
     bend = (step[:, None] @ point.curvature @ step[:, :, None])[:, 0, 0]
     return -(point.slope * step).sum(1) - bend / 2
-
-
-def _two_loops(slope: Tensor, moves: Tensor, turns: Tensor, metric: Tensor) -> Tensor:
-    """(n, p) the inverse curvature of the remembered pairs (MEMORY, n, p), times the slope.
-
-    Pairs of zeros, which are not there yet, change nothing.
-    """
-    product = (moves * turns).sum(2)  # (MEMORY, n)
-    inverse = torch.where(product > 0, 1 / product, 0.0)[..., None]
-    vector, alphas = slope, []
-    for move, turn, rho in zip(moves.flip(0), turns.flip(0), inverse.flip(0), strict=True):
-        alphas.append(rho * (move * vector).sum(1, keepdim=True))
-        vector = vector - alphas[-1] * turn
-    latest = (turns[-1] * metric * turns[-1]).sum(1)
-    size = torch.where(latest > 0, product[-1] / latest, 1.0)
-    vector = size[:, None] * metric * vector
-    for move, turn, rho, alpha in zip(moves, turns, inverse, reversed(alphas), strict=True):
-        vector = vector + move * (alpha - rho * (turn * vector).sum(1, keepdim=True))
-    return vector
 
 
 def _shortened(step: Tensor, longest: Tensor) -> Tensor:
@@ -155,7 +96,7 @@ def _shortened(step: Tensor, longest: Tensor) -> Tensor:
 
 
 def _choose(which: Tensor, new: Point, old: Point) -> Point:
-    """The new point of the problems ``which`` (n,)."""
+    """The new point of the problems where ``which`` (n,) is true, else the old one."""
     return Point(
         *(
             torch.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -164,10 +105,10 @@ def _choose(which: Tensor, new: Point, old: Point) -> Point:
     )
 
 
-def _of(point: Point, which: Tensor) -> Point:
+def _rows(point: Point, which: Tensor) -> Point:
     return Point(*(each[which] for each in point))
 
 
-def _put(point: Point, rows: Tensor, new: Point) -> Point:
-    """The point with these of its rows (m,) new."""
+def _replaced(point: Point, rows: Tensor, new: Point) -> Point:
+    """The point with ``rows`` (m,) replaced by the new ones."""
     return Point(*(a.index_copy(0, rows, b) for a, b in zip(point, new, strict=True)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass as plain_dataclass
 import torch
 from torch import Tensor
 
+from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.geometry import sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.images.templates import templates_of
@@ -19,12 +20,11 @@ from cryoalign.pose import Found, Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
 from cryoalign.runtime.threads import keep_freed_memory
 from cryoalign.search.coarse_to_fine import (
-    Screen,
+    CoarseReferences,
     adaptive_poses,
-    prepare_screen,
-    reduce,
-    refine_screened,
-    screen_all,
+    coarse_poses,
+    prepare_coarse,
+    refine_coarse,
 )
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
@@ -112,7 +112,7 @@ class Target:
     rings: Rings
     templates: Tensor
     spectra: Tensor | None
-    screen: Screen | None
+    screen: CoarseReferences | None
 
 
 def prepare_target(references: Tensor, search: Search) -> Target:
@@ -126,7 +126,7 @@ def prepare_target(references: Tensor, search: Search) -> Target:
     rings = search.rings(references.shape[-1])
     templates = templates_of(references)
     if search.is_adaptive(references.device):
-        screen = prepare_screen(references, rings, search.max_shift, search.mirror)
+        screen = prepare_coarse(references, rings, search.max_shift, search.mirror)
         return Target(search, rings, templates, None, screen)
     return Target(search, rings, templates, reference_spectra(references, rings), None)
 
@@ -162,7 +162,7 @@ def match_all(images: Tensor, target: Target) -> Match:
     """Scores and poses of every particle with every reference, as far as the search looks before
     it refines: the whole grid, or the screen of an adaptive search."""
     if target.screen is not None:
-        return Match(*screen_all(images.detach(), target.screen))
+        return Match(*coarse_poses(images.detach(), target.screen))
     assert target.spectra is not None
     return match_spectra(images.detach(), target.spectra, target.search, target.rings)
 
@@ -181,7 +181,7 @@ def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> t
     """
     images = images.detach()
     if target.screen is not None:
-        return refine_screened(images, target.templates, target.screen, target.rings, label, pose)
+        return refine_coarse(images, target.templates, target.screen, target.rings, label, pose)
     steps = 2 if target.search.refine else 0
     return refine_on(images, target.templates, label, pose, target.rings, steps)
 
@@ -191,7 +191,7 @@ def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
     mirror, screen = target.search.mirror, target.screen
     if screen is not None:
         rings, shifts, spectra = screen.rings, screen.shifts, screen.spectra
-        images = reduce(images, screen.size)
+        images = fourier_shrink(images, screen.size)
     else:
         assert target.spectra is not None
         rings, shifts, spectra = target.rings, target.search.shifts(images.device), target.spectra

@@ -1,4 +1,4 @@
-"""Particles with a reference each: particle i on reference i, as in an autoencoder."""
+"""Particles that each have a reference of their own: particle i on reference i."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.polar import Rings, inverse_deviation, ring_spectra, to_polar
-from cryoalign.operators.correlation import unravel_place
-from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.search.refine import refine
+from cryoalign.pose import Pose
+from cryoalign.search.refine import grid_pose, refine
 from cryoalign.search.settings import Search
 
-# Samples on rings, at all shifts, of the particles of a chunk: they stay in a core's cache, or
-# spare a GPU's memory.
+# Samples on rings, at all shifts, of the pairs of a chunk: few enough for a core's cache, or for a
+# GPU's memory.
 CPU_CHUNK = 2**22
 CUDA_CHUNK = 2**27
 
 
 def pairs_at_a_time(samples: int, shifts: Tensor, rings: Rings) -> int:
-    """How many pairs have about so many samples on their rings, at all shifts."""
+    """How many pairs have at most ``samples`` samples on their rings, at all shifts; at least 1."""
     return max(1, samples // (len(shifts) * len(rings.radii()) * rings.n_angles))
 
 
 def pair_table(
     particles: Tensor, references: Tensor, hand: Tensor, shifts: Tensor, rings: Rings
 ) -> Tensor:
-    """Scores of particle i with reference i at every shift and angle, in the hands of pair i: what
-    `correlate.correlation_table` has of them. Differentiable in particles, references and shifts.
+    """Scores of particle i with reference i at every shift and angle, in the given hands.
 
-    A particle's mean drops out against a reference without one, and its deviation divides the
-    products: few passes over its spectra, forward and back.
+    These are the entries of `correlation.correlation_table` for the pairs. Differentiable in
+    particles, references and shifts. Particles are not normalised before the product: the
+    reference's mean is zero, so that the particle's mean has no effect, and the scores are divided
+    by the particle's standard deviation. This saves passes over the spectra.
 
     Args:
         particles, references: (n, h, w).
         hand: (n, hands) bool, mirrored or not.
-        shifts: (s, 2); rings: the rings.
+        shifts: (s, 2) pixels.
+        rings: on which pairs are compared.
 
     Returns:
         (n, s, hands, a) correlation coefficients.
@@ -44,7 +45,7 @@ def pair_table(
     weights = rings.weights(polar.device).to(polar.dtype)
     y = ring_spectra(references, rings) * (weights / a).sqrt()[:, None]  # (n, 1, r, m)
     sign = 1 - 2 * (torch.arange(y.shape[-1], device=y.device) % 2)
-    # The conjugate of what a particle meets: mirrored, sign conj(y).
+    # The conjugate of the reference that fits the particle in its hand: mirrored, sign conj(y).
     y = torch.where(hand[:, :, None, None], sign * y, y.conj_physical())  # (n, hands, r, m)
     x = torch.fft.rfft(polar)
     products = [(x * each[:, None]).sum(2) for each in y.unbind(1)]  # (n, s, m) each
@@ -54,19 +55,19 @@ def pair_table(
 
 @torch.no_grad()
 def best_pairs(images: Tensor, references: Tensor, search: Search) -> tuple[Pose, Tensor]:
-    """The best pose of every particle on a reference of its own, searched exhaustively.
+    """The best pose of every particle on its own reference, by an exhaustive search.
 
     Args:
         images: (n, size, size), background zero.
         references: (n, size, size).
-        search: the grid, and whether to refine below it.
+        search: the grid, and whether to refine its best pose.
 
     Returns:
-        Poses (n,) and scores (n,): `refine`'s, or without refinement those of the grid.
+        Poses (n,) and scores (n,), of `refine` or, without refinement, of the grid.
 
     Raises:
-        ValueError: not as many references as images, or of another box, dtype or device; no
-            images; rings and shifts that leave the box.
+        ValueError: references and images that differ in number, box, dtype or device; no images;
+            rings and shifts that leave the box.
     """
     _check(images, references)
     rings = search.rings(images.shape[-1])
@@ -79,13 +80,10 @@ def best_pairs(images: Tensor, references: Tensor, search: Search) -> tuple[Pose
         for some, theirs in zip(images.split(chunk), references.split(chunk), strict=True)
     ]
     score, place = (torch.cat(of) for of in zip(*best, strict=True))
-    at = unravel_place(place, rings.n_angles, search.mirror)
-    angle = wrap_degrees(at.angle * (360.0 / rings.n_angles)).to(images.dtype)
-    pose = Pose(angle, shifts[at.shift], at.mirror.bool())
+    pose = grid_pose(place, shifts, rings, search.mirror)
     if search.refine:
-        pose, score = refine(
-            images, references, torch.arange(len(images), device=images.device), pose, rings
-        )
+        label = torch.arange(len(images), device=images.device)
+        pose, score = refine(images, references, label, pose, rings)
     return pose, score
 
 

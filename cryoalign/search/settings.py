@@ -8,27 +8,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.images.polar import Rings
 from cryoalign.particles.settings import Box, Particle
-from cryoalign.runtime.settings import FORBID
+from cryoalign.runtime.settings import settings
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class SearchSettings:
-    """How poses are searched: the section ``search`` of the settings.
-
-    Attributes:
-        shift_step: distance between trial shifts, pixels.
-        first_ring: innermost ring, pixels.
-        ring_step: distance between rings, pixels.
-        refine: refine the best pose below the grid's steps.
-        mode: ``exhaustive`` tries the whole grid; ``adaptive`` tries a coarser one on smaller
-            images and refines the best few poses (`coarse_to_fine`), whatever ``shift_step`` is.
-            None is adaptive on a CPU where poses are refined, else exhaustive.
-    """
+    """How poses are searched: the section ``search`` of the settings."""
 
     shift_step: float = Field(default=1.0, gt=0, description="distance between trial shifts, px")
     first_ring: int = Field(default=1, ge=1, description="innermost ring, px")
@@ -36,8 +25,8 @@ class SearchSettings:
     refine: bool = Field(default=True, description="refine poses below the grid's steps")
     mode: Literal["exhaustive", "adaptive"] | None = Field(
         default=None,
-        description="exhaustive: the whole grid; adaptive: a coarse grid, the best few refined; "
-        "null: adaptive on a CPU, exhaustive on a GPU",
+        description="exhaustive: the whole grid; adaptive: a coarse grid on smaller images, the "
+        "best few poses refined; null: adaptive on a CPU where poses are refined, else exhaustive",
     )
 
     def __post_init__(self) -> None:
@@ -70,15 +59,9 @@ class SearchSettings:
         return search
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Search(SearchSettings):
-    """All poses that are tried: `SearchSettings` and what the particle and its box allow.
-
-    Attributes:
-        max_shift: largest shift tried along x and along y, pixels.
-        last_ring: outermost ring, pixels; None is the largest that stays in the box.
-        mirror: try mirrored particles too.
-    """
+    """All poses that are tried: `SearchSettings` and what the particle and its box allow."""
 
     max_shift: float = Field(default=3.0, ge=0, description="largest trial shift in x and y, px")
     last_ring: int | None = Field(
@@ -147,39 +130,42 @@ def _numbers(value: Any) -> Any:
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 
 
-@dataclass(frozen=True, config=FORBID)
+@settings
 class Schedule:
-    """The steps of reference-free alignment.
-
-    Attributes:
-        max_shift: of each step, the largest shift tried along x and y, pixels. In the first
-            iteration about zero, then about each particle's own shift, to the whole pixel.
-        shift_step: of each step, the distance between trial shifts, pixels. An adaptive search
-            chooses its own.
-        settle: a step ends when poses change by no more than this, pixels at the last ring
-            (median), and no more than 1 % of the hands.
-        kicks: how many iterations, every ``kick_every``-th but for the last step's, turn particles
-            by multiples of ``kick_angle`` only, which shakes loose what has settled wrongly.
-        kick_every, kick_angle: see above; degrees.
-        starts: alignments of the first step, of which that with the best mean score goes on; all
-            but the first begin from the average of particles turned at random.
-    """
+    """The steps of reference-free alignment."""
 
     max_shift: Numbers = Field(
-        default=(4.0, 2.0, 1.0, 1.0), description="largest trial shift of each step, px"
+        default=(4.0, 2.0, 1.0, 1.0),
+        description="largest trial shift of each step along x and y, px: in the first iteration "
+        "about zero, then about each particle's own shift",
     )
     shift_step: Numbers = Field(
-        default=(2.0, 1.0, 0.5, 0.25), description="distance of trial shifts of each step, px"
+        default=(2.0, 1.0, 0.5, 0.25),
+        description="distance between trial shifts of each step, px; an adaptive search chooses "
+        "its own",
     )
     settle: float = Field(
-        default=0.1, ge=0, description="a step ends when poses change by no more, px"
+        default=0.1,
+        ge=0,
+        description="a step ends when the median change of the poses is no larger, px at the last "
+        "ring, and no more than 1 % of the hands change",
     )
-    kicks: int = Field(default=0, ge=0, description="iterations that try a few angles only")
+    kicks: int = Field(
+        default=0,
+        ge=0,
+        description="number of iterations, but for the last step's, that turn particles by "
+        "multiples of kick_angle only, so that wrong poses come loose",
+    )
     kick_every: int = Field(default=4, ge=2, description="iterations from kick to kick")
     kick_angle: float = Field(
         default=90.0, ge=1, le=180, description="the angles of a kick are its multiples, degrees"
     )
-    starts: int = Field(default=1, ge=1, description="first steps, of which the best goes on")
+    starts: int = Field(
+        default=1,
+        ge=1,
+        description="alignments of the first step, of which that with the best mean score goes on; "
+        "all but the first begin from particles turned at random",
+    )
 
     def __post_init__(self) -> None:
         reach, steps = self.max_shift, self.shift_step

@@ -173,7 +173,7 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("n_classes=null", "n_classes is missing: method=mra needs it"),
         (
             "images.box=20 particle.radius=4px search.first_ring=6",
-            "last_ring 4 is inside first_ring 6",
+            "last_ring 4 px lies inside first",
         ),
         ("images.box=20 particle.radius=9px", "of at most 6 px"),
         ("overwrite=true resume=true output=x", "exclude each other"),

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cryoalign.app.schema import load_settings
+from cryoalign.images.fourier import fourier_shrink
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.coarse_to_fine import reduce
 from examples.pose_encoder import (
     YAML,
     Aligner,
@@ -46,7 +46,7 @@ def test_turned_and_mirrored_particles_have_their_scores_moved_along() -> None:
 
 def test_the_loss_is_expected_score_and_entropy() -> None:
     data = simulate(4, 3, size=48, snr=0.3, max_shift=4.0, seed=1)
-    encoder, small = PoseEncoder(data.views, TINY), reduce(data.images, TINY.box)
+    encoder, small = PoseEncoder(data.views, TINY), fourier_shrink(data.images, TINY.box)
     scores = encoder(small, encoder.centres(small)).double().flatten(1)
     q = torch.distributions.Categorical(logits=scores / TINY.temperature)
     expected = (q.probs * scores).sum(1) + TINY.temperature * q.entropy()
@@ -63,7 +63,7 @@ def test_it_learns_where_particles_are_without_being_told() -> None:
     def offset() -> float:
         """Median distance, px, of the nearest of the predicted centres from the true one."""
         with torch.no_grad():
-            centres = encoder.centres(reduce(held_out, TINY.box)) * encoder.scale
+            centres = encoder.centres(fourier_shrink(held_out, TINY.box)) * encoder.scale
         return float((centres - truth.shift[:, None]).norm(dim=2).amin(1).median())
 
     def right() -> float:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from cryoalign.images.fourier import filter_shells, fourier_resize, frequency_grid, low_pass_curve
+from cryoalign.images.fourier import (
+    filter_shells,
+    fourier_resize,
+    frequency_grid,
+    low_pass_curve,
+    rfft_weights,
+    shell_count,
+    shell_index,
+    shell_sums,
+)
 from cryoalign.images.masks import normalise, soft_mask
 
 SEED = 21
@@ -127,3 +136,17 @@ def test_low_pass_curve_falls_about_the_cutoff():
     np.testing.assert_allclose(curve, expected, atol=1e-6)
     assert curve[4] == 1
     assert curve[9] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 17])
+def test_shell_sums_of_weighted_power_are_those_of_the_full_transform(size: int):
+    image = np.random.default_rng(SEED).normal(size=(size, size))
+    k = np.fft.fftfreq(size) * size
+    ring = np.rint(np.hypot(k[:, None], k[None])).astype(int)
+    expected = np.bincount(ring.ravel(), (np.abs(np.fft.fft2(image)) ** 2).ravel())
+    power = torch.fft.rfft2(torch.from_numpy(image)).abs().square()
+    power, shell = power * rfft_weights(size, power), shell_index(size)
+    found = shell_sums(power, shell, shell_count(size))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    few = shell_sums(power.expand(2, -1, -1), shell, 6)[1]  # the last has all that is beyond
+    np.testing.assert_allclose(few.numpy(), [*expected[:5], expected[5:].sum()], rtol=1e-12)

@@ -3,7 +3,13 @@ import pytest
 import torch
 from oracle import ring_samples
 
-from cryoalign.images.polar import Rings, angular_samples, carried, ring_spectra, to_polar
+from cryoalign.images.polar import (
+    Rings,
+    angular_samples,
+    resolved_frequencies,
+    ring_spectra,
+    to_polar,
+)
 
 
 @pytest.mark.parametrize("size", [17, 18])
@@ -62,9 +68,9 @@ def test_rings_that_make_no_sense() -> None:
         Rings(angles=33)
 
 
-def test_carried_frequencies_are_those_that_a_ring_of_pixels_can_hold() -> None:
+def test_resolved_frequencies_are_those_that_a_ring_of_pixels_can_hold() -> None:
     rings = Rings(first_ring=2, last_ring=20, ring_step=6, angles=128)
-    kept = carried(rings)
+    kept = resolved_frequencies(rings)
     assert kept.shape == (4, 65)
     for row, radius in zip(kept.tolist(), (2, 8, 14, 20), strict=True):
         # A wave of frequency m on a circle of 2 pi r pixels has 2 pi r / m of them, 2 at least.
@@ -78,8 +84,8 @@ def test_white_images_have_no_power_beyond_what_rings_carry() -> None:
     images = torch.randn(200, 41, 41, generator=torch.Generator().manual_seed(0))
     rings = Rings(4, 17, angles=128)
     power = ring_spectra(images, rings)[:, 0].abs().square().mean(0)  # (r, m)
-    beyond = ~carried(rings)
+    beyond = ~resolved_frequencies(rings)
     # Linear interpolation's tails: some per cent on rings where it matters, hence two to spare.
     assert (power * beyond)[:, :-1].sum() < 0.05 * power.sum()
-    below = carried(Rings(3, 16, angles=128))  # a pixel less would lose more
+    below = resolved_frequencies(Rings(3, 16, angles=128))  # a pixel less would lose more
     assert (power * ~below)[:, :-1].sum() > (power * beyond)[:, :-1].sum()

@@ -29,7 +29,7 @@ from cryoalign.learn.estimators import (
     MultiReferenceAligner,
     ReferenceFreeAligner,
 )
-from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate

@@ -21,7 +21,8 @@ from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.classify import split_and_merge as climb_module
 from cryoalign.methods.classify.em_step import Sums, maximise
 from cryoalign.methods.classify.fourier_rings import FourierRings
-from cryoalign.methods.classify.split_and_merge import FEWEST, Climb, Likelihood, Plan
+from cryoalign.methods.classify.settings import Likelihood, Plan
+from cryoalign.methods.classify.split_and_merge import FEWEST, Climb
 from cryoalign.methods.classify.whitening import observe
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free

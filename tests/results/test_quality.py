@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from bench.agreement import pose_errors
 from cryoalign.images.masks import soft_mask
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.split_and_merge import Likelihood
+from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate

@@ -16,10 +16,11 @@ from cryoalign.io.formats import read_images, write_images
 from cryoalign.learn.dataset import ParticleDataset, RandomPose
 from cryoalign.learn.layers import AlignLayer
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.isac.generations import Isac
 from cryoalign.methods.isac.isac import classify_stable
+from cryoalign.methods.isac.settings import Isac
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import TensorStack, as_stack
 from cryoalign.pose import Pose, to_relion
@@ -27,7 +28,6 @@ from cryoalign.report.embedding import features
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.arrays import as_tensor, to_numpy
 from cryoalign.search.match import match
-from cryoalign.search.settings import Search
 
 
 class DLPackOnly:
@@ -137,13 +137,13 @@ def wrapped(images: Tensor) -> list[Any]:
     return [images.numpy(), DLPackOnly(images.numpy())]
 
 
-SEARCH = Search(max_shift=2)
+PARTICLE = Particle(max_shift="2 px")
 
 
 def test_alignments_are_the_tensors(data):
     """Every way of aligning finds in arrays what it finds in tensors, to the last bit."""
     ways: list[Callable[[Any, Any], Alignment]] = [
-        lambda x, y: align_multi_reference(x, y, iterations=2, search=SEARCH),
+        lambda x, y: align_multi_reference(x, y, iterations=2, particle=PARTICLE),
         lambda x, y: align_reference_free(x, as_tensor(y)[:1].numpy(), iterations=2),
         lambda x, _: classify(x, 2),
         lambda x, _: classify_stable(x, isac=Isac(images_per_group=40)).alignment,
@@ -250,9 +250,11 @@ def test_tensors_go_out_to_cupy_without_a_copy(cupy):
 def test_cupy_to_alignment_to_cupy(cupy, data, protocol):
     """A whole alignment of a CuPy array is that of the tensor; matches are seen by CuPy."""
     images, views = cupy.asarray(data.images.numpy()), cupy.asarray(data.views.numpy())
-    found = align_multi_reference(protocol(images), protocol(views), iterations=3, search=SEARCH)
+    found = align_multi_reference(
+        protocol(images), protocol(views), iterations=3, particle=PARTICLE
+    )
     expected = align_multi_reference(
-        data.images.cuda(), data.views.cuda(), iterations=3, search=SEARCH
+        data.images.cuda(), data.views.cuda(), iterations=3, particle=PARTICLE
     )
     assert torch.equal(found.class_number, expected.class_number)
     torch.testing.assert_close(found.averages, expected.averages)

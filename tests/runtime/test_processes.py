@@ -41,9 +41,9 @@ def command(*words):
 @pytest.mark.parametrize(
     "more",
     [
-        ("n_classes=3", "search.max_shift=1"),
+        ("n_classes=3", "particle.max_shift=1px"),
         (
-            *("n_classes=3", "search.max_shift=1"),
+            *("n_classes=3", "particle.max_shift=1px"),
             *("assign.strategy=soft", "assign.anneal_iterations=2"),
         ),
         ("method=rfa", "schedule.max_shift=1", "schedule.shift_step=1", "schedule.starts=2"),
@@ -67,7 +67,7 @@ def test_two_processes_give_what_one_gives(star, tmp_path, more):
 
 def test_two_processes_find_the_classes_that_one_finds(star, tmp_path):
     """Blocks of particles begin elsewhere, so sums are rounded otherwise: no more than that."""
-    words = (f"particles={star}", "n_classes=3", "method=classify", "likelihood.max_shift=1")
+    words = (f"particles={star}", "n_classes=3", "method=classify", "particle.max_shift=1px")
     process = command(*words, f"output={tmp_path / '2'}")
     assert process.returncode == 0, process.stderr
     run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))

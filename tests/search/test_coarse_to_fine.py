@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
-from cryoalign.images.fourier import fourier_resize
+from cryoalign.images.fourier import fourier_resize, fourier_shrink
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search import coarse_to_fine as adaptive
-from cryoalign.search.coarse_to_fine import coarse_shifts, prepare_screen, reduce, screen_factor
+from cryoalign.search.coarse_to_fine import coarse_factor, coarse_shifts, prepare_coarse
 from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
@@ -71,11 +71,11 @@ def choices(images: torch.Tensor, references: torch.Tensor, mode: str, **search:
     return torch.stack([label, pose.mirror.long()], 1)
 
 
-def test_broadband_references_are_screened_finer() -> None:
+def test_broadband_references_are_compared_at_more_than_half_the_resolution() -> None:
     """What tells them apart lies where half the resolution has nothing."""
     views = broadband(20, 72, 0.3, 29)
     images, truth = particles_of(views, 100, 0.012)
-    assert screen_factor(views, Rings(1, 32)) < 1.5
+    assert coarse_factor(views, Rings(1, 32)) < 1.5
     exhaustive, adaptive = (
         int((choices(images, views, mode, last_ring=32) != truth).any(1).sum())
         for mode in ("exhaustive", "adaptive")
@@ -84,33 +84,33 @@ def test_broadband_references_are_screened_finer() -> None:
     assert adaptive <= exhaustive
 
 
-def test_molecules_and_noisy_averages_are_screened_at_half_the_resolution() -> None:
+def test_molecules_and_noisy_averages_are_compared_at_half_the_resolution() -> None:
     data = simulate(1500, 30, size=90, snr=0.02, seed=0)
     mask = soft_mask(90, 36)
     rings = Rings(1, 36)
-    assert screen_factor(data.views * mask, rings) == 2
+    assert coarse_factor(data.views * mask, rings) == 2
     averages = torch.zeros_like(data.views).index_add_(
         0, data.class_number - 1, transform(data.images, data.pose)
     )
-    assert screen_factor(averages * mask, rings) == 2
-    assert screen_factor(torch.zeros(2, 90, 90), rings) == 2
-    assert screen_factor(broadband(5, 90, 0.4, 33), rings) == 1
+    assert coarse_factor(averages * mask, rings) == 2
+    assert coarse_factor(torch.zeros(2, 90, 90), rings) == 2
+    assert coarse_factor(broadband(5, 90, 0.4, 33), rings) == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_white_references_are_screened_as_they_are(seed: int) -> None:
-    """Nothing rises above the last frequencies: no screen can be told to see enough."""
-    assert screen_factor(broadband(5, 90, 0.5, 33, seed), Rings(1, 36)) == 1
-    assert screen_factor(broadband(5, 90, 0.8, 33, seed), Rings(1, 36)) == 1
+def test_white_references_are_compared_at_full_resolution(seed: int) -> None:
+    """All frequencies have as much power as the last: no coarser grid is known to keep enough."""
+    assert coarse_factor(broadband(5, 90, 0.5, 33, seed), Rings(1, 36)) == 1
+    assert coarse_factor(broadband(5, 90, 0.8, 33, seed), Rings(1, 36)) == 1
 
 
 def test_margins_keep_what_wider_ones_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a third of all particles is lost in noise, twice the hypotheses change one choice in
-    25: half as many would change three times that (SCREENED 6, FINAL 1, SCREEN_MARGIN 0.75)."""
+    25: half as many would change three times that (6 and 1, margin 0.75)."""
     views = broadband(30, 64, 0.2, 23)
     images, _ = particles_of(views, 300, 0.004)
     kept = choices(images, views, "adaptive", last_ring=26)
-    wider = (("SCREENED", 16), ("SCREEN_MARGIN", 3.0), ("FINAL", 4), ("FINAL_MARGIN", 2.0))
+    wider = (("COARSE_KEPT", 16), ("COARSE_MARGIN", 3.0), ("FINE_KEPT", 4), ("FINE_MARGIN", 2.0))
     for name, value in wider:
         monkeypatch.setattr(adaptive, name, value)
     wide = choices(images, views, "adaptive", last_ring=26)
@@ -217,14 +217,14 @@ def test_batch_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [(91, 45), (90, 45), (65, 33), (64, 31)])
-def test_reduce_is_the_fourier_resize(old: int, new: int) -> None:
+def test_fourier_shrink_is_the_fourier_resize(old: int, new: int) -> None:
     images = torch.randn(2, old, old, generator=torch.Generator().manual_seed(old))
-    torch.testing.assert_close(reduce(images, new), fourier_resize(images, new))
+    torch.testing.assert_close(fourier_shrink(images, new), fourier_resize(images, new))
 
 
-def test_reduce_keeps_the_centre_of_even_boxes() -> None:
+def test_fourier_shrink_keeps_the_centre_of_even_boxes() -> None:
     data = simulate(3, 3, size=64, snr=math.inf, max_shift=0, seed=0)
-    small = reduce(data.views, 40)
+    small = fourier_shrink(data.views, 40)
     truth = fourier_resize(data.views, 40)
     # Only the last frequency is left out.
     assert (small - truth).abs().max() < 0.02 * truth.abs().max()
@@ -250,11 +250,11 @@ def test_images_that_say_nothing_and_no_images() -> None:
         found(images[:0], data.views, "adaptive")
 
 
-def test_small_boxes_are_screened_as_they_are() -> None:
-    screen = prepare_screen(torch.randn(2, 32, 32), Search(max_shift=2).rings(32), 2, True)
-    assert screen.factor == 1
-    screen = prepare_screen(broadband(2, 90, 0.1, 36), Search(last_ring=36).rings(90), 3, True)
-    assert (screen.factor, screen.size, len(screen.shifts)) == (2, 45, 9)
+def test_small_boxes_are_compared_at_full_resolution() -> None:
+    coarse = prepare_coarse(torch.randn(2, 32, 32), Search(max_shift=2).rings(32), 2, True)
+    assert coarse.factor == 1
+    coarse = prepare_coarse(broadband(2, 90, 0.1, 36), Search(last_ring=36).rings(90), 3, True)
+    assert (coarse.factor, coarse.size, len(coarse.shifts)) == (2, 45, 9)
 
 
 def test_modes_that_do_not_go_together() -> None:

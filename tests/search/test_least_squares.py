@@ -1,9 +1,8 @@
 """Many small minimisations at once, of a problem whose minimum and difficulty are known."""
 
-import pytest
 import torch
 
-from cryoalign.search.least_squares import Point, gauss_newton, lbfgs
+from cryoalign.search.least_squares import Point, gauss_newton
 
 FAR = torch.tensor([[0.3, 0.2], [2.0, 1.0], [5.0, -3.0], [-9.0, 4.0], [20.0, 20.0]]).double()
 TURN = torch.tensor([[0.8, 0.6], [-0.6, 0.8]]).double()
@@ -25,13 +24,11 @@ def saturating(unknowns: torch.Tensor, rows: torch.Tensor) -> Point:
     )
 
 
-# The last is so far out that LBFGS, without damping, is promised too little to move.
-@pytest.mark.parametrize(("solver", "count"), [(gauss_newton, 5), (lbfgs, 4)])
-def test_far_starts_come_to_the_minimum(solver, count: int) -> None:
-    found = solver(saturating, FAR[:count], torch.full((2,), 1e6).double(), 80)
+def test_far_starts_come_to_the_minimum() -> None:
+    found = gauss_newton(saturating, FAR, torch.full((2,), 1e6).double(), 80)
     # What is left promises less than 1e-3 of the loss, 50 r^2.
     assert found.unknowns.abs().max() < 0.01
-    assert torch.equal(found.notes[:, 0], torch.arange(count))
+    assert torch.equal(found.notes[:, 0], torch.arange(5))
 
 
 def test_no_unknown_moves_further_than_the_longest_step() -> None:

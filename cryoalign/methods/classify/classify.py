@@ -13,69 +13,25 @@ from typing import Any
 
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
-from cryoalign.methods.base import Method, OnStep, align
-from cryoalign.methods.classify.split_and_merge import Likelihood, Plan, SplitAndMerge
+from cryoalign.methods.base import Method, align_with, shows_settings
+from cryoalign.methods.classify.settings import Likelihood, Plan
+from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import observe
 from cryoalign.methods.references import find_all
 from cryoalign.methods.state import State
-from cryoalign.particles.prepare import PreparedParticles, Progress
-from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
 from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging, class_sums, filtered_averages
 from cryoalign.results.evidence import Scope, trials_of
-from cryoalign.results.quality import Quality, conclude, posterior_and_margin
+from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import shard, world_size
 from cryoalign.search.refine import refine
-
-
-def classify(
-    particles: Stack | Array | PreparedParticles,
-    n_classes: int,
-    *,
-    optics: Optics | None = None,
-    particle: Particle | None = None,
-    likelihood: Likelihood | None = None,
-    images: Images | None = None,
-    averaging: Averaging | None = None,
-    quality: Quality | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Alignment:
-    """Classify particles without references.
-
-    Args:
-        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
-            `prepare` made ready.
-        n_classes: number of classes.
-        optics: CTFs of the particles of an array; those of a stack come from its STAR file.
-        particle, likelihood, averaging, quality, seed: see `Classification`.
-        images, device: how and where particles are prepared, unless they are.
-        resume, on_step, progress: see `base.align`. A step is the start, a cycle of splitting
-            and merging, or a rise of the resolution.
-
-    Returns:
-        The `Alignment`, of the whole input on every process; its averages are of phase-flipped
-        particles where there is a CTF.
-
-    Raises:
-        ValueError: anything that does not fit, before work starts.
-    """
-    method = Classification(
-        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
-        n_classes=n_classes, likelihood=likelihood or Likelihood(),
-        averaging=averaging or Averaging(),
-    )  # fmt: skip
-    prepared = method.prepared(particles, images, device, progress, optics)
-    return align(method, prepared, resume=resume, on_step=on_step, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -183,3 +139,25 @@ class Classification(Method):
             plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift, shard(n),
         )  # fmt: skip
         return SplitAndMerge(plan, observations, particles, self.seed)
+
+
+@shows_settings(Classification)
+def classify(
+    particles: Stack | Array | PreparedParticles, n_classes: int, **settings: Any
+) -> Alignment:
+    """Classify particles without references.
+
+    Args:
+        particles: as for `align_multi_reference`.
+        n_classes: number of classes.
+        settings: those of `Classification`, and the arguments of `base.align`. A step is the
+            start, a cycle of splitting and merging, or a rise of the resolution.
+
+    Returns:
+        The `Alignment`, of the whole input on every process; its averages are of phase-flipped
+        particles where there is a CTF.
+
+    Raises:
+        ValueError: anything that does not fit, before work starts.
+    """
+    return align_with(Classification, particles, n_classes=n_classes, **settings)

@@ -1,14 +1,14 @@
-"""Soft assignment over classes, hands, angles and shifts at once: one step of expectation
-maximisation in Fourier rings (Sigworth 1998; Scheres 2005, 2012).
+"""One step of expectation maximisation on Fourier rings (Sigworth 1998; Scheres 2005, 2012).
 
-Model: a whitened particle is its CTF times the class image, moved, plus unit white noise. With
-the features X of the particle already multiplied by its CTF over the noise (`fourier_rings`),
-q the ring means of CTF^2 / noise and Y the features of the class image,
+Particles are assigned softly to all classes, hands, angles and shifts. In the model, a whitened
+particle is its CTF times the moved class image, plus white noise of variance 1. With X the
+features of the particle, already multiplied by its CTF over the noise (`fourier_rings`), q the
+ring means of CTF^2 / noise and Y_k the features of class image k,
 
     log p(particle | k, pose) = <X at pose, Y_k> - sum_r q_r P_k(r) / 2 + constant,
 
-P_k(r) the power of Y_k on ring r. The posterior weights, summed back, are the gradient of the
-log-sum-exp with respect to the products: the same matrices, transposed.
+where P_k(r) is the power of Y_k on ring r. The sums of particles with their posterior weights are
+the gradient of the log-sum-exp with respect to the products: the same matrices, transposed.
 
 Shape letters: n particles, s shifts, k classes, h hands, a angles, r rings, m frequencies.
 """
@@ -24,10 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cryoalign.images.fourier import rfft_weights
+from cryoalign.images.frc import wiener_factors
 from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
 
-BLOCK = {"cpu": 2**21, "cuda": 2**27}  # entries of one block of the table: in cache; few launches
-NEGLIGIBLE = -25.0  # log of a weight, relative to the largest, that is left out
+# Entries of a block of the table: few enough for a CPU's cache, enough for few launches on a GPU.
+BLOCK = {"cpu": 2**21, "cuda": 2**27}
+HIGHEST_FRC = 0.999  # assumed in the filter of class images: none is free of noise
+NEGLIGIBLE = -25.0  # logarithm of a weight, relative to the particle's largest, that is left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +39,10 @@ class Features:
     """Particles ready for the E-step.
 
     Attributes:
-        rows: (m, n, s, 2 r) float32: real and imaginary parts side by side per ring.
+        rows: (m, n, s, 2 r) float32, real and imaginary part of each ring next to each other.
         weight: (n, r) ring means of CTF^2 / noise.
-        shifts: (s, 2) trial shifts, pixels, beyond each particle's own.
-        rings: theirs.
+        shifts: (s, 2) trial shifts, pixels, added to each particle's own.
+        rings: of the features.
     """
 
     rows: Tensor
@@ -50,14 +54,22 @@ class Features:
         return len(self.weight)
 
     def take(self, members: Tensor) -> Features:
-        """Those of some particles."""
+        """The features of some particles (b,)."""
         return Features(self.rows[:, members], self.weight[members], self.shifts, self.rings)
 
 
 def features(
     polar: Tensor, weight: Tensor, own: Tensor, shifts: Tensor, rings: FourierRings
 ) -> Features:
-    """Features about every particle's own shift (n, 2) plus trial shifts (s, 2)."""
+    """Features of particles at each particle's own shift plus every trial shift.
+
+    Args:
+        polar: (n, r', a // 2) `half_circle` transforms, multiplied by CTF over noise.
+        weight: (n, r') ring means of CTF^2 / noise.
+        own: (n, 2) pixels.
+        shifts: (s, 2) pixels.
+        rings: of the features, at most r'.
+    """
     rows = torch.empty(
         rings.n_frequencies, len(polar), len(shifts), 2 * rings.last, device=polar.device
     )
@@ -69,12 +81,13 @@ def features(
 
 
 class Posterior(NamedTuple):
-    """What an E-step says of n particles.
+    """The result of an E-step for n particles.
 
     Attributes:
-        log_evidence: (n,) log-sum-exp over everything (tempered logits).
+        log_evidence: (n,) log-sum-exp of the logits over classes and poses.
         share: (n, k) posterior of the classes.
-        best: (n, k) best logit of each class over poses, and where: shift, hand, angle indices.
+        best: (n, k) largest logit of each class over poses.
+        shift, hand, angle: (n, k) int64 indices of the pose with that logit.
     """
 
     log_evidence: Tensor
@@ -86,12 +99,12 @@ class Posterior(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Weighted sums of aligned particles.
+    """Sums of aligned particles, weighted by their posteriors, for each half-set.
 
     Attributes:
-        signal: (2, k, r, m) complex, by half-set.
-        weight: (2, k, r) sums of posterior times CTF^2 / noise.
-        size: (2, k) sums of posteriors.
+        signal: (2, k, r, m) complex, of features.
+        weight: (2, k, r) of the ring means of CTF^2 / noise.
+        size: (2, k) of the posteriors alone.
     """
 
     signal: Tensor
@@ -108,28 +121,28 @@ def expect(
     mirror: bool = False,
     temperature: float = 1.0,
 ) -> tuple[Posterior, Sums]:
-    """One E-step, with the sums the M-step needs.
+    """One E-step, with the sums that the M-step needs.
 
     Args:
         data: the particles.
         classes: (k, r, m) complex features of the class images.
-        half: (n,) 0 or 1, the half-set of every particle; None goes by parity.
+        half: (n,) 0 or 1, the half-set of every particle; None alternates.
         log_prior: (k,) added to the logits.
         mirror: whether to try mirrored particles.
-        temperature: divides the log-likelihood; above 1 the weights are softer.
+        temperature: divides the log-likelihood; above 1, posteriors are more even.
     """
     device = classes.device
     half = torch.arange(len(data), device=device) % 2 if half is None else half.to(device)
     order = half.argsort(stable=True)
-    job = _job(data, classes, log_prior, mirror, temperature)
-    gradient = torch.zeros(2, *job.columns.shape, device=device)
-    n_block = max(1, BLOCK[device.type] // (job.per_shift * len(data.shifts)))
+    model = _model(data, classes, log_prior, mirror, temperature)
+    gradient = torch.zeros(2, *model.columns.shape, device=device)
+    n_block = max(1, BLOCK[device.type] // (model.per_shift * len(data.shifts)))
     n_even = len(data) - int(half.sum())
     bounds = [*range(0, n_even, n_block), *range(n_even, len(order), n_block), len(order)]
     parts: list[tuple[Tensor, ...]] = []
     for start, stop in itertools.pairwise(bounds):
         into = gradient[int(start >= n_even)]
-        parts.append(_expect_block(data, order[start:stop], job, into))
+        parts.append(_expect_block(data, order[start:stop], model, into))
     back = order.argsort()
     posterior = Posterior(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
     share, weight = posterior.share[order], data.weight[order]
@@ -142,31 +155,32 @@ def expect(
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
-    """What all blocks of an E-step share."""
+class _Model:
+    """What is the same for all blocks of particles of an E-step."""
 
-    columns: Tensor  # (m, 2, 2 r, k h) right factors of real and imaginary part
-    power: Tensor  # (k, r) over twice the temperature
+    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes over the temperature
+    power: Tensor  # (k, r) `class_power` over twice the temperature
     log_prior: Tensor  # (k,)
-    inverse: Tensor  # (a, 2 m)
-    first: list[int]  # where each frequency's rows begin
+    inverse: Tensor  # (a, 2 m) `_inverse_transform`
+    first: list[int]  # index of the first row of each frequency's first ring
     hands: int
 
     @property
     def per_shift(self) -> int:
+        """Entries of the table for a particle and shift."""
         return self.columns.shape[-1] * len(self.inverse)
 
 
-def _job(
+def _model(
     data: Features, classes: Tensor, log_prior: Tensor | None, mirror: bool, temperature: float
-) -> _Job:
+) -> _Model:
     rings, k = data.rings, len(classes)
     if classes.shape[1:] != (rings.last, rings.n_frequencies):
         raise ValueError(
             f"class features {tuple(classes.shape)} do not fit rings x frequencies "
             f"{(rings.last, rings.n_frequencies)} of the particles"
         )
-    return _Job(
+    return _Model(
         _columns(classes / temperature, mirror),
         class_power(classes, rings) / (2 * temperature),
         classes.real.new_zeros(k) if log_prior is None else log_prior,
@@ -176,44 +190,50 @@ def _job(
     )
 
 
-def _expect_block(data: Features, some: Tensor, job: _Job, gradient: Tensor) -> tuple[Tensor, ...]:
-    """`Posterior`'s fields for a block of particles; their sums are added to ``gradient``."""
+def _expect_block(
+    data: Features, some: Tensor, model: _Model, gradient: Tensor
+) -> tuple[Tensor, ...]:
+    """The fields of `Posterior` for particles ``some`` (b,); their sums are added to
+    ``gradient``."""
     x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
-    angles, hands, columns = len(job.inverse), job.hands, job.columns
+    angles, hands, columns = len(model.inverse), model.hands, model.columns
     b, s, kh = len(some), len(data.shifts), columns.shape[-1]
     spectrum = x.new_empty(len(x), 2, b * s, kh)
-    for m, first in enumerate(job.first):
+    for m, first in enumerate(model.first):
         for part in (0, 1):
             torch.mm(x[m][:, first:], columns[m, part, first:], out=spectrum[m, part])
-    constant = job.log_prior - data.weight[some] @ job.power.T  # (b, k)
+    constant = model.log_prior - data.weight[some] @ model.power.T  # (b, k)
     spectrum[0, 0].view(b, s, -1, hands).add_(angles * constant[:, None, :, None])
-    table = (job.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
+    table = (model.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
     peak = table.amax(0)  # (b, s, k, h)
     best, place = peak.permute(0, 2, 1, 3).flatten(2).max(-1)  # (b, k)
     shift, hand = place // hands, place % hands
     row, column = torch.arange(b, device=x.device)[:, None], torch.arange(kh // hands)
     angle = table[:, row, shift, column.to(x.device), hand].argmax(0)
     top = best.amax(1)  # (b,)
-    back = _weights(table, peak, top, job, spectrum)
-    # Frequency 0 is the mean over angles.
+    back = _weights(table, peak, top, model, spectrum)
+    # Frequency 0 is the mean of the weights over angles.
     total = back[0, 0].view(b, s, -1, hands).sum((1, 3)) * angles  # (b, k)
     norm = total.sum(1).reciprocal().repeat_interleave(s)
-    for m, first in enumerate(job.first):
-        turned = (x[m][:, first:] * norm[:, None]).T
+    for m, first in enumerate(model.first):
+        scaled = (x[m][:, first:] * norm[:, None]).T
         for part in (0, 1):
-            gradient[m, part, first:] += turned @ back[m, part]
+            gradient[m, part, first:] += scaled @ back[m, part]
     sum_all = total.sum(1, keepdim=True)
     return sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle
 
 
-def _weights(table: Tensor, peak: Tensor, top: Tensor, job: _Job, out: Tensor) -> Tensor:
-    """(m, 2, b s, k h) sums over angles of exp(table - top) times the transform's waves.
+def _weights(table: Tensor, peak: Tensor, top: Tensor, model: _Model, out: Tensor) -> Tensor:
+    """(m, 2, b s, k h) Fourier sums over angles of the weights exp(table - top).
 
-    Only where (particle, shift, class, hand) matters at all: late in a climb that is little.
+    They are computed only for those (particle, shift, class, hand) that have weights above
+    `NEGLIGIBLE`: few, once the classes have settled.
 
     Args:
-        table: (a, b, s, k, h), overwritten; peak: (b, s, k, h) its maxima over angles.
-        top: (b,) its maxima.
+        table: (a, b, s, k, h) logits, overwritten.
+        peak: (b, s, k, h) maxima over angles.
+        top: (b,) maxima over everything.
+        model: for its inverse transform.
         out: (m, 2, b s, k h), overwritten and returned.
     """
     below = top[:, None, None, None]
@@ -222,27 +242,27 @@ def _weights(table: Tensor, peak: Tensor, top: Tensor, job: _Job, out: Tensor) -
     if 2 * len(counts) > flat.shape[1]:
         weights = table.sub_(below).flatten(1)
     else:
-        # Frequencies are sums of few columns then, and zero in the others.
+        # Only these columns have weights; the others become zero.
         weights = flat[:, counts] - below.expand_as(peak).flatten()[counts]
-    # Below the clamp nothing counts, and denormal numbers would cost tenfold.
+    # Smaller weights have no effect, and denormal numbers would take ten times as long.
     weights.clamp_(min=2 * NEGLIGIBLE).exp_()
     waves = out.flatten(0, 1).flatten(1)  # (2 m, b s k h)
     if weights.shape[1] == flat.shape[1]:
-        torch.mm(job.inverse.T, weights, out=waves)
+        torch.mm(model.inverse.T, weights, out=waves)
     else:
-        waves.zero_()[:, counts] = job.inverse.T @ weights
+        waves.zero_()[:, counts] = model.inverse.T @ weights
     return out
 
 
 def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
-    """(k, r) the power that features (k, r, m) have on every ring, in the product's units."""
-    twice = torch.full((classes.shape[-1],), 2.0, device=classes.device)
-    twice[0] = 1.0
+    """(k, r) power of features (k, r, m) on every ring: their product with themselves."""
+    twice = rings.frequency_weights(classes.real)
     return (torch.view_as_real(classes).square().sum(-1) * twice).sum(-1) / rings.n_angles
 
 
 def _columns(classes: Tensor, mirror: bool) -> Tensor:
-    """(k, r, m) complex -> (m, 2, 2 r, k h) real: right factors of real and imaginary parts."""
+    """Classes (k, r, m) complex as real matrices (m, 2, 2 r, k h): particles' rows times them are
+    the real and the imaginary part of the products with each class in each hand."""
     y = classes.permute(2, 1, 0)  # (m, r, k)
     re, im = y.real, y.imag
     hands = [torch.stack([torch.stack([re, im], 2), torch.stack([im, -re], 2)], 1)]
@@ -262,18 +282,17 @@ def _signal(gradient: Tensor, hands: int, angles: int) -> Tensor:
         sign = (1 - 2 * (torch.arange(len(g), device=g.device) % 2))[:, None, None]
         re = re + sign * (g[:, 0, :, 0, :, 1] - g[:, 1, :, 1, :, 1])
         im = im - sign * (g[:, 0, :, 1, :, 1] + g[:, 1, :, 0, :, 1])
-    # The derivative of irfft's sum is twice the weighted sum over angles, over a, but for m = 0.
-    scale = torch.full((len(g),), angles / 2.0, device=g.device)
-    scale[0] = angles
+    # irfft multiplies by the weights over a: undone, these are plain sums over angles.
+    scale = angles / rfft_weights(angles, g)[: len(g)]
     return (torch.complex(re, im) * scale[:, None, None]).permute(2, 1, 0)
 
 
 def _inverse_transform(frequencies: int, angles: int, device: torch.device) -> Tensor:
-    """(a, 2 m) the matrix of irfft with n = a from real and imaginary parts of m < a / 2."""
+    """(a, 2 m) matrix of irfft with a angles, from real and imaginary parts of m < a / 2
+    frequencies."""
     turn = torch.arange(angles, device=device)[:, None] * torch.arange(frequencies, device=device)
     turn = turn % angles * (2 * math.pi / angles)
-    scale = torch.full((frequencies,), 2.0 / angles, device=device)
-    scale[0] = 1.0 / angles
+    scale = rfft_weights(angles, turn)[:frequencies] / angles
     return torch.stack([turn.cos() * scale, -turn.sin() * scale], -1).flatten(1)
 
 
@@ -289,39 +308,37 @@ def add_sums(parts: Sequence[Sums]) -> Sums:
 
 
 def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
-    """Running sums: ``momentum`` of the old ones, each per particle, and the rest of the new."""
+    """Weighted mean of sums, ``momentum`` for the old and 1 - momentum for the new; the old are
+    first scaled to the number of particles of the new."""
     per = new.size.sum() / old.size.sum()
     return Sums(*(momentum * per * a + (1 - momentum) * b for a, b in zip(old, new, strict=True)))
 
 
 def join_classes(parts: Sequence[Sums]) -> Sums:
-    """The sums of several sets of classes, as of one."""
+    """The sums of several sets of classes as those of one set."""
     return Sums(*(torch.cat(of, 1) for of in zip(*parts, strict=True)))
 
 
 def maximise(sums: Sums, rings: FourierRings) -> Tensor:
-    """Class images from their sums: the Wiener filter of every class by its own half-sets.
+    """Class images from their sums, filtered by the FRC of their half-sets.
 
-    The least-squares image is signal / weight; each ring is then weighted by 2 FRC / (1 + FRC)
-    of the half-sets' images there (`frc.wiener_curve`), smoothed over three rings.
+    The least-squares image is signal / weight; each ring is then multiplied by `wiener_factors`
+    of the Fourier ring correlation of the half-sets' images.
 
     Returns:
         (k, r, m) complex features; zero for an empty class.
     """
     half = sums.signal / sums.weight.clamp(min=1e-6)[..., None]  # (2, k, r, m)
-    twice = torch.full((half.shape[-1],), 2.0, device=half.device)
-    twice[0] = 1.0
+    twice = rings.frequency_weights(half.real)
     cross = ((half[0].conj() * half[1]).real * twice).sum(-1)  # (k, r)
     power = (torch.view_as_real(half).square().sum(-1) * twice).sum(-1)  # (2, k, r)
     frc = cross / power.prod(0).sqrt().clamp(min=1e-20)
-    padded = torch.nn.functional.pad(frc[:, None], (1, 1), mode="replicate")
-    smooth = torch.nn.functional.avg_pool1d(padded, 3, stride=1)[:, 0].clamp(0, 0.999)
     images = sums.signal.sum(0) / sums.weight.sum(0).clamp(min=1e-6)[..., None]
-    return images * (2 * smooth / (1 + smooth))[..., None]
+    return images * wiener_factors(frc, HIGHEST_FRC)[..., None]
 
 
 def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
-    """Class features (k, r, m) on fewer rings as features on more: zero beyond."""
+    """Class features (k, r, m) on few rings as features on more rings, zero on the new ones."""
     longer = classes.new_zeros(len(classes), new.last, new.n_frequencies)
     longer[:, : old.last, : old.n_frequencies] = classes
     return longer * math.sqrt(new.n_angles / old.n_angles)

@@ -1,12 +1,13 @@
-"""Rings in Fourier space: shifts are phases there, and CTF and noise are weights of the rings.
+"""Features of images on rings in Fourier space, where shifts are phases and the CTF is a factor.
 
-The real inner product of two images whose support fits a disc is an integral over Fourier space,
+The inner product of two images that are zero outside a disc is an integral over Fourier space,
 here a sum over rings of integer radius (in 1/box) and angular frequencies m:
 
-    <x, y> = irfft_m( sum_r conj(X[r, m]) Y[r, m] )   at the angle zero,
+    <x, y> = irfft_m( sum_r conj(X[r, m]) Y[r, m] )   at angle zero.
 
-so that the features of this module obey `correlate.correlation_table`'s formula for turned and
-mirrored particles. Unlike `polar`'s they are not normalised: they keep the likelihood's units.
+At other angles, and for mirrored particles, the features X, Y obey the formula of
+`correlation.correlation_table`. Unlike the spectra of `polar` they are not normalised: products
+are in units of the log-likelihood.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cryoalign.images.fourier import rfft_weights
+
 
 @dataclass(frozen=True)
 class FourierRings:
-    """Rings 1 … last of the transform of a box.
+    """Rings 1 … last of the Fourier transform of a box.
 
     Attributes:
         size: box, pixels.
-        last: outermost ring, 1/box: the resolution limit is size / last pixels.
-        radius: of the images' support, pixels; ring r has no angular frequency above
+        last: outermost ring, 1/box; the resolution limit is size / last pixels.
+        radius: pixels, beyond which images are zero; ring r then has no angular frequency above
             2 pi r radius / size.
     """
 
@@ -42,33 +45,38 @@ class FourierRings:
 
     @property
     def n_frequencies(self) -> int:
-        """Angular frequencies kept, m = 0 … n_frequencies - 1."""
+        """Number of angular frequencies kept, m = 0 … n_frequencies - 1."""
         return math.ceil(2 * math.pi * self.last * self.radius / self.size) + 2
 
     @property
     def n_angles(self) -> int:
-        """Angles of the full circle: two to four per period of the highest frequency, 16 k."""
+        """Angles of the full circle, a multiple of 16: more than two per period of any m kept."""
         return 16 * math.ceil(2 * self.n_frequencies / 16)
 
+    def frequency_weights(self, like: Tensor) -> Tensor:
+        """(m,) `rfft_weights` of the angular frequencies kept; dtype and device as ``like``."""
+        return rfft_weights(self.n_angles, like)[: self.n_frequencies]
+
     def first_ring(self, m: int) -> int:
-        """The innermost ring that has angular frequency m."""
+        """The innermost ring that can have angular frequency m."""
         return max(1, math.ceil((m - 2) * self.size / (2 * math.pi * self.radius)))
 
     def to(self, last: int) -> FourierRings:
-        """The same with another outermost ring."""
+        """The same rings with another outermost one."""
         return FourierRings(self.size, last, self.radius)
 
 
 def half_circle(images: Tensor, rings: FourierRings) -> Tensor:
-    """The transform of images on half circles, exactly (no interpolation).
+    """The Fourier transform of images on half circles, computed exactly, without interpolation.
 
     Args:
-        images: (n, size, size) real, of any smaller box too if cropped in Fourier space by
-            a factor; positions are in pixels of ``rings.size``.
+        images: (n, box, box) real. The box may be smaller than ``rings.size`` if images were
+            cropped in Fourier space: their pixels are then larger.
+        rings: the half circles.
 
     Returns:
-        (n, r, a // 2) complex, sum over pixels v of x(v) exp(-2 pi i k v / size), v about the
-        centre, k = r (cos theta, sin theta).
+        (n, r, a // 2) complex, sum over pixels v of x(v) exp(-2 pi i k v / size), with v in pixels
+        of ``rings.size`` from the centre and k = r (cos theta, sin theta).
     """
     box = images.shape[-1]
     step = rings.size / box
@@ -78,7 +86,7 @@ def half_circle(images: Tensor, rings: FourierRings) -> Tensor:
     k = ring[:, None, None] * torch.stack([torch.cos(angle), torch.sin(angle)], -1)  # (r, a', 2)
     phase = (-2 * math.pi / rings.size) * k.reshape(-1, 2, 1) * place  # (r a', 2, v)
     wave = torch.polar(torch.ones_like(phase), phase)
-    # Row by row: first along x, a product for all, then along y, a sum for each point.
+    # First along x, one matrix product for all points, then along y, a sum for each point.
     along_x = images.to(wave.dtype) @ wave[:, 0].mT  # (n, y, r a')
     values = torch.einsum("nyp,py->np", along_x, wave[:, 1]) * step**2
     return values.reshape(len(images), rings.last, -1)
@@ -88,8 +96,9 @@ def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
     """Features of particles moved by trial shifts.
 
     Args:
-        polar: (n, r', a // 2) from `half_circle` with these angles, r' >= rings.last.
-        shifts: (s, 2) or (n, s, 2) pixels: the particle moved by +shift.
+        polar: (n, r', a // 2) of `half_circle`, r' >= rings.last, at these or more angles.
+        shifts: (s, 2) or (n, s, 2) pixels by which the particle is moved.
+        rings: of the features.
 
     Returns:
         (n, s, r, m) complex, scaled so that inner products are those of images.
@@ -107,15 +116,15 @@ def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
 def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
     """(..., r, m) features of half circles (..., r, a // 2).
 
-    With c_m the angular Fourier coefficients over the full circle, F(theta + pi) = conj F(theta),
-    the features are i^m c_m times the root of the ring's area: so mirrored images have
-    (-1)^m conj(X), as in real space.
+    With c_m the angular Fourier coefficients over the full circle, where F(theta + pi) =
+    conj F(theta), the features are i^m c_m times the square root of the ring's area. Mirrored
+    images then have features (-1)^m conj(X), as in real space.
     """
     half = moved.shape[-1]
     angles = 2 * half
     m = torch.arange(rings.n_frequencies, device=moved.device)
     angle = torch.arange(half, device=moved.device) * (2 * math.pi / angles)
-    # Even m see the real part of the half circle, odd m the imaginary part (times i).
+    # Even m depend on the real part of the half circle, odd m on the imaginary part (times i).
     wave = torch.polar(torch.ones(half, len(m), device=moved.device), -angle[:, None] * m)
     even = torch.view_as_real(wave[:, ::2].contiguous()).flatten(1)  # (a', m' 2)
     odd = torch.view_as_real(wave[:, 1::2].contiguous()).flatten(1)
@@ -125,14 +134,11 @@ def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
     spectrum[:, 1::2] = 1j * torch.view_as_complex((flat.imag @ odd).unflatten(1, (-1, 2)))
     spectrum = spectrum.reshape(*moved.shape[:-1], len(m))
     ring = torch.arange(1, rings.last + 1, device=moved.device)
-    # A mean over the circle, the ring's area in Fourier pixels, and irfft's 1 / n_angles undone.
+    # From the mean over the circle, the ring's area in Fourier pixels, and irfft's 1 / n_angles.
     scale = (2 * math.pi * ring * rings.n_angles).sqrt() * (2 / angles) / rings.size
     turn = torch.tensor([1, 1j, -1, -1j], device=moved.device)[m % 4]
-    alive = torch.tensor(
-        [[r >= rings.first_ring(f) for f in m.tolist()] for r in ring.tolist()],
-        device=moved.device,
-    )
-    return spectrum * (scale[:, None] * turn * alive)
+    first = torch.tensor([rings.first_ring(f) for f in m.tolist()], device=moved.device)
+    return spectrum * (scale[:, None] * turn * (ring[:, None] >= first))
 
 
 def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:
@@ -142,8 +148,7 @@ def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:
     ring = torch.arange(1, rings.last + 1, device=features.device)
     scale = (2 * math.pi * ring * angles).sqrt() * (2 / angles) / rings.size * (angles / 2)
     turn = torch.tensor([1, -1j, -1, 1j], device=features.device)[m % 4]
-    coefficient = features * turn / scale[:, None]
-    coefficient[..., 1:] *= 2
+    coefficient = features * turn / scale[:, None] * rings.frequency_weights(scale)
     angle = torch.arange(angles // 2, device=features.device) * (2 * math.pi / angles)
     wave = torch.polar(torch.ones_like(m * angle[:, None]), m * angle[:, None])  # (a', m)
     even = (coefficient[..., ::2] @ wave[:, ::2].T).real
@@ -154,10 +159,14 @@ def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:
 def move_features(
     features: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, rings: FourierRings
 ) -> Tensor:
-    """Features (n, r, m) of images moved by poses: shift (n, 2), turn, mirror, as a `Pose`.
+    """Features of images moved as by a `Pose`: shifted, rotated, mirrored.
 
     Args:
-        angle: (n,) radians; mirror: (n,) bool.
+        features: (n, r, m).
+        angle: (n,) radians.
+        shift: (n, 2) pixels.
+        mirror: (n,) bool.
+        rings: of the features.
     """
     polar = half_circle_of(features, rings)
     moved = ring_features(polar, shift[:, None], rings)[:, 0]  # (n, r, m)

@@ -1,10 +1,11 @@
-"""Features of particles that do not change if they are turned, and classes found by them.
+"""Features of particles that do not change when they are rotated, and groups found from them.
 
-The bispectrum of the steerable coefficients a_i (`steerable`), a_i a_j conj(a_k) over all triples
-with m_i + m_j = m_k, is the same for a particle turned by any angle, and the conjugate for its
-mirror image: real parts are even, imaginary parts odd (Zhao & Singer 2014). Shifts are taken out
-before, by `steerable.centre`. Moduli enter by a power below 1, so that the few strong coefficients
-do not drown the others, and principal components of even and odd parts keep what varies.
+The bispectrum of the steerable coefficients a_i (`steerable`) is a_i a_j conj(a_k) for all triples
+with m_i + m_j = m_k. A rotation of the particle does not change it, and the mirror image has its
+conjugate: real parts are even, imaginary parts odd (Zhao & Singer 2014). Particles are centred
+before, by `steerable.centre`. The moduli of the coefficients are raised to a power below 1, so
+that a few large ones do not prevail. The features are principal components of the even and the
+odd parts.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from cryoalign.methods.classify.fourier_rings import FourierRings
 from cryoalign.methods.classify.steerable import centre, coefficients, fit_model, spectra_about
 from cryoalign.methods.classify.whitening import Observations
 
-POWER = 0.6  # of the coefficients' moduli
-TRIPLES = 1500  # products kept, those of the largest expected modulus
+POWER = 0.6  # to which the coefficients' moduli are raised
+TRIPLES = 1500  # products kept, those with the largest expected modulus
 FEATURES = 200  # principal components kept
 NEIGHBOURS = 10  # of every particle in the graph
 CHUNK = 1024  # rows of the similarity matrix at a time
-SAMPLE = 10_000  # particles that seeds are looked for among, at most
+SAMPLE = 10_000  # particles that are grouped, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,8 @@ class Invariants:
 
     Attributes:
         values: (n, d) unit vectors.
-        odd: (d,) bool: which change their sign if the particle is mirrored.
-        shift: (n, 2) pixels, where the particles were centred.
+        odd: (d,) bool: features that change their sign when the particle is mirrored.
+        shift: (n, 2) pixels, by which the particles were moved to centre them.
     """
 
     values: Tensor
@@ -45,17 +46,17 @@ class Invariants:
     shift: Tensor
 
     def mirrored(self) -> Tensor:
-        """(n, d) the features of the mirror images."""
+        """(n, d) features of the mirror images."""
         return torch.where(self.odd, -self.values, self.values)
 
 
 class Seeds(NamedTuple):
-    """Groups of particles that look alike, to start classes from.
+    """Groups of similar particles, from which classes can start.
 
     Attributes:
-        label: (n,) int64 group of every particle; -1 where it was not looked at.
-        member: (k,) int64 the particle most like the others of its group.
-        shift: (n, 2) pixels, where particles were centred; 0 where not looked at.
+        label: (n,) int64 group of every particle; -1 if it was not in the sample.
+        member: (k,) int64 the particle of each group that is most similar to the others.
+        shift: (n, 2) pixels, by which particles were moved to centre them; 0 outside the sample.
     """
 
     label: Tensor
@@ -64,11 +65,12 @@ class Seeds(NamedTuple):
 
 
 def triples(frequency: Tensor, variance: Tensor, most: int) -> Tensor:
-    """(t, 3) indices i, j, k of coefficients with m_i <= m_j and m_i + m_j = m_k, no pair twice.
+    """(t, 3) indices i, j, k of coefficients with m_i <= m_j and m_i + m_j = m_k, without repeats.
 
     Args:
         frequency: (p,) int64.
-        variance: (p,); of more triples than ``most`` those with the largest product are kept.
+        variance: (p,).
+        most: triples kept at most, those with the largest product of variances.
     """
     order = torch.arange(len(frequency))
     i, j = torch.meshgrid(order, order, indexing="ij")
@@ -76,7 +78,7 @@ def triples(frequency: Tensor, variance: Tensor, most: int) -> Tensor:
     i, j = i[fits], j[fits]
     pair, k = (frequency[i] + frequency[j] == frequency[:, None]).T.nonzero().T
     found = torch.stack([i[pair], j[pair], k], 1)
-    # With m_i = 0 the roles of j and k can be exchanged: the conjugate.
+    # With m_i = 0, exchanging j and k gives the conjugate.
     found = found[(frequency[found[:, 0]] > 0) | (found[:, 1] <= found[:, 2])]
     if len(found) <= most:
         return found
@@ -85,7 +87,8 @@ def triples(frequency: Tensor, variance: Tensor, most: int) -> Tensor:
 
 
 def bispectrum(coefficients: Tensor, index: Tensor) -> Tensor:
-    """(n, t) products a_i a_j conj(a_k) of coefficients (n, p), moduli to the power `POWER`."""
+    """(n, t) products a_i a_j conj(a_k) of coefficients (n, p) for triples ``index`` (t, 3), with
+    moduli raised to `POWER`."""
     tiny = torch.finfo(coefficients.real.dtype).tiny
     a = coefficients * coefficients.abs().clamp(min=tiny) ** (POWER - 1)
     i, j, k = index.T
@@ -95,11 +98,12 @@ def bispectrum(coefficients: Tensor, index: Tensor) -> Tensor:
 def invariants(
     observations: Observations, rings: FourierRings, shifts: Tensor, seed: int = 0
 ) -> Invariants:
-    """Rotation-invariant features, on centred particles.
+    """Rotation-invariant features of particles, which are centred first.
 
     Args:
         observations: the particles.
-        rings: rings used, at most the observations': up to where single particles have signal.
+        rings: rings used, at most those of the observations; the last should be where the signal
+            of single particles ends.
         shifts: (s, 2) trial shifts of the centring, pixels.
         seed: of the randomised decomposition.
 
@@ -112,8 +116,8 @@ def invariants(
     index = triples(model.frequency, model.variance.cpu(), TRIPLES)
     if not len(index):
         raise ValueError(
-            f"{len(own)} particles differ by no more than noise on {rings.last} rings: there is "
-            "nothing to tell classes by; give more particles"
+            f"{len(own)} particles differ by no more than noise on {rings.last} rings, so that "
+            "they cannot be grouped; give more particles"
         )
     products = bispectrum(coefficients(spectra, weight, model), index.to(own.device))
     values, odd = _principal(products, seed)
@@ -122,8 +126,9 @@ def invariants(
 
 
 def _principal(products: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Scores (n, d) of even and odd parts on their principal components, and which are odd (d,)."""
-    from sklearn.utils.extmath import randomized_svd  # here: it takes long to import
+    """Scores (n, d) of products (n, t) on the principal components of their even and odd parts,
+    and (d,) whether each is odd."""
+    from sklearn.utils.extmath import randomized_svd  # here, because the import takes long
 
     scores, powers, odd = [], [], []
     for part, values in enumerate((products.real - products.real.mean(0), products.imag)):
@@ -137,47 +142,51 @@ def _principal(products: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def neighbours(features: Invariants, count: int, mirror: bool) -> tuple[Tensor, Tensor]:
-    """The particles most like each: cosines (n, count) and rows (n, count), best first.
+    """The particles most similar to each: cosines (n, count) and rows (n, count), best first.
 
     Args:
         features: of n > count particles.
-        count: how many.
-        mirror: whether mirrored particles are alike.
+        count: how many neighbours.
+        mirror: whether the mirror image of a similar particle is similar.
     """
-    values, other = features.values, features.mirrored()
+    values, other = features.values, features.mirrored() if mirror else None
     cosines, rows = [], []
     for start in range(0, len(values), CHUNK):
-        some = values[start : start + CHUNK]
-        alike = some @ values.T
-        if mirror:
-            alike = torch.maximum(alike, some @ other.T)
-        alike.diagonal(start).fill_(-torch.inf)
-        best = alike.topk(count, 1)
+        similarity = _similarity(values[start : start + CHUNK], values, other)
+        similarity.diagonal(start).fill_(-torch.inf)
+        best = similarity.topk(count, 1)
         cosines.append(best.values)
         rows.append(best.indices)
     return torch.cat(cosines), torch.cat(rows)
+
+
+def _similarity(some: Tensor, values: Tensor, mirrored: Tensor | None) -> Tensor:
+    """(b, n) cosines of features (b, d) with others (n, d), or with their mirror images (n, d) if
+    those are given and larger."""
+    cosines = some @ values.T
+    return cosines if mirrored is None else torch.maximum(cosines, some @ mirrored.T)
 
 
 def communities(cosines: Tensor, rows: Tensor, n_groups: int, seed: int = 0) -> Tensor:
     """(n,) groups of a neighbour graph by spectral clustering (Shi & Malik 2000).
 
     Args:
-        cosines: (n, count) similarities of neighbours; those below 0 count as hardly any.
+        cosines: (n, count) similarities of neighbours; negative ones are set to 1e-6.
         rows: (n, count) int64 the neighbours.
         n_groups: how many groups.
         seed: of eigenvectors and k-means.
     """
     n, count = rows.shape
     weight = cosines.clamp(min=1e-6).cpu().double().numpy().ravel()
-    # int32: all that scikit-learn takes.
-    from sklearn.cluster import SpectralClustering  # here: it takes long to import
+    from sklearn.cluster import SpectralClustering  # here, because the import takes long
 
+    # scikit-learn takes no other type than int32.
     source = np.repeat(np.arange(n, dtype=np.int32), count)
     target = rows.cpu().numpy().astype(np.int32).ravel()
     graph = csr_array((weight, (source, target)), shape=(n, n))
     method = SpectralClustering(n_groups, affinity="precomputed", random_state=seed)
     with warnings.catch_warnings():
-        # Views that no edge joins are what is hoped for.
+        # Views should not be connected.
         warnings.filterwarnings("ignore", "Graph is not fully connected")
         found = method.fit_predict(graph.maximum(graph.T))
     return torch.from_numpy(found).long()
@@ -192,21 +201,21 @@ def seeds_from_invariants(
     mirror: bool = True,
     seed: int = 0,
 ) -> Seeds:
-    """Groups of particles that look alike, found without aligning any.
+    """Groups of similar particles, found without aligning any.
 
-    Of more than `SAMPLE` particles a random sample is looked at.
+    At most `SAMPLE` particles, chosen at random, are grouped.
 
     Args:
         observations, rings, shifts: see `invariants`.
         n_groups: how many groups.
-        mirror: whether mirrored particles are of one group.
+        mirror: whether a particle and its mirror image belong to one group.
         seed: of the random choices.
 
     Returns:
         The groups; each has at least one member.
 
     Raises:
-        ValueError: not more particles than neighbours and groups; nothing to tell them by.
+        ValueError: no more particles than neighbours or groups; they differ by no more than noise.
     """
     n = len(observations)
     generator = torch.Generator().manual_seed(seed)
@@ -226,14 +235,11 @@ def seeds_from_invariants(
 
 
 def _medoids(features: Invariants, label: Tensor, mirror: bool) -> Tensor:
-    """(k,) of every group the particle whose cosines with the others sum to most."""
+    """(k,) the particle of every group with the largest sum of cosines with the others."""
     chosen = []
     for group in range(int(label.max()) + 1):
         members = (label == group).nonzero().squeeze(1)[:CHUNK]
         here = members.to(features.values.device)
-        some = features.values[here]
-        alike = some @ some.T
-        if mirror:
-            alike = torch.maximum(alike, some @ features.mirrored()[here].T)
-        chosen.append(members[int(alike.sum(1).argmax())])
+        some, other = features.values[here], features.mirrored()[here] if mirror else None
+        chosen.append(members[int(_similarity(some, some, other).sum(1).argmax())])
     return torch.stack(chosen)

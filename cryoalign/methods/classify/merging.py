@@ -1,11 +1,12 @@
-"""Merging classes that show the same view: Ward's criterion with alignment.
+"""Merging classes of the same view by Ward's (1963) criterion, with alignment of the classes.
 
-Two classes of sums N (signal) and D (weight) explain their members better apart than together by
+Two classes a and b have sums N (signal) and D (weight). If they are merged, the log-likelihood of
+their members falls by
 
     loss(a, b) = L(N_a, D_a) + L(N_b, D_b) - max over poses L(N_a + moved N_b, D_a + D_b),
 
-L(N, D) = sum_r |N|^2_r / (2 D_r) being the log-likelihood that the best class image gains. It is
-Ward's (1963) linkage, the distance being one between *views*: free of turn, shift and hand.
+where L(N, D) = sum_r |N|^2_r / (2 D_r) is the log-likelihood that the best class image gains. The
+maximum over poses makes the loss independent of rotation, shift and hand of the classes.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from cryoalign.methods.classify.fourier_rings import (
 )
 from cryoalign.runtime.threads import map_in_order, workers_for
 
-FINER = 4  # angles tried per angle of the E-step: averages are worth aligning exactly
+FINER = 4  # angles tried per angle of the E-step: averages are sharper than particles
 
 
-class Joint(NamedTuple):
-    """How a class lies on others: (j,) each."""
+class Merger(NamedTuple):
+    """The best merger of one class with each of j others."""
 
-    loss: Tensor  # of log-likelihood, were they one class
-    angle: Tensor  # radians, the pose that takes *them* onto this class
-    shift: Tensor  # (k, 2) pixels
-    mirror: Tensor
+    loss: Tensor  # (j,) of log-likelihood
+    angle: Tensor  # (j,) radians, of the pose that moves the *other* class onto this one
+    shift: Tensor  # (j, 2) pixels
+    mirror: Tensor  # (j,)
 
 
 def merge_classes(
     sums: Sums, rings: FourierRings, shifts: Tensor, n_classes: int, mirror: bool
 ) -> tuple[Sums, Tensor]:
-    """Merge the cheapest pair of classes, over and over, until ``n_classes`` are left.
+    """Merge the pair of classes with the least loss, again and again, until ``n_classes`` are left.
 
     Args:
         sums: of k classes.
-        rings: theirs.
-        shifts: (s, 2) pixels by which classes may lie apart.
+        rings: of the sums.
+        shifts: (s, 2) pixels by which the same view may differ in two classes.
         n_classes: how many to keep.
-        mirror: whether mirrored views are one view.
+        mirror: whether a view and its mirror image may be merged.
 
     Returns:
-        The sums of the classes left, and (k,) the new index of every old class.
+        The sums of the remaining classes, and (k,) the new index of every old class.
     """
     signal, weight, count = (total.clone() for total in sums)
     k = signal.shape[1]
@@ -60,14 +61,14 @@ def merge_classes(
     target = torch.arange(k, device=signal.device)
     moved = ring_features(half_circle_of(signal.sum(0), rings), shifts, rings)  # (k, s, r, m)
 
-    def row(a: int, others: Tensor) -> Joint:
-        return join(signal.sum(0), weight.sum(0), moved, a, others, shifts, rings, mirror)
+    def row(a: int, others: Tensor) -> Merger:
+        return best_mergers(signal.sum(0), weight.sum(0), moved, a, others, shifts, rings, mirror)
 
-    # Every pair once, from the side of its first; (k, k) tables.
+    # (k, k) tables with every pair once, in the row of its first class.
     later = [torch.arange(a + 1, k, device=signal.device) for a in range(k)]
     workers = workers_for(signal.device)
     rows = list(map_in_order(lambda a: row(a, later[a]), range(k - 1), workers))
-    pairs = Joint(*(_table_of(of, later, k) for of in zip(*rows, strict=True)))
+    pairs = Merger(*(_table_of(of, later, k) for of in zip(*rows, strict=True)))
     for _ in range(k - n_classes):
         place = int(pairs.loss.argmin())
         a, b = place // k, place % k
@@ -90,7 +91,7 @@ def merge_classes(
 
 
 def _table_of(rows: Sequence[Tensor], columns: Sequence[Tensor], k: int) -> Tensor:
-    """(k, k, ...) of rows that have some columns each; infinite elsewhere (False for hands)."""
+    """(k, k, ...) table from rows that have some columns each; elsewhere infinity, or False."""
     nothing = False if rows[0].dtype == torch.bool else torch.inf
     table = rows[0].new_full((k, k, *rows[0].shape[1:]), nothing)
     for a, row in enumerate(rows):
@@ -98,16 +99,15 @@ def _table_of(rows: Sequence[Tensor], columns: Sequence[Tensor], k: int) -> Tens
     return table
 
 
-def join(
+def best_mergers(
     signal: Tensor, weight: Tensor, moved: Tensor, a: int, others: Tensor, shifts: Tensor,
     rings: FourierRings, mirror: bool,
-) -> Joint:  # fmt: skip
-    """What other classes would lose in one class with class ``a``.
+) -> Merger:  # fmt: skip
+    """The best mergers of class ``a`` with each of ``others`` (j,).
 
     Args:
-        signal: (k, r, m); weight: (k, r) of all classes.
+        signal, weight: (k, r, m) and (k, r) of all classes.
         moved: (k, s, r, m) the signals moved by the shifts (s, 2).
-        others: (j,) the classes asked about.
     """
     power = class_power(signal, rings)
     weight = weight.clamp(min=1e-6)
@@ -115,11 +115,11 @@ def join(
     both = weight[a] + weight[others]  # (j, r)
     angles = FINER * rings.n_angles
     table = _table(moved[others], signal[a] / both[..., None], mirror, angles)  # (j, s, h, a)
-    table *= FINER  # irfft divides by its length, the features' scale is by the rings' own
+    table *= FINER  # irfft divides by ``angles``, but features are scaled for n_angles
     best, place = table.flatten(1).max(1)
     hands = table.shape[2]
     together = ((power[others] + power[a]) / both).sum(1) / 2 + best
-    return Joint(
+    return Merger(
         alone[a] + alone[others] - together,
         place % angles * (2 * torch.pi / angles),
         shifts[place // (angles * hands)],
@@ -128,7 +128,7 @@ def join(
 
 
 def _table(moved: Tensor, references: Tensor, mirror: bool, angles: int) -> Tensor:
-    """(k, s, h, a) products of moved (k, s, r, m) with each its reference (k, r, m)."""
+    """(k, s, h, a) products of each moved class (k, s, r, m) with its reference (k, r, m)."""
     same = torch.einsum("ksrm,krm->ksm", moved.conj(), references)
     spectra = [same]
     if mirror:

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from cryoalign.methods.classify.em_step import (
@@ -41,11 +38,11 @@ from cryoalign.methods.classify.resolution_level import (
     shift_grid,
     sums_over_ranks,
 )
+from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
-from cryoalign.runtime.settings import FORBID
 
 START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
 SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
@@ -53,93 +50,6 @@ SUBSET, SUBSET_STEPS = 8, 5  # particles per class of the first subset; steps at
 COARSEST, RISES = 0.6, 3  # the first resolution as a share of the start's; resolutions
 MOMENTUM = 0.5  # share of the sums that a subset leaves of those before
 FEWEST = 8  # members per child of a class that is split
-
-
-@dataclass(frozen=True, config=FORBID)
-class Likelihood:
-    """How classes are found by likelihood: the section ``likelihood`` of the settings.
-
-    Attributes:
-        start: where the first classes come from: `singles` from random particles by expectation
-            maximisation over all particles; `stochastic` by steps on random subsets that grow;
-            `invariants` from groups of particles that look alike before any is aligned.
-        starts: number of independent starts, of which the likeliest goes on.
-        surplus: classes to start with, per class asked.
-        split: number of parts that every class is split into.
-        cycles: cycles of splitting and merging at a resolution, at most: the first that does not
-            raise the likelihood is the last.
-        start_detail, end_detail: resolution of the start and of the end, in periods across the
-            particle's diameter.
-    """
-
-    start: Literal["singles", "stochastic", "invariants"] = Field(
-        default="singles",
-        description="singles: from random particles; stochastic: by growing random subsets; "
-        "invariants: from groups by rotation-invariant features",
-    )
-    starts: int = Field(default=1, ge=1, description="independent starts; the likeliest goes on")
-    surplus: float = Field(default=1.5, ge=1, description="classes to start with per class asked")
-    split: int = Field(default=3, ge=2, description="parts that every class is split into")
-    cycles: int = Field(
-        default=4, ge=0, description="cycles of splitting and merging, while they gain"
-    )
-    start_detail: float = Field(
-        default=8.0, gt=1, description="resolution at the start, periods across the particle"
-    )
-    end_detail: float = Field(
-        default=11.2, gt=1, description="resolution at the end, periods across the particle"
-    )
-
-    def __post_init__(self) -> None:
-        if self.end_detail < self.start_detail:
-            raise ValueError(
-                f"likelihood.end_detail {self.end_detail:g} is coarser than start_detail "
-                f"{self.start_detail:g}: make it as large at least"
-            )
-
-
-@plain_dataclass(frozen=True)
-class Plan:
-    """The settings in the units of the prepared images.
-
-    Attributes:
-        likelihood: the settings.
-        n_classes: number of classes asked.
-        radius: of the particle, pixels.
-        max_shift: how far off centre a particle may be, pixels.
-        mirror: whether mirrored particles are tried.
-        size: box, pixels.
-    """
-
-    likelihood: Likelihood
-    n_classes: int
-    radius: float
-    max_shift: float
-    mirror: bool
-    size: int
-
-    def __post_init__(self) -> None:
-        room = self.size / 2 - 1
-        if self.size < 16 or self.radius > room:
-            raise ValueError(
-                f"a particle of radius {self.radius:g} px leaves no background in a box of "
-                f"{self.size} px: particle.radius can be at most {room:g} px, of a box of 16 px "
-                "at least"
-            )
-
-    def ring(self, detail: float) -> int:
-        """The Fourier ring of so many periods across the particle."""
-        most = self.size // 2 - 1
-        return min(max(3, round(detail * self.size / (2 * self.radius))), most)
-
-    @property
-    def levels(self) -> list[tuple[int, float, float]]:
-        """Last ring, largest shift and step of the trial shifts of every level: wide and coarse,
-        then narrow and fine about what was found."""
-        start, end = self.ring(self.likelihood.start_detail), self.ring(self.likelihood.end_detail)
-        wide = 2.0 if self.max_shift >= 2 else 1.0
-        middle = round((start + end) / 2)
-        return [(start, self.max_shift, wide), (middle, 1.0, 1.0), (end, 1.0, 0.5)]
 
 
 class _Rest(NamedTuple):

@@ -1,16 +1,16 @@
-"""Steerable principal components: what particles have in common however they are turned.
+"""Steerable principal components: a model of particles that does not depend on their rotation.
 
-If particles come turned (and mirrored) at random, the covariance of their Fourier rings falls
-apart into one real matrix over rings for every angular frequency (Zhao, Shkolnisky & Singer
-2016). Here it is measured with CTF and noise in the model (Bhamre, Zhang & Singer 2016): with
-x = q y + noise of variance a q the features of a particle (`observations`: q the ring means of
-CTF^2 / noise, a the number of angles),
+If particles are rotated (and mirrored) at random, the covariance of their Fourier rings consists
+of one real matrix over rings for every angular frequency m (Zhao, Shkolnisky & Singer 2016). Here
+it is estimated with CTF and noise in the model (Bhamre, Zhang & Singer 2016). With x = q y + noise
+of variance a q the features of a particle (`whitening`: q are the ring means of CTF^2 / noise, and
+a is the number of angles),
 
-    C_m = (sum x x^H - a diag(sum q)) / sum q q^T,
+    C_m = (sum x x^H - a diag(sum q)) / sum q q^T.
 
-and a particle's coefficients are the means of their posterior under that Gaussian model. The same
-model tells without any reference how likely a trial shift is: `centre` finds for every particle
-the shift that makes it most like the others, turned at random.
+The coefficients of a particle are the means of their posterior under this Gaussian model. The
+model also gives the likelihood of a trial shift without any reference: `centre` finds for every
+particle the shift at which it resembles the others, rotated at random, most.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
 from cryoalign.methods.classify.whitening import Observations
 
-CHUNK = 128  # particles whose trial shifts are alive at a time
-ROUNDS = 2  # of centring on the model and modelling what is centred
+CHUNK = 128  # particles at a time whose features at all trial shifts are in memory
+ROUNDS = 2  # of fitting the model to centred particles and centring them by it
 
 
 class Components(NamedTuple):
@@ -33,10 +33,10 @@ class Components(NamedTuple):
 
     Attributes:
         frequency: m.
-        first: the innermost ring that has it, counted from 0.
+        first: index, from 0, of the innermost ring that can have it.
         variance: (p,) of the coefficients.
-        vectors: (r - first, p) real features of the components; of a typical particle each has
-            the noise's variance.
+        vectors: (r - first, p) real features of the components, scaled so that the noise of a
+            typical particle has variance 1 in each coefficient.
     """
 
     frequency: int
@@ -47,12 +47,12 @@ class Components(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SteerableModel:
-    """A Gaussian model of particles on rings that is the same for turned and mirrored ones.
+    """A Gaussian model of particles on rings that rotations and mirroring do not change.
 
     Attributes:
         rings: its rings.
-        mean: (r,) real features of the mean, all of frequency 0.
-        components: of every frequency that has any beyond noise.
+        mean: (r,) real features of the mean, which has frequency 0 only.
+        components: of every frequency with a variance above that of noise.
     """
 
     rings: FourierRings
@@ -61,19 +61,19 @@ class SteerableModel:
 
     @property
     def frequency(self) -> Tensor:
-        """(p,) int64 the angular frequency of every coefficient."""
+        """(p,) int64 angular frequency of every coefficient."""
         counts = torch.tensor([len(c.variance) for c in self.components], dtype=torch.int64)
         each = torch.tensor([c.frequency for c in self.components], dtype=torch.int64)
         return each.repeat_interleave(counts)
 
     @property
     def variance(self) -> Tensor:
-        """(p,) the variance of every coefficient."""
+        """(p,) variance of every coefficient."""
         return torch.cat([self.mean[:0], *(c.variance for c in self.components)])
 
 
 def mean_only(spectra: Tensor, weight: Tensor, rings: FourierRings) -> SteerableModel:
-    """`fit_model` without components: the mean over all particles and turns."""
+    """`fit_model` without components: the mean over all particles and rotations."""
     return SteerableModel(rings, spectra[..., 0].real.sum(0) / weight.sum(0), [])
 
 
@@ -83,15 +83,15 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
     Args:
         spectra: (n, r, m) complex features x, already multiplied by their CTF over the noise.
         weight: (n, r) ring means q of CTF^2 / noise.
-        rings: theirs.
+        rings: of the features.
 
     Returns:
-        The model. Its components are those whose variance exceeds what noise alone would show in
-        a sample of n (the edge of Marchenko & Pastur 1967).
+        The model. Its components are those whose variance exceeds the largest that noise alone
+        would have in a sample of n (the edge of Marchenko & Pastur 1967).
     """
     noise = rings.n_angles
     mean = mean_only(spectra, weight, rings).mean
-    scale = (weight.mean(0) / noise).sqrt()  # (r,) of features to units of the noise
+    scale = (weight.mean(0) / noise).sqrt()  # (r,) features times this have noise of variance 1
     components = []
     for m in range(rings.n_frequencies):
         first = rings.first_ring(m) - 1
@@ -103,7 +103,7 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
         moment = (x.mH @ x).real - noise * torch.diag(q.sum(0))
         covariance = s[:, None] * (moment / (q.mT @ q)) * s
         variance, vectors = torch.linalg.eigh(covariance.double())
-        ratio = len(s) / (len(x) if m else len(x) / 2)  # frequency 0 is real: half the numbers
+        ratio = len(s) / (len(x) if m else len(x) / 2)  # frequency 0 is real: half as many numbers
         beyond = variance > 2 * ratio**0.5 + ratio
         if beyond.any():
             variance, vectors = variance[beyond].flip(0), vectors[:, beyond].flip(1)
@@ -112,27 +112,32 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
 
 
 def coefficients(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Tensor:
-    """(n, p) complex posterior means of the coefficients of particles (n, r, m).
+    """(n, p) complex posterior means of the coefficients of particles.
 
-    Turning a particle by phi multiplies those of frequency m by exp(-i m phi); mirroring makes
-    them (-1)^m times their conjugates.
+    A rotation by phi multiplies those of frequency m by exp(-i m phi). Those of the mirrored
+    particle are (-1)^m times the conjugates.
+
+    Args:
+        spectra: (n, r, m) features.
+        weight: (n, r).
+        model: the model.
     """
     found = [_posterior(spectra[:, None], weight, model, each)[1] for each in model.components]
     return torch.cat([spectra.new_zeros(len(spectra), 1, 0), *found], 2)[:, 0]
 
 
 def log_likelihood(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Tensor:
-    """(n, s) log-likelihood of particles at trial shifts, up to a constant of each particle.
+    """(n, s) log-likelihood of trial shifts, up to a constant for each particle.
 
     Args:
-        spectra: (n, s, r, m) features about every shift.
+        spectra: (n, s, r, m) features of the particle moved by every shift.
         weight: (n, r).
         model: the model.
     """
     total = (spectra[..., 0].real @ model.mean) / model.rings.n_angles
     for each in model.components:
         linear, mean = _posterior(spectra, weight, model, each)
-        # A frequency above 0 stands for two of the real image's.
+        # A frequency m above 0 stands for m and -m of the real image.
         share = 1.0 if each.frequency else 0.5
         total = total + share * (linear.real * mean.real + linear.imag * mean.imag).sum(-1)
     return total
@@ -141,7 +146,8 @@ def log_likelihood(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Te
 def _posterior(
     spectra: Tensor, weight: Tensor, model: SteerableModel, part: Components
 ) -> tuple[Tensor, Tensor]:
-    """Linear terms and posterior means of a frequency's coefficients, (n, s, p) complex each."""
+    """Linear terms of the log-likelihood and posterior means of the coefficients of one frequency,
+    (n, s, p) complex each."""
     noise = model.rings.n_angles
     q = weight[:, part.first :]
     x = spectra[:, :, part.first :, part.frequency]
@@ -157,15 +163,15 @@ def _posterior(
 
 
 def centre(observations: Observations, rings: FourierRings, shifts: Tensor) -> Tensor:
-    """(n, 2) for every particle the trial shift likeliest under a model of all of them.
+    """(n, 2) the most likely trial shift of every particle under a model of all of them.
 
-    First under their mean, turned about the centre; then, `ROUNDS` times, under the components of
-    what is centred so far. What is centred is not the particle's centre of mass but whatever point
-    particles of one view agree on, which is what classes need.
+    The first model is the mean over all particles and rotations. Then, `ROUNDS` times, a model
+    with components is fitted to the particles as centred so far. The centre found is not the
+    particle's centre of mass, but a point on which the particles of a view agree.
 
     Args:
         observations: the particles.
-        rings: the rings used, at most the observations'.
+        rings: the rings used, at most those of the observations.
         shifts: (s, 2) trial shifts, pixels.
     """
     own = shifts.new_zeros(len(observations), 2)

@@ -1,8 +1,8 @@
-"""Particles as the likelihood wants them: multiplied by their CTF, divided by the noise's power.
+"""Particles for the likelihood: multiplied by their CTF and divided by the noise's power.
 
-With x a particle, H its CTF and N the noise spectrum, <H x / N, y> - sum H^2 |y|^2 / (2 N) is the
-log-likelihood of a class image y up to a constant. The first term needs only H x / N, the second
-only the ring means of H^2 / N where y is summed over rings.
+With x a particle, H its CTF and N the noise's power spectrum, the log-likelihood of a class image
+y is <H x / N, y> - sum H^2 |y|^2 / (2 N), up to a constant. The first term needs H x / N, the
+second only the means of H^2 / N on rings.
 """
 
 from __future__ import annotations
@@ -14,27 +14,33 @@ import torch
 from torch import Tensor
 
 from cryoalign.images.ctf import Optics, ctf_2d
-from cryoalign.images.fourier import ring_index
+from cryoalign.images.fourier import (
+    crop_spectrum,
+    rfft_weights,
+    shell_count,
+    shell_index,
+    shell_sums,
+)
 from cryoalign.images.masks import background, soft_mask
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 NOISE_SAMPLE = 1000  # particles that the noise spectrum is measured on
-CHUNK = 256
-EDGE = 4.0  # px, soft edge of masks
+CHUNK = 256  # particles at a time
+EDGE = 4.0  # width of the masks' soft edge, px
 
 Read = Callable[[Tensor], Tensor]
-"""Images (b, size, size) of members (b,)."""
+"""Reads the images (b, size, size) of rows (b,)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """n particles on Fourier rings, ready for any band up to ``rings.last``.
+    """n particles on Fourier rings, whitened; usable up to any ring of these.
 
     Attributes:
         polar: (n, r, a // 2) complex half circles of H x / N.
-        weight: (n, r) ring means of H^2 / N.
-        rings: theirs.
+        weight: (n, r) means of H^2 / N on each ring.
+        rings: all of them.
     """
 
     polar: Tensor
@@ -46,18 +52,19 @@ class Observations:
 
 
 def noise_spectrum(images: Tensor, radius: float) -> Tensor:
-    """(shells,) power of the noise on every ring, from the images' background.
+    """(shells,) power of the noise on every shell, from the images' background.
 
     Args:
         images: (n, size, size).
-        radius: pixels beyond it are background.
+        radius: pixels; all beyond it is background.
 
     Returns:
-        Mean of |transform|^2 / pixels per component, 1 for white noise of variance 1. The two
-        innermost rings, which the background's shape blurs most, are the third's.
+        Mean of |transform|^2 / pixels over the components of each shell, 1 for white noise of
+        variance 1. Shells 0 and 1, which the shape of the background blurs most, have the value
+        of shell 2.
 
     Raises:
-        ValueError: no background beyond ``radius``.
+        ValueError: fewer than 16 pixels lie beyond ``radius``.
     """
     size = images.shape[-1]
     background(size, radius, images.device)
@@ -65,13 +72,12 @@ def noise_spectrum(images: Tensor, radius: float) -> Tensor:
     mean = (images * hole).sum((1, 2)) / hole.sum()
     beyond = (images - mean[:, None, None]) * hole
     power = torch.fft.rfft2(beyond, norm="ortho").abs().square().mean(0) / hole.square().mean()
-    ring = ring_index(size, images.device).flatten()
-    twice = torch.full_like(power, 2.0)
-    twice[:, 0] = 1.0
-    count = power.new_zeros(int(ring.max()) + 1).index_add(0, ring, twice.flatten())
-    shells = torch.zeros_like(count).index_add(0, ring, (power * twice).flatten()) / count
+    shell = shell_index(size, images.device)
+    twice = rfft_weights(size, power).expand_as(power)
+    sums, count = (shell_sums(x, shell, shell_count(size)) for x in (power * twice, twice))
+    shells = sums / count
     shells[:2] = shells[2]
-    # A background without noise: its floor keeps the likelihood finite.
+    # The lower bound keeps the likelihood finite if the background has no noise.
     return shells.clamp(min=1e-6 * float(images.var()) + 1e-12)
 
 
@@ -79,55 +85,41 @@ def observe(
     read: Read, n: int, size: int, optics: Optics | None, last_ring: int, radius: float,
     max_shift: float, rows: slice = slice(None),
 ) -> Observations:  # fmt: skip
-    """Read particles once.
+    """Read particles and whiten them.
 
     Args:
-        read: gives images, background zero, of rows (b,); several threads may ask it.
-        n: how many there are; the noise is measured on some of all of them.
-        size: their box, pixels.
-        optics: of all of them; None is a CTF of 1.
+        read: reads images with a background of zero; called by several threads.
+        n: number of particles; the noise is measured on a sample of all of them.
+        size: box of the images, pixels.
+        optics: of the n particles; None is a CTF of 1.
         last_ring: resolution limit, 1/box.
         radius: of the particle, pixels.
-        max_shift: how far off centre particles may be, pixels.
-        rows: which of the n to observe.
+        max_shift: largest distance of a particle from the centre of its box, pixels.
+        rows: those of the n particles that are whitened.
     """
     sample = read(torch.arange(0, n, max(1, n // NOISE_SAMPLE)))
     device = sample.device
-    room = size / 2 - 2  # background needs corners at least
-    spectrum = noise_spectrum(sample, min(radius + EDGE, room))
-    ring = ring_index(size, device)
-    noise = spectrum[ring]
+    room = size / 2 - 2  # leaves at least the corners as background
+    shell = shell_index(size, device)
+    noise = noise_spectrum(sample, min(radius + EDGE, room))[shell]
     reach = min(radius + max_shift, size / 2 - EDGE)
     rings = FourierRings(size, last_ring, reach)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
     mask = soft_mask(box, reach * box / size, EDGE * box / size, device)
-    inside = ring <= last_ring
-    select = ring[inside] - 1  # -1, the mean, is dropped below
-    count = torch.bincount(select.clamp(min=0), minlength=last_ring).to(noise)
-    count[0] -= 1
+    # Neither shell 0, the mean, nor shells beyond the last ring count.
+    count = shell_sums(torch.ones_like(noise), shell, last_ring + 2)[1:-1]
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
         transfer = torch.ones_like(noise)[None] if optics is None else ctf_2d(optics[rows], size)
         transfer = transfer.to(device)
         spectra = torch.fft.rfft2(torch.fft.ifftshift(read(rows), dim=(-2, -1)))
-        small = torch.fft.irfft2(_crop(spectra * (transfer / noise), box), s=(box, box))
+        factor = transfer / noise
+        cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
+        small = torch.fft.irfft2(cropped, s=(box, box))
         small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
-        power = (transfer.square() / noise)[:, inside].expand(len(rows), -1)
-        keep = select >= 0
-        mean = power.new_zeros(len(rows), last_ring).index_add(1, select[keep], power[:, keep])
-        return half_circle(small * mask, rings), mean / count
+        power = shell_sums(transfer.square() / noise, shell, last_ring + 2)[:, 1:-1]
+        return half_circle(small * mask, rings), (power / count).expand(len(rows), -1)
 
     parts = list(map_in_order(part, torch.arange(n)[rows].split(CHUNK), workers_for(device)))
     polar, weight = (torch.cat(of) for of in zip(*parts, strict=True))
     return Observations(polar, weight, rings)
-
-
-def _crop(spectra: Tensor, box: int) -> Tensor:
-    """The low frequencies of rfft2's (n, size, size // 2 + 1) for an even box, Nyquist zero."""
-    if spectra.shape[-2] == box:
-        return spectra
-    half = box // 2
-    low = torch.cat([spectra[:, :half], spectra[:, -half:]], 1)[:, :, : half + 1].clone()
-    low[:, half] = 0
-    low[:, :, half] = 0
-    return low

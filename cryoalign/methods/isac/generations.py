@@ -8,18 +8,15 @@ of the next pass. A class with enough stable members is accepted.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from cryoalign.images.fourier import filter_shells, fourier_resize, low_pass_curve
+from cryoalign.images.fourier import filter_shells, fourier_resize, fourier_shrink, low_pass_curve
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked
 from cryoalign.methods.assignment import assign_equal
@@ -35,112 +32,19 @@ from cryoalign.methods.isac.realignment import (
     scaled,
     scores_at,
 )
+from cryoalign.methods.isac.settings import Isac, Scale
 from cryoalign.methods.isac.stability import common_frame, core_members, mean_pose, pixel_errors
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles, Progress
-from cryoalign.particles.settings import Box, Particle
+from cryoalign.particles.settings import Particle
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
-from cryoalign.runtime.settings import FORBID
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.coarse_to_fine import reduce
 
 SHARING = 8  # iterations of sharing out, at most, in a pass
 RESTED = 0.02  # share of particles that change class below which it is at rest
 AGREE, RISING = 0.5, 0.05  # stable members are found: so alike to the pass before, rising no more
 KICK, EVERY = 90.0, 4  # degrees that angles are rounded to, every so many iterations
-
-
-@dataclass(frozen=True, config=FORBID)
-class Isac:
-    """What a stable class is, and how it is looked for: the section ``isac`` of the settings.
-
-    Attributes:
-        images_per_group: number of particles that a class is given; the number of classes of a
-            generation is that of its particles divided by this.
-        min_group_size: stable members that a class needs; None is 0.3 of `images_per_group`.
-        threshold: pixel error below which a particle is stable, pixels of the shrunk images.
-        core: a stable particle whose score is so many standard deviations below the median of its
-            class is left out; this catches noise among real particles. None leaves none out.
-        runs: number of independent realignments of every class.
-        passes: passes of assigning particles to classes and realigning, at most, in a generation.
-        target_radius: radius that particles are shrunk to, pixels; smaller ones stay as they are.
-        prealign: iterations, at most, of the alignment that centres particles; 0 for none.
-        start: first references of a generation: random particles, or classes by likelihood.
-        slack: how far classes may be from equal size, as a share of it.
-        repeats: number of independent runs of everything. The first is the result; the others
-            show how much of it is found again.
-    """
-
-    images_per_group: int = Field(default=200, ge=4, description="particles that a class is given")
-    min_group_size: int | None = Field(
-        default=None, ge=2, description="stable members a class needs; null: 0.3 of the group"
-    )
-    threshold: float = Field(
-        default=0.7, gt=0, description="pixel error below which a particle is stable, px (shrunk)"
-    )
-    core: float | None = Field(
-        default=3.0,
-        gt=0,
-        description="deviations below its class's median score at which a "
-        "stable particle is left out; null: none is",
-    )
-    runs: int = Field(default=5, ge=2, description="independent realignments of every class")
-    passes: int = Field(default=4, ge=1, description="passes of a generation, at most")
-    target_radius: int = Field(
-        default=29, ge=8, description="radius that particles are shrunk to, px"
-    )
-    prealign: int = Field(default=14, ge=0, description="iterations of centring, at most")
-    start: Literal["random", "likelihood"] = Field(
-        default="random", description="first references of a generation"
-    )
-    slack: float = Field(default=0.5, ge=0, description="how far from equal size classes may be")
-    repeats: int = Field(
-        default=1, ge=1, description="independent runs; more than one show what is found again"
-    )
-
-    def __post_init__(self) -> None:
-        if self.least > self.images_per_group * (1 + self.slack):
-            raise ValueError(
-                f"isac.min_group_size {self.least} is above isac.images_per_group "
-                f"{self.images_per_group}, so that no class could be accepted: make it smaller"
-            )
-
-    @property
-    def least(self) -> int:
-        """Stable members that a class needs."""
-        return self.min_group_size or max(2, math.ceil(0.3 * self.images_per_group))
-
-
-class Scale(NamedTuple):
-    """Lengths in pixels of the shrunk images."""
-
-    size: int
-    factor: float  # prepared pixels to one of these
-    last_ring: int
-    max_shift: float
-
-
-def scale_of(isac: Isac, particle: Particle, box: Box) -> Scale:
-    """The shrunk images of the prepared ones.
-
-    Raises:
-        ValueError: the particle and its shifts do not fit the box.
-    """
-    size, reach = box.size, particle.max_shift_in(box)
-    room = (size - 1) // 2 - math.ceil(reach)
-    radius = particle.radius_in(box) or min(0.4 * size, room)
-    if not 4 <= radius <= room:
-        raise ValueError(
-            f"a particle of radius {radius:g} px that may be {reach:g} px off centre does not fit "
-            f"a box of {size} px: use a particle.radius from 4 to {room} px, or a smaller "
-            "particle.max_shift"
-        )
-    small = max(16, math.ceil(size * min(1.0, isac.target_radius / radius)))
-    small = min(small, size)
-    factor = size / small
-    last = min(round(radius / factor), (small - 1) // 2 - math.ceil(reach / factor))
-    return Scale(small, factor, last, reach / factor)
 
 
 @plain_dataclass(frozen=True, eq=False)
@@ -222,7 +126,7 @@ def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
             break
         if (i + 1) % EVERY == 0:
             pose = replace(pose, angle=(pose.angle / KICK).round() * KICK)
-    return pose.shift * particles.screen.factor
+    return pose.shift * particles.coarse.factor
 
 
 class Generation(NamedTuple):
@@ -288,9 +192,9 @@ def _start(work: Work, particles: Pyramid, k: int, generator: torch.Generator) -
             seed=seed, device=str(low.images.device), progress=work.particles.progress,
         )  # fmt: skip
         averages = found.filtered_averages().to(low.images.device)
-        return masked(reduce(averages, low.images.shape[-1]), low.mask)
+        return masked(fourier_shrink(averages, low.images.shape[-1]), low.mask)
     chosen = torch.randperm(len(particles), generator=generator)[:k]
-    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.screen.factor)
+    curve = low_pass_curve(low.images.shape[-1], LOW_PASS * particles.coarse.factor)
     images = low.images[chosen.to(low.images.device)]
     return masked(filter_shells(images, curve.to(images.device)), low.mask)
 
@@ -331,7 +235,7 @@ def _stable_references(
     """(k, t, t) averages of stable members, or of all where those are too few for half-sets."""
     enough = torch.bincount(label[stable], minlength=k) >= 4 * TRUSTED
     used = torch.where(stable | ~enough[label], label, -1)
-    low = scaled(pose, 1 / particles.screen.factor)
+    low = scaled(pose, 1 / particles.coarse.factor)
     return references_of(particles.low, particles.half, used, low, k, particles.averaging)[0]
 
 

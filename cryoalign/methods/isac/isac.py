@@ -17,79 +17,34 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings
-from cryoalign.methods.base import Method, OnStep, align
+from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.isac.generations import (
-    Isac,
     Work,
     accept,
     centre_particles,
     centred_pyramid,
     generation,
-    scale_of,
 )
 from cryoalign.methods.isac.ordering import order_averages
+from cryoalign.methods.isac.settings import Isac, scale_of
 from cryoalign.methods.isac.stability import match_classes, reproducibility
 from cryoalign.methods.references import find_all
 from cryoalign.methods.state import State, pose_tensors
-from cryoalign.particles.prepare import PreparedParticles, Progress
-from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
 from cryoalign.pose import Found, compose
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.averages import Averaging, class_sums, filtered_averages
 from cryoalign.results.evidence import Scope, trials_of
-from cryoalign.results.quality import Quality, conclude
+from cryoalign.results.quality import conclude
 from cryoalign.runtime.arrays import Array
 from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
 UNSTABLE = "in no stable class"
-
-
-def classify_stable(
-    particles: Stack | Array | PreparedParticles,
-    *,
-    optics: Optics | None = None,
-    particle: Particle | None = None,
-    isac: Isac | None = None,
-    images: Images | None = None,
-    averaging: Averaging | None = None,
-    quality: Quality | None = None,
-    iterations: int = 20,
-    seed: int = 0,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> StableClasses:
-    """Find classes whose members' poses are the same whenever they are aligned anew.
-
-    The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
-
-    Args:
-        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
-            `prepare` made ready.
-        optics: CTFs of the particles of an array; those of a stack come from its STAR file.
-        particle, isac, averaging, quality, iterations, seed: see `StableClassification`.
-        images, device: how and where particles are prepared, unless they are.
-        resume, on_step, progress: see `base.align`. A step is a generation.
-
-    Returns:
-        The `StableClasses`.
-
-    Raises:
-        ValueError: anything that does not fit, or several processes, before work starts; or no
-            class is stable.
-    """
-    method = StableClassification(
-        particle=particle or Particle(), quality=quality or Quality(), seed=seed,
-        isac=isac or Isac(), averaging=averaging or Averaging(), iterations=iterations,
-    )  # fmt: skip
-    prepared = method.prepared(particles, images, device, progress, optics)
-    return StableClasses(align(method, prepared, resume=resume, on_step=on_step, progress=progress))
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,6 +252,24 @@ class StableClassification(Method):
         label = state["label"]
         generation[particles.rows[label >= 0]] = born[label[label >= 0]]
         return pd.DataFrame({"generation": generation.numpy(), "pixel_error": error.numpy()})
+
+
+@shows_settings(StableClassification)
+def classify_stable(particles: Stack | Array | PreparedParticles, **settings: Any) -> StableClasses:
+    """Find classes whose members' poses are the same whenever they are aligned anew.
+
+    The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
+
+    Args:
+        particles: as for `align_multi_reference`.
+        settings: those of `StableClassification`, and the arguments of `base.align`. A step is a
+            generation.
+
+    Raises:
+        ValueError: anything that does not fit, or several processes, before work starts; or no
+            class is stable.
+    """
+    return StableClasses(align_with(StableClassification, particles, **settings))
 
 
 def _class_means(values: Tensor, label: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class averages in an order in which neighbours look alike, and turned onto each other."""
+"""Class averages in an order in which neighbours are similar, rotated onto each other."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cryoalign.search.settings import Search
 
 
 def order_averages(averages: Tensor, search: Search) -> tuple[Tensor, Pose]:
-    """The order of the shortest path through all averages, and how each lies in the first's frame.
+    """The order of the shortest path through all averages, and their poses on the first.
 
-    The distance of two averages is one less their best correlation coefficient. Averages are
-    turned and mirrored along the path, each onto the one before, but not moved: each stays centred
-    as its members are.
+    The distance of two averages is 1 minus their largest correlation coefficient. Along the path,
+    each average is rotated and mirrored onto the one before. It is not moved, so that it stays
+    centred as its members are.
 
     Args:
         averages: (k, size, size), masked.
-        search: the poses tried between two of them.
+        search: the poses tried between two averages.
 
     Returns:
-        order (k,), indices into averages; pose (k,) of each average, in *their* own order.
+        order (k,), indices into averages; pose (k,) of each average, in the order given.
     """
     k = len(averages)
     pose = Pose.identity(k)
@@ -49,10 +49,10 @@ def order_averages(averages: Tensor, search: Search) -> tuple[Tensor, Pose]:
 
 
 def shortest_path(distance: np.ndarray) -> np.ndarray:
-    """(k,) an order of k points whose path is short: the shortest that single moves find.
+    """(k,) an order of k points with a short path through all of them.
 
-    From the best order of a hierarchical tree's leaves (Bar-Joseph, Gifford & Jaakkola 2001),
-    stretches of the path are reversed as long as that makes it shorter (2-opt).
+    It starts as the best order of the leaves of a hierarchical tree (Bar-Joseph, Gifford & Jaakkola
+    2001). Then sections of the path are reversed as long as that makes it shorter (2-opt).
 
     Args:
         distance: (k, k) symmetric, not negative.
@@ -62,7 +62,7 @@ def shortest_path(distance: np.ndarray) -> np.ndarray:
         return np.arange(k)
     condensed = squareform(np.asarray(distance, np.float64), checks=False)
     path = leaves_list(linkage(condensed, "average", optimal_ordering=True)).astype(np.int64)
-    # A point that is as near to all closes the path to a circle that may start anywhere.
+    # A further point, at distance 0 from all, closes the path to a circle.
     padded = np.zeros((k + 1, k + 1))
     padded[:k, :k] = distance
     path = np.append(path, k)

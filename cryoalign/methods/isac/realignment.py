@@ -1,7 +1,7 @@
-"""Particles at two resolutions, searched at the lower; and groups of them aligned anew.
+"""Particles at two resolutions, their search at the lower one, and realignments of groups.
 
-The independent realignments of a group are a search of the same particles against as many
-references as there are runs: their ring spectra are made once for all runs and iterations.
+The independent realignments of a group compare the same particles with as many references as there
+are runs. The particles' ring spectra are computed once, for all runs and iterations.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings, reference_spectra, ring_spectra
 from cryoalign.operators.aligned_sums import sum_aligned
-from cryoalign.operators.correlation import correlation_peaks, unravel_place
-from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.operators.correlation import correlation_peaks
+from cryoalign.pose import Pose
 from cryoalign.results.averages import Averaging, ClassSums, centring, filtered_averages, move
 from cryoalign.runtime.threads import map_in_order, workers_for
-from cryoalign.search.coarse_to_fine import Screen, prepare_screen, reduce
+from cryoalign.search.coarse_to_fine import CoarseReferences, prepare_coarse
 from cryoalign.search.match import Match
-from cryoalign.search.refine import refine
+from cryoalign.search.refine import grid_pose, refine
 
-BATCH = 64
-SEARCHES = 6  # of a realignment, at the lower resolution
+BATCH = 64  # particles at a time
+SEARCHES = 6  # iterations of a realignment at the lower resolution
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,8 @@ class Level:
 
     Attributes:
         images: (n, size, size).
-        rings: what is compared; mask: (size, size) of references.
+        rings: on which they are compared.
+        mask: (size, size) of references.
     """
 
     images: Tensor
@@ -48,18 +50,18 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """Particles at two resolutions; shifts of poses are in pixels of the lower or the higher.
+    """Particles at two resolutions.
 
     Attributes:
         high, low: the particles.
-        screen: grid of the search at the lower resolution.
+        coarse: rings and trial shifts of the search at the lower resolution.
         half: (n,) half-set of every particle, 0 or 1.
         averaging: how references are made.
     """
 
     high: Level
     low: Level
-    screen: Screen
+    coarse: CoarseReferences
     half: Tensor
     averaging: Averaging
 
@@ -69,7 +71,7 @@ class Pyramid:
     def take(self, members: Tensor) -> Pyramid:
         """The same of some particles."""
         return Pyramid(
-            self.high.take(members), self.low.take(members), self.screen, self.half[members],
+            self.high.take(members), self.low.take(members), self.coarse, self.half[members],
             self.averaging,
         )  # fmt: skip
 
@@ -78,41 +80,48 @@ def build_pyramid(
     images: Tensor, half: Tensor, last_ring: int, max_shift: float, mirror: bool,
     averaging: Averaging,
 ) -> Pyramid:  # fmt: skip
-    """Particles (n, size, size) of radius ``last_ring`` pixels, at both resolutions."""
+    """Particles at both resolutions.
+
+    Args:
+        images: (n, size, size).
+        half: (n,) 0 or 1.
+        last_ring: radius of the particle, pixels.
+        max_shift: largest trial shift, pixels.
+        mirror: whether mirrored particles are tried.
+        averaging: how references are made.
+    """
     size, device = images.shape[-1], images.device
     rings = Rings(last_ring=last_ring)
-    screen = prepare_screen(images.new_zeros(1, size, size), rings, max_shift, mirror)
+    coarse = prepare_coarse(images.new_zeros(1, size, size), rings, max_shift, mirror)
     parts = map_in_order(
-        lambda part: reduce(part, screen.size), images.split(BATCH), workers_for(device)
+        lambda part: fourier_shrink(part, coarse.size), images.split(BATCH), workers_for(device)
     )
     small = torch.cat(list(parts))
     edge = averaging.mask_edge
     high = Level(images, rings, soft_mask(size, last_ring, edge, device))
-    low_mask = soft_mask(screen.size, last_ring / screen.factor, edge / screen.factor, device)
-    return Pyramid(high, Level(small, screen.rings, low_mask), screen, half, averaging)
+    low_mask = soft_mask(coarse.size, last_ring / coarse.factor, edge / coarse.factor, device)
+    return Pyramid(high, Level(small, coarse.rings, low_mask), coarse, half, averaging)
 
 
-def search_low(spectra: Tensor, references: Tensor, screen: Screen) -> Match:
+def search_low(spectra: Tensor, references: Tensor, coarse: CoarseReferences) -> Match:
     """Best score and pose of every particle on every reference, at the lower resolution.
 
     Args:
-        spectra: (n, s, r, m) of the particles at the screen's shifts.
-        references: (k, t, t).
+        spectra: (n, s, r, m) `ring_spectra` of the particles at the trial shifts.
+        references: (k, size, size) at the lower resolution.
+        coarse: rings and trial shifts.
     """
-    score, place = correlation_peaks(
-        spectra, reference_spectra(references, screen.rings), screen.mirror
-    )
-    at = unravel_place(place, screen.rings.n_angles, screen.mirror)
-    angle = wrap_degrees(at.angle * (360.0 / screen.rings.n_angles)).to(score.dtype)
-    return Match(score, Pose(angle, screen.shifts[at.shift], at.mirror.bool()))
+    theirs = reference_spectra(references, coarse.rings)
+    score, place = correlation_peaks(spectra, theirs, coarse.mirror)
+    return Match(score, grid_pose(place, coarse.shifts, coarse.rings, coarse.mirror))
 
 
 def match_low(particles: Pyramid, references: Tensor) -> Match:
     """`search_low` of all particles, on the CPU: scores and poses (n, k)."""
-    screen = particles.screen
+    coarse = particles.coarse
 
     def matched(part: Tensor) -> Match:
-        found = search_low(ring_spectra(part, screen.rings, screen.shifts), references, screen)
+        found = search_low(ring_spectra(part, coarse.rings, coarse.shifts), references, coarse)
         return Match(found.score.cpu(), found.pose.to("cpu"))
 
     images = particles.low.images
@@ -121,40 +130,43 @@ def match_low(particles: Pyramid, references: Tensor) -> Match:
 
 
 def refine_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Pose:
-    """Poses (n,) refined on their references, on the CPU."""
-
-    def refined(rows: Tensor) -> Pose:
-        images = level.images[rows.to(level.images.device)]
-        where = images.device
-        return refine(images, references, label[rows].to(where), pose[rows].to(where), level.rings)[
-            0
-        ].to("cpu")
-
-    parts = torch.arange(len(label)).split(BATCH)
-    return Pose.cat(list(map_in_order(refined, parts, workers_for(level.images.device))))
+    """Poses (n,) refined on references ``label`` (n,), on the CPU."""
+    return _refined(level, references, label, pose, steps=2)[0]
 
 
 def scores_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Tensor:
-    """(n,) correlation coefficients with references at poses (n,), on the CPU."""
+    """(n,) correlation coefficients with references ``label`` (n,) at poses (n,), on the CPU."""
+    return _refined(level, references, label, pose, steps=0)[1]
 
-    def scored(rows: Tensor) -> Tensor:
-        images = level.images[rows.to(level.images.device)]
-        where = images.device
-        return refine(
-            images, references, label[rows].to(where), pose[rows].to(where), level.rings, steps=0
-        )[1].cpu()
 
-    parts = torch.arange(len(label)).split(BATCH)
-    return torch.cat(list(map_in_order(scored, parts, workers_for(level.images.device))))
+def _refined(
+    level: Level, references: Tensor, label: Tensor, pose: Pose, steps: int
+) -> tuple[Pose, Tensor]:
+    """`refine` of all particles in batches, on the CPU."""
+    device = level.images.device
+
+    def refined(rows: Tensor) -> tuple[Pose, Tensor]:
+        images, start = level.images[rows.to(device)], pose[rows].to(device)
+        found, score = refine(images, references, label[rows].to(device), start, level.rings, steps)
+        return found.to("cpu"), score.cpu()
+
+    parts = map_in_order(refined, torch.arange(len(label)).split(BATCH), workers_for(device))
+    poses, scores = zip(*parts, strict=True)
+    return Pose.cat(poses), torch.cat(scores)
 
 
 def references_of(
     level: Level, half: Tensor, label: Tensor, pose: Pose, k: int, averaging: Averaging
 ) -> tuple[Tensor, Pose]:
-    """Filtered, centred and masked class averages (k, size, size), and the poses on them.
+    """Filtered, centred and masked class averages (k, size, size), and poses (n,) on them.
 
     Args:
-        half, label, pose: (n,) of the level's particles; a label of -1 has no part in them.
+        level: n particles.
+        half: (n,) 0 or 1.
+        label: (n,) class index; -1 leaves a particle out.
+        pose: (n,).
+        k: number of classes.
+        averaging: how averages become references.
     """
     images, size = level.images, level.images.shape[-1]
     total = torch.zeros(2 * k, size, size, dtype=torch.float64, device=images.device)
@@ -181,50 +193,50 @@ def references_of(
 
 
 def scaled(pose: Pose, factor: float) -> Pose:
-    """Poses in pixels of which ``factor`` make one of theirs."""
+    """Poses with shifts times ``factor``, for images with ``factor`` times as many pixels."""
     return Pose(pose.angle, pose.shift * factor, pose.mirror)
 
 
 def random_poses(n: int, mirror: bool, generator: torch.Generator) -> Pose:
-    """(n,) poses of any angle, and hand if mirrored ones are tried; no shift."""
+    """(n,) poses with random angles and no shift, and with random hands if ``mirror``."""
     angle = torch.rand(n, generator=generator) * 360 - 180
     hand = torch.rand(n, generator=generator) < 0.5
     return Pose(angle, torch.zeros(n, 2), hand if mirror else torch.zeros_like(hand))
 
 
 def realign(group: Pyramid, start: Pose) -> Pose:
-    """Align a group's particles without references, once from every start.
+    """Align the particles of a group to their own averages, independently in every run.
 
     Args:
         group: n particles.
-        start: (l, n) poses, of l runs; shifts in pixels of the lower resolution.
+        start: (l, n) poses of l runs, in pixels of the lower resolution.
 
     Returns:
         (l, n) poses, in pixels of the higher resolution.
     """
     runs, n = start.angle.shape
-    run = torch.arange(runs).repeat_interleave(n)  # of every copy of a particle
+    run = torch.arange(runs).repeat_interleave(n)  # of each copy of each particle
     low, averaging = repeated(group.low, runs), group.averaging
     half = group.half.repeat(runs)
-    flat = Pose(start.angle.flatten(), start.shift.flatten(0, 1), start.mirror.flatten())
-    spectra = ring_spectra(group.low.images, group.screen.rings, group.screen.shifts)
+    flat = _reshaped(start, runs * n)
+    spectra = ring_spectra(group.low.images, group.coarse.rings, group.coarse.shifts)
     for _ in range(SEARCHES):
         references, _ = references_of(low, half, run, flat, runs, averaging)
-        pose = search_low(spectra, references, group.screen).pose.to("cpu")  # (n, runs)
-        flat = Pose(
-            pose.angle.T.flatten(),
-            pose.shift.transpose(0, 1).flatten(0, 1),
-            pose.mirror.T.flatten(),
-        )
-    for level, factor in ((low, 1.0), (repeated(group.high, runs), group.screen.factor)):
+        pose = search_low(spectra, references, group.coarse).pose.to("cpu")  # (n, runs)
+        flat = Pose.cat([pose[:, i] for i in range(runs)])
+    for level, factor in ((low, 1.0), (repeated(group.high, runs), group.coarse.factor)):
         flat = scaled(flat, factor)
         references, flat = references_of(level, half, run, flat, runs, averaging)
         flat = refine_at(level, references, run, flat)
-    return Pose(flat.angle.view(runs, n), flat.shift.view(runs, n, 2), flat.mirror.view(runs, n))
+    return _reshaped(flat, runs, n)
+
+
+def _reshaped(pose: Pose, *shape: int) -> Pose:
+    return Pose(pose.angle.view(shape), pose.shift.view(*shape, 2), pose.mirror.view(shape))
 
 
 def repeated(level: Level, times: int) -> Level:
-    """All particles, over and over."""
+    """``times`` copies of all particles, one set of copies after the other."""
     return Level(level.images.repeat(times, 1, 1), level.rings, level.mask)
 
 
@@ -235,15 +247,15 @@ def realign_groups(
     """Independent realignments of every class's members: (runs, n) poses, on the CPU.
 
     Args:
+        particles: n particles.
         label: (n,) class index.
-        runs: how many, each from random angles and hands.
-        tell: given the number of classes done, now and then.
+        k: number of classes.
+        runs: number of realignments, each from random angles and hands.
+        generator: of the random numbers.
+        tell: called with the number of classes done.
     """
     n = len(label)
-    start = random_poses(runs * n, particles.screen.mirror, generator)
-    start = Pose(
-        start.angle.view(runs, n), start.shift.view(runs, n, 2), start.mirror.view(runs, n)
-    )
+    start = _reshaped(random_poses(runs * n, particles.coarse.mirror, generator), runs, n)
     groups = [(label == c).nonzero().squeeze(1) for c in range(k)]
 
     def aligned(members: Tensor) -> Pose:

@@ -1,8 +1,9 @@
-"""How well independent alignments of the same particles agree.
+"""The agreement of independent alignments (runs) of the same particles.
 
-Runs that start anew end in frames of their own: the whole class turned, moved or mirrored. Brought
-to one frame they differ by what each particle's pose really is uncertain by, and a particle that
-belongs elsewhere differs most (Yang, Fang, Chittuluri, Asturias & Penczek 2012, ISAC).
+Each run from a new start ends with the whole class rotated, moved or mirrored in its own way: its
+frame. Brought to one frame, runs differ by the uncertainty of each particle's pose, which is
+largest for particles that belong to another class (Yang, Fang, Chittuluri, Asturias & Penczek
+2012, ISAC).
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from torch import Tensor
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import displacement
 
-ROUNDS = 10  # of re-weighting; frames rest after a few
+ROUNDS = 10  # of re-weighting; frames do not change any more after a few
 
 
 def common_frame(runs: Pose, label: Tensor, k: int, radius: float, threshold: float) -> Pose:
     """Runs brought to one frame per class: that of the first run.
 
-    Hands and angles by synchronisation (Singer 2011): the leading eigenvector of the matrix of
-    agreements between runs. Shifts by least squares. Particles that disagree between runs should
-    have no say in where the frame is: each counts by 1 / (threshold^2 + its squared pixel error),
-    over and over.
+    Hands and angles are found by synchronisation (Singer 2011), from the leading eigenvector of
+    the matrix of agreements between runs, and shifts by least squares. Particles that differ
+    between runs should not determine the frame: each has the weight
+    1 / (threshold^2 + its squared pixel error), which is updated `ROUNDS` times.
 
     Args:
         runs: (l, n) poses of n particles in l runs.
-        label: (n,) class index, 0 … k - 1: a class's frame is its own.
+        label: (n,) class index, 0 … k - 1; each class has a frame of its own.
         k: number of classes.
         radius: of the particle, pixels.
-        threshold: of the pixel error, pixels.
+        threshold: pixel error of a stable particle, pixels.
 
     Returns:
         (l, n) float64.
@@ -48,10 +49,10 @@ def common_frame(runs: Pose, label: Tensor, k: int, radius: float, threshold: fl
 
 
 def pixel_errors(runs: Pose, radius: float) -> Tensor:
-    """(n,) how far runs (l, n) of one frame are apart for every particle, pixels.
+    """(n,) pixel error e of every particle: its spread over runs (l, n) of one frame, pixels.
 
-    e^2 = d^2 / 4 (1 - |sum over runs of exp(i angle)| / l) + var(x) + var(y), d = 2 radius and
-    (x, y) where the particle's centre lies on the reference; infinite where hands differ.
+    e^2 = d^2 / 4 (1 - |sum over runs of exp(i angle)| / l) + var(x) + var(y), with d = 2 radius
+    and (x, y) the position of the particle's centre on the reference. Infinite where hands differ.
     """
     together = torch.polar(torch.ones_like(runs.angle), torch.deg2rad(runs.angle)).mean(0).abs()
     spread = displacement(runs).var(0, correction=0).sum(-1)
@@ -60,12 +61,12 @@ def pixel_errors(runs: Pose, radius: float) -> Tensor:
 
 
 def consistent_hands(runs: Pose) -> Tensor:
-    """(n,) whether all runs (l, n) of one frame give a particle the same hand."""
+    """(n,) bool: all runs (l, n) of one frame give the particle the same hand."""
     return (runs.mirror == runs.mirror[:1]).all(0)
 
 
 def mean_pose(runs: Pose) -> Pose:
-    """(n,) the pose amid runs (l, n) of one frame; of the first run where hands differ."""
+    """(n,) mean pose of runs (l, n) of one frame; the first run's where hands differ."""
     mirror = runs.mirror[0]
     angle = torch.deg2rad(runs.angle)
     turn = torch.rad2deg(torch.atan2(angle.sin().mean(0), angle.cos().mean(0)))
@@ -80,14 +81,17 @@ def mean_pose(runs: Pose) -> Pose:
 
 
 def core_members(score: Tensor, label: Tensor, members: Tensor, deviations: float) -> Tensor:
-    """(n,) those of the members (n,) whose score is not far below their class's median.
+    """(n,) bool: members whose score is not far below the median of their class.
 
-    Noise in a class of real particles aligns as stably as they do, to the average that they make,
-    but not as well.
+    In a class of real particles, images of noise align to the average as stably as particles do,
+    but with a lower score.
 
     Args:
-        score: (n,); label: (n,) class index; members: (n,) bool.
-        deviations: how far below is too far, in standard deviations (1.4826 median deviations).
+        score: (n,).
+        label: (n,) class index.
+        members: (n,) bool.
+        deviations: largest distance below the median, in standard deviations, which are 1.4826
+            times the median absolute deviation.
     """
     table = pd.DataFrame({"score": score.double().cpu(), "label": label.cpu()})
     table["score"] = table["score"].where(members.cpu().numpy())
@@ -97,16 +101,16 @@ def core_members(score: Tensor, label: Tensor, members: Tensor, deviations: floa
 
 
 def match_classes(a: Tensor, b: Tensor) -> pd.DataFrame:
-    """Which class of one classification is which of another, by the members that they share.
+    """Pairs of classes of two classifications that have most members in common.
 
-    The pairing with most members in common (Kuhn-Munkres, "Hungarian").
+    The pairing maximises the number of common members (Kuhn-Munkres, "Hungarian", method).
 
     Args:
         a, b: (n,) class numbers of the same particles, from 1; 0 = in none.
 
     Returns:
-        A row per pair: class_a, class_b, size_a, size_b, common, jaccard (common members over
-        those of either); pairs without a common member are left out.
+        A row per pair with common members: class_a, class_b, size_a, size_b, common, jaccard
+        (common members over members of either).
 
     Raises:
         ValueError: a and b are not of one length.
@@ -130,14 +134,14 @@ def match_classes(a: Tensor, b: Tensor) -> pd.DataFrame:
 
 
 def reproducibility(a: Tensor, b: Tensor) -> float:
-    """Share of the particles that either classification has in a class, which both have in
-    matched classes; arguments as `match_classes`. NaN if there is no such particle."""
+    """Share of particles that both classifications have in matched classes, of those that at least
+    one has in a class; NaN if there are none. Arguments as `match_classes`."""
     either = int(((a > 0) | (b > 0)).sum())
     return float(match_classes(a, b)["common"].sum()) / either if either else math.nan
 
 
 def _same_hand(runs: Pose, label: Tensor, k: int) -> Pose:
-    """Runs mirrored as a whole, class by class, where that makes hands agree."""
+    """Runs, each class mirrored where that makes hands agree with the first run."""
     hand = torch.where(runs.mirror, -1.0, 1.0).to(runs.angle)  # (l, n)
     vector = _leading(hand, label, k, torch.ones_like(hand[0]))  # (k, l)
     flip = (vector * vector[:, :1])[label].T < 0  # (l, n)
@@ -145,8 +149,8 @@ def _same_hand(runs: Pose, label: Tensor, k: int) -> Pose:
 
 
 def _same_turn(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
-    """Runs turned as a whole, class by class, onto the first."""
-    # Mirrored last, F R(a) = R(-a) F: a turn of the reference adds to -a.
+    """Runs, each class rotated onto the first run."""
+    # Poses mirror last, and F R(a) = R(-a) F: a rotation of the reference adds to -a.
     angle = torch.deg2rad(torch.where(runs.mirror, -runs.angle, runs.angle))
     vector = _leading(torch.polar(torch.ones_like(angle), angle), label, k, weight)
     turn = torch.rad2deg((vector[:, :1] * vector.conj()).angle())[label].T  # (l, n)
@@ -155,7 +159,7 @@ def _same_turn(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
 
 
 def _same_place(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
-    """Runs moved as a whole, class by class, onto the first."""
+    """Runs, each class moved onto the first run."""
     place = (displacement(runs) * weight[:, None]).transpose(0, 1)  # (n, l, 2)
     total = place.new_zeros(k, *place.shape[1:]).index_add(0, label, place)
     count = weight.new_zeros(k).index_add(0, label, weight).clamp(min=1e-300)

@@ -16,7 +16,8 @@ from cryoalign.methods.classify import band as module
 from cryoalign.methods.classify import classify as classification
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.resolution_level import shift_grid
-from cryoalign.methods.classify.split_and_merge import Climb, Likelihood, Plan
+from cryoalign.methods.classify.settings import Likelihood, Plan
+from cryoalign.methods.classify.split_and_merge import Climb
 from cryoalign.methods.classify.whitening import Observations, observe
 from cryoalign.particles.settings import Images
 from cryoalign.particles.simulate import simulate

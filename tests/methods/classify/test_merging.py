@@ -8,7 +8,7 @@ from cryoalign.methods.classify.fourier_rings import (
     move_features,
     ring_features,
 )
-from cryoalign.methods.classify.merging import join, merge_classes
+from cryoalign.methods.classify.merging import best_mergers, merge_classes
 from cryoalign.particles.simulate import simulate
 
 RINGS = FourierRings(64, 8, 28.0)
@@ -57,7 +57,7 @@ def test_hands_are_two_views_where_mirrors_are_not_searched() -> None:
     total, weight = signal.sum(0), sums.weight.sum(0)[[0, 0]]
     moved = ring_features(half_circle_of(total, RINGS), SHIFTS, RINGS)
     losses = [
-        float(join(total, weight, moved, 0, torch.tensor([1]), SHIFTS, RINGS, m).loss)
+        float(best_mergers(total, weight, moved, 0, torch.tensor([1]), SHIFTS, RINGS, m).loss)
         for m in (True, False)
     ]
     assert losses[0] < 0.05 * losses[1]

@@ -18,8 +18,8 @@ from cryoalign.images.masks import normalise
 from cryoalign.io.formats import write_images
 from cryoalign.methods.isac import generations as module
 from cryoalign.methods.isac import isac as top
-from cryoalign.methods.isac.generations import Isac, scale_of
 from cryoalign.methods.isac.isac import UNSTABLE, StableClasses, classify_stable
+from cryoalign.methods.isac.settings import Isac, scale_of
 from cryoalign.methods.state import MraState
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.results.alignment import Alignment

@@ -7,9 +7,10 @@ import torch
 
 from cryoalign.images.masks import soft_mask
 from cryoalign.methods.isac import generations as module
-from cryoalign.methods.isac.generations import Isac, prealign
+from cryoalign.methods.isac.generations import prealign
 from cryoalign.methods.isac.isac import StableClasses, classify_stable
 from cryoalign.methods.isac.realignment import build_pyramid
+from cryoalign.methods.isac.settings import Isac
 from cryoalign.methods.state import MraState
 from cryoalign.particles.simulate import simulate
 from cryoalign.results.averages import Averaging
