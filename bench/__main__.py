@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         text = inspect.getdoc(function) or ""
         command = commands.add_parser(
             name,
-            help=text.partition("\n")[0],
+            help=text.partition("\n")[0].replace("%", "%%"),
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from bench.bound import draws, expected_medians, joint_covariance
-from bench.data import KnownSet, enlarged_sets, known_sets
+from bench.data import KnownSet, enlarged_sets, known_sets, particle_of, reference_of
 from bench.result import Result, Row
 from cryoalign.images.ctf import phase_flip
 from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.joint_refinement import Parameter, refine_jointly
-from cryoalign.search.settings import Search
 
 
 def run(
@@ -45,26 +45,26 @@ def run(
     priors: simulated particles have a magnification of their own, N(1, 1 %), and
     a CTF whose defocus is known to N(0, 300 Å); those of files have what their files say.
     """
-    search = Search(max_shift=max_shift, last_ring=last_ring)
+    particle = particle_of(last_ring, max_shift)
     if joint:
         sets = (
             known_sets(data, snr, n, views, size, seed)
             if data
             else enlarged_sets(snr, n, views, size, seed)
         )
-        return _joint_result(sets, search, device)
-    rows = [_row(known, search, device) for known in known_sets(data, snr, n, views, size, seed)]
+        return _joint_result(sets, particle, device)
+    rows = [_row(known, particle, device) for known in known_sets(data, snr, n, views, size, seed)]
     notes = ["bound: the median error of an estimate that meets the Cramér-Rao bound"]
     return Result(rows, notes)
 
 
-def _row(known: KnownSet, search: Search, device: str) -> Row:
+def _row(known: KnownSet, particle: Particle, device: str) -> Row:
     started = time.perf_counter()
     found = align_multi_reference(
-        known.particles, known.views, iterations=1, search=search, device=device
+        known.particles, known.views, iterations=1, particle=particle, device=device
     )
     seconds = time.perf_counter() - started
-    right_class = found.class_number - 1 == known.view
+    right_class = reference_of(found) == known.view
     right = right_class & (found.pose.mirror == known.pose.mirror)
     angle = wrap_degrees(found.pose.angle - known.pose.angle).abs()[right].median()
     shift = (found.pose.shift - known.pose.shift).norm(dim=1)[right].median()
@@ -89,8 +89,8 @@ GROUPS = {"angle °": [0], "shift px": [1, 2], "magnification %": [3], "defocus 
 """Which columns a figure is made of."""
 
 
-def _joint_result(sets: list[KnownSet], search: Search, device: str) -> Result:
-    rows = [row for known in sets for row in _joint_rows(known, search, device)]
+def _joint_result(sets: list[KnownSet], particle: Particle, device: str) -> Result:
+    rows = [row for known in sets for row in _joint_rows(known, particle, device)]
     notes = [
         "bound: the median error of an estimate that meets the Cramér-Rao bound with all that the "
         "row refines unknown",
@@ -100,12 +100,14 @@ def _joint_result(sets: list[KnownSet], search: Search, device: str) -> Result:
     return Result(rows, notes)
 
 
-def _joint_rows(known: KnownSet, search: Search, device: str) -> list[Row]:
+def _joint_rows(known: KnownSet, particle: Particle, device: str) -> list[Row]:
     images = known.particles.read(torch.arange(len(known.view)))
     plain = images if known.optics is None else phase_flip(images, known.optics)
     stack = TensorStack(plain, known.particles.pixel_size)
-    found = align_multi_reference(stack, known.views, iterations=1, search=search, device=device)
-    label, start = found.class_number - 1, found.pose
+    found = align_multi_reference(
+        stack, known.views, iterations=1, particle=particle, device=device
+    )
+    label, start = reference_of(found), found.pose
     right = (label == known.view) & (start.mirror == known.pose.mirror)
     parameters: tuple[Parameter, ...] = ("angle", "shift", "magnification", "defocus")
     parameters = parameters if known.optics is not None else parameters[:3]

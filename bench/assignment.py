@@ -9,14 +9,15 @@ from typing import Annotated
 import torch
 
 from bench.agreement import agreement
-from bench.data import truth_of
+from bench.data import particle_of, truth_of
 from bench.result import Result, Row, with_means
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.assignment import Assignment
 from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.prepare import prepare
 from cryoalign.particles.simulate import simulate
-from cryoalign.particles.stack import PhaseFlipped, Stack, TensorStack, optics_of
-from cryoalign.search.settings import Search
+from cryoalign.particles.stack import Stack, TensorStack
+from cryoalign.search.settings import SearchSettings
 
 STRATEGIES = {
     "best": Assignment(),
@@ -57,21 +58,20 @@ def run(
             name, view, pose = "simulated SNR 0.1", made.class_number - 1, made.pose
         else:
             stack, (view, pose) = read_particles(f"{prefix}.star"), truth_of(prefix)
-            optics, name = optics_of(stack), prefix.name
-            stack = stack if optics is None else PhaseFlipped(stack, optics)
+            name = prefix.name
         classes = k or int(view.max()) + 1
         seen = view >= 0
         for strategy in strategies:
             for seed in seeds:
                 wall, cpu = time.perf_counter(), time.process_time()
                 found = align_multi_reference(
-                    stack,
+                    prepare(stack, device=device).phase_flipped(),
                     n_classes=classes,
                     iterations=iterations,
                     assign=STRATEGIES[strategy],
-                    search=Search(last_ring=last_ring, mirror=mirror, mode=mode),
+                    particle=particle_of(last_ring, mirror=mirror),
+                    search=SearchSettings(mode=mode),
                     seed=seed,
-                    device=device,
                 )
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 label = found.class_number - 1

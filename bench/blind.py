@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from bench.agreement import agreement
-from bench.data import known_sets
+from bench.data import known_sets, particle_of
 from bench.result import Result, Row
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.search.settings import Search
 
 
 def run(
@@ -35,7 +34,7 @@ def run(
     degrees and 2 px. Errors are medians after a class's own turn and place are removed.
     """
     known = known_sets(data, (snr,), n, views, size, 0)[0]
-    search = Search(max_shift=max_shift, last_ring=last_ring, mirror=mirror)
+    particle = particle_of(last_ring, max_shift, mirror)
     rows: list[Row] = []
     for seed in seeds:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -44,7 +43,7 @@ def run(
             references,
             n_classes=k,
             iterations=iterations,
-            search=search,
+            particle=particle,
             seed=seed,
             device=device,
         )

@@ -6,19 +6,20 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from bench.agreement import agreement
-from bench.data import truth_of
+from bench.data import particle_of, truth_of
 from bench.result import Result, Row, with_means
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.settings import Likelihood
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
-from cryoalign.particles.stack import TensorStack, optics_of
+from cryoalign.particles.stack import Stack, TensorStack, optics_of
 from cryoalign.pose import Pose
 
 
@@ -42,10 +43,8 @@ def run(
     class. Seconds are of the whole job, from the files to the result, by the clock and of all
     cores.
     """
-    likelihood = {
-        "mask_radius": mask_radius, "mirror": mirror, "start": start, "starts": starts
-    }  # fmt: skip
-    runs = [(prefix, k, seed, likelihood, device) for prefix in data or (None,) for seed in seeds]
+    settings = particle_of(mask_radius, mirror=mirror), Likelihood(start=start, starts=starts)
+    runs = [(prefix, k, seed, *settings, device) for prefix in data or (None,) for seed in seeds]
     if jobs == 1:
         return Result(with_means([_one(*each) for each in runs], ("set",)))
     context = multiprocessing.get_context("spawn")
@@ -56,25 +55,32 @@ def run(
 
 
 def _one(
-    prefix: Path | None, k: int | None, seed: int, likelihood: dict[str, Any], device: str
+    prefix: Path | None,
+    k: int | None,
+    seed: int,
+    particle: Particle,
+    likelihood: Likelihood,
+    device: str,
 ) -> Row:
     """A run, and its row."""
     wall, cpu = time.perf_counter(), time.process_time()
     if prefix is None:
         made = simulate(1000, 10, size=64, snr=0.1, seed=0)
-        stack = TensorStack(made.images, made.pixel_size)
+        stack: Stack = TensorStack(made.images, made.pixel_size)
         name, view, pose = "simulated SNR 0.1", made.class_number - 1, made.pose
     else:
         stack, (view, pose) = read_particles(f"{prefix}.star"), truth_of(prefix)
         name = prefix.name
     classes = k or int(view.max()) + 1
-    found = classify(stack, classes, likelihood=Likelihood(**likelihood), seed=seed, device=device)
+    found = classify(
+        stack, classes, particle=particle, likelihood=likelihood, seed=seed, device=device
+    )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     row: Row = {
         "set": name,
         "K": classes,
         "CTF": "yes" if optics_of(stack) is not None else "no",
-        "start": likelihood["start"],
+        "start": likelihood.start,
         "seed": seed,
     }
     score = scores(found.class_number - 1, found.pose, view, pose, classes)

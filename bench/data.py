@@ -14,9 +14,11 @@ from cryoalign.images.ctf import Optics, ctf_2d, optics_from_relion
 from cryoalign.io.formats import image_pixel_size, read_images
 from cryoalign.io.stack import read_particles
 from cryoalign.io.star import read_star
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import Phantom, phantom, project, simulate, spread_views
 from cryoalign.particles.stack import Stack, TensorStack
 from cryoalign.pose import Pose, wrap_degrees
+from cryoalign.results.alignment import Alignment
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,21 @@ def truth_of(prefix: Path) -> tuple[Tensor, Pose]:
     angle = torch.rad2deg(torch.atan2(linear[:, 1, 0], linear[:, 1, 1]))
     pose = Pose(wrap_degrees(angle), -shift.double(), torch.linalg.det(linear) < 0)
     return label.long(), pose
+
+
+def particle_of(
+    radius: float | None = None, max_shift: float = 3.0, mirror: bool = True
+) -> Particle:
+    """The section ``particle`` of lengths in pixels."""
+    given = None if radius is None else f"{radius} px"
+    return Particle(radius=given, max_shift=f"{max_shift} px", mirror=mirror)
+
+
+def reference_of(found: Alignment) -> Tensor:
+    """(n,) which of the given references each particle joined; -1 where set aside. Class numbers
+    are by size."""
+    given = torch.tensor([0, *found.class_quality["reference"]])
+    return given[found.class_number] - 1
 
 
 def particles(n: int, k: int, size: int, snr: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def _stages(
     references = ring_spectra(views, rings)[:, 0].contiguous()
     image = 4.0 * images[0].numel()
     yield from _search_stages(images, references, search, rings)
-    label, _, pose = best_match(images, references, search, rings)
+    label, pose, _ = best_match(images, references, search, rings)
     templates = templates_of(views)
     yield (
         "refine",
@@ -111,7 +111,7 @@ def _stages(
     yield "class sums", Stage(averaged, 0.0, image * (1 + 2 * 2 / 16))
 
     def whole() -> None:
-        label, _, pose = best_match(images, references, search, rings)
+        label, pose, _ = best_match(images, references, search, rings)
         refine_on(images, templates, label, pose, rings)
 
     yield "images to poses", Stage(whole, 0.0, image + 37)

@@ -14,10 +14,9 @@ from bench.result import Result, Row
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.invariants import communities, invariants, neighbours
 from cryoalign.methods.classify.whitening import observe
-from cryoalign.particles.prepare import PreparedParticles
-from cryoalign.particles.settings import Images
+from cryoalign.particles.prepare import prepare
 from cryoalign.particles.simulate import simulate
-from cryoalign.particles.stack import Stack, TensorStack, optics_of
+from cryoalign.particles.stack import Stack, TensorStack
 
 
 def run(
@@ -47,12 +46,10 @@ def run(
         else:
             stack, (view, _) = read_particles(f"{prefix}.star"), truth_of(prefix)
             name = prefix.name
-        prepared = PreparedParticles(stack, Images(), torch.device("cpu"))
-        optics = optics_of(stack)
+        prepared = prepare(stack, device="cpu")
         seen = observe(
-            prepared.read, len(prepared), prepared.size,
-            None if optics is None else optics[prepared.rows], rings, radius, max_shift,
-        )  # fmt: skip
+            prepared.read, len(prepared), prepared.size, prepared.optics, rings, radius, max_shift
+        )
         clock.append(time.process_time())
         features = invariants(seen, seen.rings, torch.cartesian_prod(axis, axis))
         cosines, near = neighbours(features, 50, mirror)

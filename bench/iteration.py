@@ -8,10 +8,11 @@ from typing import Annotated
 import torch
 
 from bench import plain
-from bench.data import particles
+from bench.data import particle_of, particles
 from bench.result import Result, Row
 from bench.timing import measure
 from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.settings import Particle
 from cryoalign.runtime.processes import choose_device
 from cryoalign.search.settings import Search
 
@@ -39,7 +40,7 @@ def run(
         for classes in k:
             images, views = particles(n, classes, size, snr, where)
             search = Search(max_shift=reach, last_ring=last_ring)
-            seconds = _iteration(images, views, search, iterations)
+            seconds = _iteration(images, views, particle_of(last_ring, reach), iterations)
             base = _plain(images[: 64 if where.type == "cpu" else 4096], views, search, where)
             rows.append(
                 {
@@ -55,13 +56,13 @@ def run(
     return Result(rows, [f"{size} px, last ring {last_ring} px, both hands, refined; {where.type}"])
 
 
-def _iteration(images: torch.Tensor, views: torch.Tensor, search: Search, count: int) -> float:
+def _iteration(images: torch.Tensor, views: torch.Tensor, particle: Particle, count: int) -> float:
     """Median seconds of an iteration after the first."""
     found = align_multi_reference(
         images,
         views,
         iterations=count,
-        search=search,
+        particle=particle,
         device=str(images.device),
         settle=-1.0,  # never
     )

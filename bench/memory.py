@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import torch
 
+from bench.data import particle_of
 from bench.result import Result, Row
 from cryoalign.io.formats import write_images
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.settings import Search
 
 MEGA = 1e6
 
@@ -53,7 +53,7 @@ def run(
         folder = Path(name)
         for count, classes, reach in cases:
             _write(folder, count, classes, size)
-            job = {"max_shift": reach, "last_ring": last_ring, "threads": threads}
+            job: dict[str, Any] = {"max_shift": reach, "last_ring": last_ring, "threads": threads}
             job |= {"device": device}
             before, peak = _in_new_process(folder, job)
             rows.append(
@@ -109,7 +109,7 @@ def _iterate(folder: Path, job: dict[str, Any]) -> None:
         read_particles(folder / "particles.mrcs"),
         folder / "views.mrcs",
         iterations=1,
-        search=Search(max_shift=job["max_shift"], last_ring=job["last_ring"]),
+        particle=particle_of(job["last_ring"], job["max_shift"]),
         device=job["device"],
     )
     peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")

@@ -12,11 +12,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from bench.agreement import pose_errors
-from bench.data import truth_of
+from bench.data import particle_of, truth_of
 from bench.result import Result, Row
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.report.page import flags
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.quality import effective_classes
@@ -47,8 +46,8 @@ def run(
         clock = time.process_time()
         if result is None:
             classes = k or int(view.max()) + 1
-            settings = Likelihood(mask_radius=mask_radius)
-            found = classify(stack, classes, likelihood=settings, seed=seed, device=device)
+            particle = particle_of(mask_radius)
+            found = classify(stack, classes, particle=particle, seed=seed, device=device)
         else:
             found = Alignment.load(result)
         seconds = time.process_time() - clock

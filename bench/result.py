@@ -76,7 +76,7 @@ class Record:
             console.print(f"[bold]{title}[/]  " + ", ".join(f"{k} {v}" for k, v in items))
         console.print(_table(self.entry, self.result.rows))
         for note in self.result.notes:
-            console.print(f"- {note}")
+            console.print(f"- {note}", markup=False)
 
     def keep(self, folder: Path = RESULTS) -> Path:
         """Write `file_name`, with no folder of this machine in it; returns its path."""

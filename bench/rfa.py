@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 from bench.agreement import agreement
-from bench.data import truth_of
+from bench.data import particle_of, truth_of
 from bench.result import Result, Row, with_means
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.rfa import align_reference_free
 from cryoalign.particles.simulate import simulate
-from cryoalign.particles.stack import TensorStack
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.particles.stack import Stack, TensorStack
+from cryoalign.search.settings import Schedule
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
             wall, cpu = time.perf_counter(), time.process_time()
             if prefix is None:
                 made = simulate(n, 1, size=size, snr=snr, seed=seed)
-                stack = TensorStack(made.images, made.pixel_size)
+                stack: Stack = TensorStack(made.images, made.pixel_size)
                 name, view, pose = f"simulated SNR {snr:g}", made.class_number - 1, made.pose
             else:
                 stack, (view, pose) = read_particles(f"{prefix}.mrcs"), truth_of(prefix)
@@ -51,7 +51,7 @@ def run(
             found = align_reference_free(
                 stack,
                 schedule=Schedule(starts=starts, kicks=kicks),
-                search=Search(last_ring=last_ring, mirror=mirror),
+                particle=particle_of(last_ring, mirror=mirror),
                 seed=seed,
                 device=device,
             )

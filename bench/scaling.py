@@ -53,7 +53,7 @@ def run(
         spectra = reference_spectra(views, rings)
 
         def poses(images=images, views=views, spectra=spectra, search=search, rings=rings):  # type: ignore[no-untyped-def]
-            label, _, pose = best_match(images, spectra, search, rings)
+            label, pose, _ = best_match(images, spectra, search, rings)
             return refine(images, views, label, pose, rings)
 
         few = images[: max(8, len(images) // 8)]  # the plain table is large and slow

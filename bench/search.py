@@ -111,7 +111,7 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
     spectra = list(features())
     if images.device.type == "cpu":  # enough at a time for the compiled search's lanes
         spectra = list(torch.cat(spectra).split(cpu.LANES))
-    label, _, pose = best_match(images, references, search, rings)
+    label, pose, _ = best_match(images, references, search, rings)
 
     def matched() -> None:
         match_spectra(images, references, search, rings)
@@ -128,7 +128,7 @@ def _stages(images: Tensor, views: Tensor, search: Search) -> dict[str, Callable
         )  # fmt: skip
 
     def both() -> None:
-        label, _, pose = best_match(images, references, search, rings)
+        label, pose, _ = best_match(images, references, search, rings)
         refine(images, views, label, pose, rings)
 
     searches: dict[str, Callable[[], object]] = {

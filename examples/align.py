@@ -11,10 +11,10 @@ from pathlib import Path
 
 from cryoalign.io.stack import read_particles
 from cryoalign.methods.mra import align_multi_reference
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.report import figures as plot
 from cryoalign.report.montage import montage
-from cryoalign.search.settings import Search
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
     """Align, print the classes, write a table and a montage."""
     particles = read_particles(stack) if stack else simulate(400, n_classes, seed=1).images
     alignment = align_multi_reference(
-        particles, n_classes=n_classes, search=Search(max_shift=3), seed=3
+        particles, n_classes=n_classes, particle=Particle(max_shift="3 px"), seed=3
     )
     unit = "Å" if alignment.pixel_size else "px"
     table = alignment.class_frame().rename(columns={"resolution": f"resolution ({unit})"})

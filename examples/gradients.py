@@ -18,7 +18,7 @@ def main(n: int = 100, steps: int = 40) -> tuple[float, float]:
     """Median angle error (degrees) of the grid's pose, and after gradient ascent."""
     data = simulate(n, n_classes=1, size=48, snr=0.5, max_shift=2.0, seed=2)
     search = Search(max_shift=2, last_ring=18)
-    _, _, start = match(data.images, data.views, search).best()
+    _, start, _ = match(data.images, data.views, search).best()
 
     angle, shift = (x.clone().requires_grad_() for x in (start.angle, start.shift))
     # A degree and a pixel move the rim alike if the degree counts 180 / (pi r).

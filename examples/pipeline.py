@@ -13,8 +13,8 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 
 from cryoalign.learn.estimators import MultiReferenceAligner
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
-from cryoalign.search.settings import Search
 
 
 def main(n: int = 600) -> tuple[float, float]:
@@ -23,9 +23,10 @@ def main(n: int = 600) -> tuple[float, float]:
     images, truth = data.images.numpy(), data.class_number.numpy()
     old, new = slice(0, n // 2), slice(n // 2, n)
 
+    particle = Particle(max_shift="2 px")
     pipeline = Pipeline(
         [
-            ("align", MultiReferenceAligner(4, search=Search(max_shift=2), random_state=0)),
+            ("align", MultiReferenceAligner(4, particle=particle, random_state=0)),
             ("pca", PCA(16, random_state=0)),
             ("kmeans", KMeans(4, n_init=10, random_state=0)),
         ]

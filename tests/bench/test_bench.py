@@ -121,6 +121,9 @@ def test_plain_formulation_finds_the_same_pose():
 def test_every_entry_explains_itself(capsys: pytest.CaptureFixture[str]):
     main(["list"])
     listed = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(["--help"])
+    assert stopped.value.code == 0
     for name in ENTRIES:
         assert name in listed
         with pytest.raises(SystemExit) as stopped:
