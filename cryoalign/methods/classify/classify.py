@@ -119,8 +119,8 @@ class Classification(Method):
         )
 
     def _refuse_other_classes(self, state: State) -> None:
-        """Make sure that a checkpoint has as many classes as are asked."""
-        if len(state["classes"]) != self.n_classes:
+        """Make sure that a checkpoint has as many classes as are asked; a run may end with fewer."""
+        if "work" not in state.unsaved and len(state["classes"]) != self.n_classes:
             raise ValueError(
                 f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
                 "resume with the same settings, or start another run"
