@@ -195,6 +195,17 @@ def test_a_classification_of_another_number_of_classes_is_refused() -> None:
                 align(replace(method("classify"), n_classes=k), particles(), resume=state)
 
 
+def test_a_classification_that_lost_classes_is_gone_on_with(tmp_path: Path) -> None:
+    """Of few particles: where a class has none left to be split, it is gone."""
+    made = prepare(simulate(n=6, n_classes=1, size=SIZE, snr=1.0, seed=3).images, device="cpu")
+    few, states = Classification(particle=WITHIN, n_classes=3), []
+    whole = align(few, made, on_step=states.append)
+    assert min(len(state["classes"]) for state in states) < 3
+    for state in states:
+        state.save(tmp_path / "state.npz")
+        assert_same_result(align(few, made, resume=State.load(tmp_path / "state.npz")), whole)
+
+
 def test_a_state_of_another_method_is_refused() -> None:
     for one, other in permutations(NAMES, 2):
         message = f"checkpoint is of method={one}, not {other}: resume with the settings of that"
