@@ -38,7 +38,7 @@ from cryoalign.results.evidence import LEAST_EVIDENCE
 from cryoalign.results.quality import Quality
 from cryoalign.search.settings import Schedule
 
-SIZE, NEAR = 32, Particle(max_shift="1 px")
+SIZE, WITHIN = 32, Particle(max_shift="2 px")
 SEED = 1  # with it, classify and isac too have their classes in another order than by size
 NAMES = ("mra", "rfa", "classify", "isac")
 
@@ -46,7 +46,7 @@ NAMES = ("mra", "rfa", "classify", "isac")
 @cache
 def data() -> tuple[Simulation, torch.Tensor]:
     """Three views of 15, 30 and 45 particles and 30 images of noise; a particle is NaN."""
-    made = simulate(n=400, n_classes=3, size=SIZE, snr=0.5, max_shift=1.0, seed=5)
+    made = simulate(n=400, n_classes=3, size=SIZE, snr=0.5, max_shift=2.0, seed=5)
     rows = [(made.class_number == c + 1).nonzero().squeeze(1)[: 15 * (c + 1)] for c in range(3)]
     chosen = torch.cat(rows)[torch.randperm(90, generator=torch.Generator().manual_seed(1))]
     noise = torch.randn(30, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
@@ -68,21 +68,21 @@ def method(name: str) -> Method:
     """Settings with which every method takes several steps."""
     made = {
         "mra": lambda: MultiReference(
-            particle=NEAR, references=data()[0].views, iterations=4, settle=0.0,
+            particle=WITHIN, references=data()[0].views, iterations=4, settle=0.0,
             assign=Assignment("soft", anneal_iterations=2),
         ),
         "rfa": lambda: ReferenceFree(
-            particle=NEAR, iterations=3,
+            particle=WITHIN, iterations=3,
             schedule=Schedule(
                 max_shift=(2.0, 1.0), shift_step=(1.0, 0.5), settle=0.0, kicks=1, kick_every=2,
                 starts=2,
             ),
         ),
         "classify": lambda: Classification(
-            particle=NEAR, seed=SEED, n_classes=3, likelihood=Likelihood(cycles=2, surplus=1.0),
+            particle=WITHIN, seed=SEED, n_classes=3, likelihood=Likelihood(cycles=2, surplus=1.0),
         ),
         "isac": lambda: StableClassification(
-            particle=NEAR, isac=Isac(images_per_group=13, runs=3, passes=1, repeats=2),
+            particle=WITHIN, isac=Isac(images_per_group=13, runs=3, passes=1, repeats=2),
         ),
     }  # fmt: skip
     return made[name]()
@@ -193,6 +193,17 @@ def test_a_classification_of_another_number_of_classes_is_refused() -> None:
         for k in (2, 4):
             with pytest.raises(ValueError, match=f"checkpoint has 3 classes, not {k}"):
                 align(replace(method("classify"), n_classes=k), particles(), resume=state)
+
+
+def test_a_classification_that_lost_classes_is_gone_on_with(tmp_path: Path) -> None:
+    """Of few particles: where a class has none left to be split, it is gone."""
+    made = prepare(simulate(n=6, n_classes=1, size=SIZE, snr=1.0, seed=3).images, device="cpu")
+    few, states = Classification(particle=WITHIN, n_classes=3), []
+    whole = align(few, made, on_step=states.append)
+    assert min(len(state["classes"]) for state in states) < 3
+    for state in states:
+        state.save(tmp_path / "state.npz")
+        assert_same_result(align(few, made, resume=State.load(tmp_path / "state.npz")), whole)
 
 
 def test_a_state_of_another_method_is_refused() -> None:
@@ -320,7 +331,7 @@ def test_error_bars_of_stable_classes_cover_the_truth() -> None:
 def test_junk_of_stable_classes_is_set_aside_with_its_reason() -> None:
     made = finished("isac").result
     other = StableClassification(
-        particle=NEAR, isac=Isac(images_per_group=13, runs=3, passes=1),
+        particle=WITHIN, isac=Isac(images_per_group=13, runs=3, passes=1),
         quality=Quality(junk="set_aside"),
     )  # fmt: skip
     found = align(other, particles())

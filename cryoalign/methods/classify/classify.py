@@ -119,10 +119,10 @@ class Classification(Method):
         )
 
     def _refuse_other_classes(self, state: State) -> None:
-        """Make sure that a checkpoint has as many classes as are asked; a run may end with fewer."""
-        if "work" not in state.unsaved and len(state["classes"]) != self.n_classes:
+        """Make sure that a checkpoint is of as many classes as are asked; it may have fewer."""
+        if int(state["n_classes"]) != self.n_classes:
             raise ValueError(
-                f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
+                f"the checkpoint has {int(state['n_classes'])} classes, not {self.n_classes}: "
                 "resume with the same settings, or start another run"
             )
 

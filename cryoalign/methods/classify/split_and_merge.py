@@ -111,6 +111,7 @@ class SplitAndMerge:
             done=number + 1 == len(self.plan.levels),
             history=list(self.history),
             tensors={
+                "n_classes": torch.tensor(self.plan.n_classes),
                 "level": torch.tensor(number),
                 "cycle": torch.tensor(cycle),
                 "evidence": torch.tensor(rest.evidence, dtype=torch.float64),
