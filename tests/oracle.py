@@ -107,3 +107,10 @@ def curves_by_row(images: torch.Tensor, found: Alignment, mask: torch.Tensor) ->
             means.append(transform(prepared, found.pose[own]).mean(0))
         halves.append(masked(torch.stack(means), mask))
     return ring_correlation(*halves)
+
+
+def reference_number(found: Alignment) -> torch.Tensor:
+    """(n,) number of the given reference, from 1, that each particle's class started from; 0 for
+    none. Classes themselves are numbered by their sizes."""
+    started = torch.tensor([0, *found.class_quality["reference"]])
+    return started[found.class_number]

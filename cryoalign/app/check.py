@@ -1,7 +1,5 @@
 """All that is wrong with an input, found from its rows and headers in seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike

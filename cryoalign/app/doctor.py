@@ -1,7 +1,5 @@
 """What this installation runs on, and what would make it faster."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """A run: settings in, a folder of results out."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from itertools import count
@@ -82,7 +80,7 @@ def run(
             try:
                 _align_and_write(config, stack, state, watch, on_step)
             except KeyboardInterrupt as stop:
-                raise Interrupted(_kept(folder, watch.done)) from stop
+                raise Interrupted(_kept(folder)) from stop
             except Exception:
                 if rank() == 0 and not (folder / CHECKPOINT).exists():
                     _remove_results(folder)  # nothing was done
@@ -266,9 +264,12 @@ def _remove_results(folder: Path) -> None:
         folder.rmdir()
 
 
-def _kept(folder: Path, iterations: int) -> str:
-    done = f"after iteration {iterations}" if iterations else "before the first iteration was done"
+def _kept(folder: Path) -> str:
+    """What an interrupted run leaves, from its checkpoint: the signal may come at any moment."""
+    checkpoint = folder / CHECKPOINT
+    done = State.load(checkpoint).iteration if checkpoint.exists() else 0
+    after = f"after iteration {done}" if done else "before the first iteration was done"
     return (
-        f"stopped {done}; {folder} keeps what there is.\n"
+        f"stopped {after}; {folder} keeps what there is.\n"
         f"Go on with: cryoalign run {folder / CONFIG} resume=true"
     )

@@ -1,7 +1,5 @@
 """The files of a run folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

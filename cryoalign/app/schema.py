@@ -4,8 +4,6 @@ A YAML key is a dataclass's field is an argument's name. What is wrong with the 
 at once, in the user's own names.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

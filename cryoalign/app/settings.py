@@ -1,7 +1,5 @@
 """The settings of a run and of a simulation, from files and words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter

@@ -3,8 +3,6 @@
 PyYAML's safe loader follows YAML 1.1, where ``no`` is false, ``1e-3`` a text and ``1:30`` is 90.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable
 from typing import Any

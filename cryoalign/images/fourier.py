@@ -4,8 +4,6 @@ Spectra are those of ``torch.fft.rfft2``: (..., size, size // 2 + 1). A *shell* 
 components whose frequency rounds to the same whole number of 1/box.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Fourier ring correlation, the resolution read from it, and the best linear filter."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

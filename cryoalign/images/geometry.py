@@ -4,8 +4,6 @@ Points are (x, y) in pixels from the centre (w // 2, h // 2); y is the row. Outs
 samples are zero, so images should have a background of zero.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Literal
 

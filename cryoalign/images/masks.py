@@ -1,7 +1,5 @@
 """Soft masks, the background around a particle, and normalisation by it."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ root of the rings' area weights and of the FFT's length, so that the inner produ
 angular frequencies is a correlation coefficient (see `ring_spectra`).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

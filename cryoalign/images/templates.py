@@ -1,7 +1,5 @@
 """References with their derivatives, and the weight of the pixels that are compared."""
 
-from __future__ import annotations
-
 import math
 
 import torch

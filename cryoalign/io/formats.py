@@ -1,7 +1,5 @@
 """Read and write images; the suffix of a file gives its format."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

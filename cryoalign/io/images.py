@@ -1,7 +1,5 @@
 """An image file of any format: its header is kept, its pixels are mapped for each read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

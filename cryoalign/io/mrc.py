@@ -1,7 +1,5 @@
 """MRC images and stacks (.mrc, .mrcs): checked headers; ``mrcfile`` writes the stacks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NoReturn
 

@@ -1,7 +1,5 @@
 """NumPy arrays of images (.npy); pickled arrays are refused because they can run code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Find the stacks that a STAR file names."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Problems of an input, each with the file, the row, a description and a remedy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write STAR files for RELION: particles with pose and class, statistics of class averages."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Sequence

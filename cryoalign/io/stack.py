@@ -1,7 +1,5 @@
 """Particles in files, read in any order, a few at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path

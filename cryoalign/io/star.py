@@ -4,8 +4,6 @@ Parsers without these checks accept damaged files and return wrong tables, with 
 blocks or with shifted cells. Here such a file is refused, with the number of the line.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass, field

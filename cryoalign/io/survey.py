@@ -3,8 +3,6 @@
 ``read_particles`` raises the problems that are found; ``cryoalign check`` lists them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -13,8 +13,6 @@ a *batch* of samples (a dict of tensors with one row for each sample), so that t
 ``DataLoader`` read and transform whole batches.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ Fitting computes class averages. New particles are compared with these averages 
 lists the checks of scikit-learn that cannot pass with images.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABCMeta, abstractmethod
 from dataclasses import KW_ONLY, asdict, dataclass

@@ -8,8 +8,6 @@ all poses, d score / d p = 0, and the implicit function theorem gives
     d p / d images = - H^-1  d^2 score / (d p d images),   H = d^2 score / d p^2.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ thousands of samples. Inputs in half precision are accepted and converted to flo
 recommends, call backward outside of autocast. docs/layers.md has a table of the modules.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch

@@ -14,8 +14,6 @@ consecutive particles in random order and shuffles the particles of a few blocks
 training this is as good, unless the particles of one block are all alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

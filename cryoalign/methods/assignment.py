@@ -4,8 +4,6 @@ Pure functions of an (n, k) matrix of scores, on its device, and the settings th
 them; `matching` brings them together with particles.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Literal

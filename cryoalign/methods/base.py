@@ -5,11 +5,9 @@ step at a time, and finishes with an `Alignment`. `align` does the rest: it chec
 goes on from it, and calls back after every step.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -182,7 +180,7 @@ def align(
         if state.iteration and on_step is not None:
             on_step(state)
     else:
-        state = resume
+        state = replace(resume, unsaved={})  # what other settings may have made
         _refuse_other_particles(state, method, particles)
     while not method.is_done(state):
         state = method.step(particles, state)

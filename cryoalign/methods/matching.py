@@ -1,7 +1,5 @@
 """All particles against all classes, and what an `Assignment` makes of the scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

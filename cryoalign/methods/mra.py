@@ -5,8 +5,6 @@ hands and in-plane angles, joins the best, and the averages of what joined, filt
 centred, are the next references.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Mapping

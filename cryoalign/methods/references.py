@@ -1,7 +1,5 @@
 """References of `mra` and `rfa`: the first ones, and the averages that they become."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ from wide and coarse shifts to narrow and fine ones, every particle is aligned t
 the average made again, until poses come to rest (Penczek et al. 1992; SPARX's ``ali2d``).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

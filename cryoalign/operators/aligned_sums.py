@@ -1,7 +1,5 @@
 """The operator that moves particles by their poses and sums them by group."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -13,8 +13,6 @@ Mirroring after the turn takes x to -x and therefore the ring angle theta to pi 
 is then irfft_m( (-1)^m sum_r conj(X[r, m]) conj(Y[r, m]) ). (Chung et al. 2020, RPC.)
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

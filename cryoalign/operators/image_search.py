@@ -1,7 +1,5 @@
 """The operator that compares images with references: the best pose of every pair."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The operator that refines poses beyond the step of the search grid, by Gauss-Newton steps."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

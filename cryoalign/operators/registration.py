@@ -5,8 +5,6 @@ torch.compile, autograd and the choice of a GPU or CPU implementation work for i
 that is declared is also the implementation that runs where no compiled one can.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The shape letters are those of `correlation`. References are prepared once, by `
 can then be used in any number of calls.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Find the images that cannot be used: with invalid pixels, or without any contrast."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

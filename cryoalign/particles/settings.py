@@ -1,7 +1,5 @@
 """What is known of the particle, and how its images are prepared: two sections of the settings."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, NamedTuple
 

@@ -6,8 +6,6 @@ pose without interpolation, so they can be used to test code that interpolates. 
 (x, y[, z]) in pixels from pixel ``size // 2``; poses follow ``cryoalign.pose``.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

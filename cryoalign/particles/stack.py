@@ -1,7 +1,5 @@
 """Where particles come from: files and arrays, read a few rows at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 

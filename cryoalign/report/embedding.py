@@ -6,8 +6,6 @@ read the particles in batches, so only the features (and the core scores of 2SDR
 proportion to the number of particles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Every function returns a new Matplotlib figure and leaves pyplot's global state 
 are not known (NaN) are left out.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from io import BytesIO

@@ -1,7 +1,5 @@
 """Class averages as pictures: one tile for a class, or the montage of all of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from io import BytesIO

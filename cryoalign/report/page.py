@@ -4,8 +4,6 @@ The page contains everything, pictures included, and loads nothing from the netw
 sent by mail as one file.
 """
 
-from __future__ import annotations
-
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence

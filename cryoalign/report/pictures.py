@@ -1,7 +1,5 @@
 """The pictures of a run, each drawn once for both the run folder and the report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure

@@ -16,8 +16,6 @@ deviations it lies above the median. Ice, carbon and neighbouring particles have
 they are bright, but they are odd.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The covariance of refined poses, particle by particle."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

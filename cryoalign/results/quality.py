@@ -1,7 +1,5 @@
 """How good a result is: what is known of every particle, every class, and the run."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import pandas as pd

@@ -5,8 +5,6 @@ and in the few functions that take tensors of images. Results are tensors, which
 other libraries can use through the same protocols (docs/interop.md).
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, Protocol, runtime_checkable
 

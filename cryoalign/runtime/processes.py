@@ -3,8 +3,6 @@
 With a single process they return their arguments, so the same code serves both cases.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

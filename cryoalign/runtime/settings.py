@@ -1,7 +1,5 @@
 """How sections of settings are declared."""
 
-from __future__ import annotations
-
 from typing import TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field

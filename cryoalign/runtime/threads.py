@@ -5,8 +5,6 @@ one. The operations of a pose search are small, so they would mostly wait. Whole
 independent. Results do not depend on the number of workers.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections import deque

@@ -14,8 +14,6 @@ noise is common to two hypotheses for one particle, and the coarse grid lowers a
 tenths of the margin at most. ``python -m bench adaptive`` measures what is lost.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

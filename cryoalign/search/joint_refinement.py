@@ -9,8 +9,6 @@ with L the linear part of the pose (`Pose`). `refine` is faster, for angle and s
 without the CTF. docs/refinement.md compares their errors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ steps, accepts them and stops by itself, so that its result is the same in any b
 rounding. (The optimisers of ``torch.optim`` have one step length and one stop for all.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Search: the best pose of every particle on every reference, and its refinement off the grid."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass as plain_dataclass
 
 import torch

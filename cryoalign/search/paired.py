@@ -1,7 +1,5 @@
 """Particles that each have a reference of their own: particle i on reference i."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Poses of a search's grid, and their refinement between its points by Gauss-Newton."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from cryoalign.images.polar import Rings

@@ -162,6 +162,15 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(finished, star, tmp_path
     assert_same_results(resumed, finished)
 
 
+def test_an_interruption_between_checkpoint_and_log_counts_the_step(star, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cryoalign.app.progress.Watch.step", interrupted)
+    with pytest.raises(Interrupted, match="stopped after iteration 1;"):
+        run(settings(star, tmp_path / "cut", "embedding=false"))
+
+
 def test_resuming_refuses_other_settings_and_goes_further_on_request(star, tmp_path):
     config = settings(star, tmp_path / "run", "iterations=1", "embedding=false")
     run(config)

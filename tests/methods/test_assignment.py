@@ -19,11 +19,12 @@ from cryoalign.methods.assignment import (
     soft_weights,
 )
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.methods.state import MraState
+from cryoalign.methods.state import State
 from cryoalign.operators.correlation import correlation_table
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.search.match import log_evidence, prepare_target
-from cryoalign.search.settings import Search
+from cryoalign.search.settings import Search, SearchSettings
 
 
 def best_total(scores: Tensor, least: int, most: int) -> float:
@@ -166,10 +167,11 @@ def test_the_noises_temperature_makes_scores_likelihoods() -> None:
 )
 def test_every_strategy_aligns(how: Assignment, mode: str) -> None:
     data = simulate(80, 4, size=32, snr=0.5, max_shift=1.0, seed=11)
-    states: list[MraState] = []
+    states: list[State] = []
     found = align_multi_reference(
         data.images, "random", n_classes=4, assign=how, iterations=10, seed=3,
-        search=Search(max_shift=1, mode=mode), on_iteration=states.append,
+        particle=Particle(max_shift="1 px"), search=SearchSettings(mode=mode),
+        on_step=states.append,
     )  # fmt: skip
     assert adjusted_rand_score(data.class_number, found.class_number) > 0.6
     assert int(found.class_sizes.sum()) == 80
@@ -181,17 +183,17 @@ def test_every_strategy_aligns(how: Assignment, mode: str) -> None:
     if how.strategy == "equal":
         assert found.class_sizes.tolist() == [20] * 4
     if how.start_classes:
-        assert [len(state.references) for state in states][:5] == [1, 2, 2, 4, 4]
+        assert [len(state["references"]) for state in states][:5] == [1, 2, 2, 4, 4]
 
 
 def test_too_few_iterations_are_refused_resumed_or_not() -> None:
     images = simulate(40, 2, size=24, snr=1.0, max_shift=1.0).images
-    states: list[MraState] = []
+    states: list[State] = []
     split = Assignment(start_classes=1, level_iterations=1)
-    search = Search(max_shift=1)
+    particle = Particle(max_shift="1 px")
     align_multi_reference(
-        images, n_classes=8, assign=split, iterations=4, search=search,
-        on_iteration=states.append,
+        images, n_classes=8, assign=split, iterations=4, particle=particle,
+        on_step=states.append,
     )  # fmt: skip
     for assign, message in (
         (split, "1 classes become 8 after 3 times 1 iterations"),
@@ -200,5 +202,10 @@ def test_too_few_iterations_are_refused_resumed_or_not() -> None:
         for resume in (None, states[0]):
             with pytest.raises(ValueError, match=message):
                 align_multi_reference(
-                    images, n_classes=8, assign=assign, iterations=3, search=search, resume=resume
+                    images,
+                    n_classes=8,
+                    assign=assign,
+                    iterations=3,
+                    particle=particle,
+                    resume=resume,
                 )

@@ -12,7 +12,6 @@ from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.methods import mra
 from cryoalign.methods.assignment import Assignment, assign_robust
-from cryoalign.methods.base import Alternation, prepare_particles
 from cryoalign.methods.matching import (
     LEAST_WEIGHT,
     Matched,
@@ -21,16 +20,19 @@ from cryoalign.methods.matching import (
     soft_sums,
 )
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.methods.state import MraState
+from cryoalign.methods.references import AlignAndAverage
+from cryoalign.methods.state import State
 from cryoalign.particles.prepare import prepare
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose
 from cryoalign.results.averages import Averaging
 from cryoalign.search.match import Target, prepare_target
-from cryoalign.search.settings import Search
+from cryoalign.search.settings import Search, SearchSettings
 
 N, K, SIZE = 40, 3, 32
 SEARCH = Search(max_shift=1, mode="exhaustive")
+HOW = {"particle": Particle(max_shift="1 px"), "search": SearchSettings(mode="exhaustive")}
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,17 @@ def data() -> Simulation:
 
 
 @pytest.fixture(scope="module")
-def matched(data: Simulation) -> tuple[Alternation, Target, Matched]:
+def matched(data: Simulation) -> tuple[AlignAndAverage, Target, Matched]:
     images = data.images.clone()
     images[4] = torch.nan  # halves go by the row of the input
-    prepared = prepare_particles(images, None, "cpu", 0.1, 7, None)
-    turns = Alternation(prepared, Averaging(), SEARCH.rings(SIZE), None)
+    prepared = prepare(images, device="cpu", batch_size=7)
+    work = AlignAndAverage(prepared, Averaging(), SEARCH, SEARCH.rings(SIZE))
     target = prepare_target(data.views, SEARCH)
-    return turns, target, match_particles(turns, target)
+    return work, target, match_particles(work, target)
 
 
-def test_soft_sums_are_weighted_means(matched: tuple[Alternation, Target, Matched]) -> None:
-    turns, _, found = matched
+def test_soft_sums_are_weighted_means(matched: tuple[AlignAndAverage, Target, Matched]) -> None:
+    work, _, found = matched
     generator = torch.Generator().manual_seed(0)
     n, k = N - 1, K + 1  # one class is new
     weights = torch.softmax(3 * torch.randn(n, K, generator=generator), 1)
@@ -60,12 +62,12 @@ def test_soft_sums_are_weighted_means(matched: tuple[Alternation, Target, Matche
         360 * torch.rand(n, generator=generator), torch.randn(n, 2, generator=generator),
         torch.rand(n, generator=generator) < 0.5,
     )  # fmt: skip
-    sums = soft_sums(turns, found, weights, label, fine, k)
-    images = turns.particles.read(torch.arange(n)).double()
+    sums = soft_sums(work, found, weights, label, fine, k)
+    images = work.particles.read(torch.arange(n)).double()
     total = torch.zeros(2, k, SIZE, SIZE, dtype=torch.float64)
     weight, count = torch.zeros(2, k, dtype=torch.float64), torch.zeros(2, k, dtype=torch.int64)
     for i in range(n):
-        half = int(turns.particles.rows[i]) % 2
+        half = int(work.particles.rows[i]) % 2
         moved = int(label[i]) != int(weights[i].argmax())
         for c in range(k):
             own = c == int(label[i])
@@ -81,12 +83,12 @@ def test_soft_sums_are_weighted_means(matched: tuple[Alternation, Target, Matche
     torch.testing.assert_close(sums.half_averages().double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def correntropies(turns: Alternation, references: Tensor, found: Matched) -> Tensor:
+def correntropies(work: AlignAndAverage, references: Tensor, found: Matched) -> Tensor:
     """exp(-d^2 / 2 s^2), s^2 = 2 of a background of variance 1, pixel by pixel."""
-    mask = turns.mask().double()
+    mask = work.mask().double()
     out = torch.zeros(found.scores.shape, dtype=torch.float64)
     for i in range(len(out)):
-        image = turns.particles.read(torch.tensor([i])).double()
+        image = work.particles.read(torch.tensor([i])).double()
         for c, reference in enumerate(references.double().tolist()):
             aligned = transform(image, found.pose[i : i + 1, c], "bilinear")[0]
             aligned = (aligned - (aligned * mask).sum() / mask.sum()) * mask
@@ -103,15 +105,15 @@ def correntropies(turns: Alternation, references: Tensor, found: Matched) -> Ten
 
 
 def test_robust_ranks_the_correntropies(
-    data: Simulation, matched: tuple[Alternation, Target, Matched]
+    data: Simulation, matched: tuple[AlignAndAverage, Target, Matched]
 ) -> None:
-    turns, target, found = matched
+    work, target, found = matched
     label = found.scores.argmax(1)
-    expected = correntropies(turns, data.views, found)
+    expected = correntropies(work, data.views, found)
     how = Assignment("robust", similarity="correntropy")
-    ranked = assign_particles(turns, target, how, label, 0).label
+    ranked = assign_particles(work, target, how, label, 0).label
     assert torch.equal(ranked, assign_robust(expected.float(), label))
-    plain = assign_particles(turns, target, Assignment("robust"), label, 0).label
+    plain = assign_particles(work, target, Assignment("robust"), label, 0).label
     assert torch.equal(plain, assign_robust(found.scores, label))
     assert not torch.equal(plain, ranked)
 
@@ -129,45 +131,45 @@ def test_the_robust_strategy_resists_a_reference_that_attracts_all() -> None:
         view = made.class_number - 1
         wrong = torch.rand(len(view), generator=generator) < 0.3
         label = torch.where(wrong, (view + 1) % K, view)
-        prepared = prepare_particles(made.images, None, "cpu", 0.1, None, None)
-        turns = Alternation(prepared, Averaging(), SEARCH.rings(SIZE), None)
-        target = prepare(references, SEARCH)
+        prepared = prepare(made.images, device="cpu")
+        work = AlignAndAverage(prepared, Averaging(), SEARCH, SEARCH.rings(SIZE))
+        target = prepare_target(references, SEARCH)
         found["best"].append(
-            adjusted_rand_score(view, match_particles(turns, target).scores.argmax(1))
+            adjusted_rand_score(view, match_particles(work, target).scores.argmax(1))
         )
         for _ in range(3):
-            label = assign_particles(turns, target, Assignment("robust"), label, 0).label
+            label = assign_particles(work, target, Assignment("robust"), label, 0).label
         found["robust"].append(adjusted_rand_score(view, label))
     assert min(found["robust"]) > 0.7
     assert max(found["best"]) < 0.5
 
 
 def test_the_stochastic_strategy_climbs_from_the_class_a_particle_is_in(
-    matched: tuple[Alternation, Target, Matched],
+    matched: tuple[AlignAndAverage, Target, Matched],
 ) -> None:
-    turns, target, found = matched
+    work, target, found = matched
     rows, best = torch.arange(N - 1), found.scores.argmax(1)
     how = Assignment("stochastic")
     ends = []
     for seed in range(3):
         label = found.scores.argmin(1)
-        after = assign_particles(turns, target, how, label, seed).label
+        after = assign_particles(work, target, how, label, seed).label
         assert (found.scores[rows, after] > found.scores[rows, label]).all()
         assert 0.25 < (after == best).double().mean() < 0.75  # one of two that are better
         ends.append(after)
     assert not torch.equal(ends[0], ends[1])
-    new = assign_particles(turns, target, how, torch.full((N - 1,), -1), 0).label
+    new = assign_particles(work, target, how, torch.full((N - 1,), -1), 0).label
     assert torch.equal(new, best)
 
 
 def test_a_particle_counts_in_several_classes_while_it_is_hot(data: Simulation) -> None:
     """Soft averages are of more members than there are particles; the last ones are hard."""
-    states: list[MraState] = []
+    states: list[State] = []
     align_multi_reference(
-        data.images, data.views, iterations=4, search=SEARCH, settle=0, min_class_share=0,
-        assign=Assignment("soft", anneal=100.0, anneal_iterations=3), on_iteration=states.append,
+        data.images, data.views, iterations=4, **HOW, settle=0, min_class_share=0,
+        assign=Assignment("soft", anneal=100.0, anneal_iterations=3), on_step=states.append,
     )  # fmt: skip
-    members = [int(state.sums.sizes.sum()) for state in states if state.sums is not None]
+    members = [int(state.unsaved["sums"].sizes.sum()) for state in states]
     assert members[0] > 2 * N
     assert members[-1] == N
 
@@ -177,7 +179,7 @@ def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPat
     4 to 1."""
     searched: list[Tensor] = []
     cooling: list[float] = []
-    states: list[MraState] = []
+    states: list[State] = []
 
     def spy_prepare(references: Tensor, *rest: Any) -> Target:
         searched.append(references)
@@ -188,17 +190,17 @@ def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPat
         return weigh(*args)
 
     weigh = mra.weigh
-    monkeypatch.setattr(mra, "prepare", spy_prepare)
+    monkeypatch.setattr(mra, "prepare_target", spy_prepare)
     monkeypatch.setattr(mra, "weigh", spy_weigh)
     align_multi_reference(
-        data.images, data.views, iterations=4, search=SEARCH, settle=0, min_class_share=0,
+        data.images, data.views, iterations=4, **HOW, settle=0, min_class_share=0,
         assign=Assignment("soft", anneal_iterations=2), averaging=Averaging(filter="none"),
-        on_iteration=states.append,
+        on_step=states.append,
     )  # fmt: skip
     assert cooling == pytest.approx([4.0, 2.0, 1.0, 1.0][: len(states)])
     k = torch.hypot(torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE)[None])
     first = masked(data.views, soft_mask(SIZE, SEARCH.rings(SIZE).last_ring))
-    given = [first, *(state.references for state in states)]
+    given = [first, *(state["references"] for state in states)]
     for cutoff, before, after in zip((0.1, 0.3, 0.5), given, searched, strict=False):
         spectra = torch.fft.rfft2(before.double()), torch.fft.rfft2(after.double())
         kept, gone = k < cutoff - 2 / SIZE, k > cutoff + 2.5 / SIZE
@@ -209,7 +211,7 @@ def test_soft_cools_and_sharpens(data: Simulation, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_at_rest_before_it_is_annealed_and_split(data: Simulation) -> None:
-    at_rest = {"search": SEARCH, "settle": 1.0, "iterations": 8, "min_class_share": 0.0}
+    at_rest = {**HOW, "settle": 1.0, "iterations": 8, "min_class_share": 0.0}
     soft = align_multi_reference(
         data.images, data.views, assign=Assignment("soft", anneal_iterations=3), **at_rest
     )

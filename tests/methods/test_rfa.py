@@ -10,11 +10,12 @@ from torch import Tensor
 
 from cryoalign.images.geometry import transform, translate
 from cryoalign.methods.rfa import align_reference_free
-from cryoalign.methods.state import MraState
+from cryoalign.methods.state import State
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, compose, wrap_degrees
 from cryoalign.results.averages import Averaging
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.search.settings import Schedule, SearchSettings
 
 SCHEDULE = Schedule(max_shift=(3.0, 1.0), shift_step=(1.0, 0.5))
 
@@ -37,7 +38,7 @@ def errors(truth: Pose, found: Pose) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("mode", ["adaptive", "exhaustive"])
 def test_poses_are_found_from_nothing(data: Simulation, mode: str) -> None:
-    found = align_reference_free(data.images, schedule=SCHEDULE, search=Search(mode=mode))
+    found = align_reference_free(data.images, schedule=SCHEDULE, search=SearchSettings(mode=mode))
     hand, angle, shift = errors(data.pose, found.pose)
     assert hand.all()
     assert angle.median() < 1.5
@@ -57,14 +58,15 @@ def test_poses_are_found_from_nothing(data: Simulation, mode: str) -> None:
 def test_every_step_is_run_with_its_own_shifts() -> None:
     """A narrow step searches about what a wide one found."""
     data = simulate(n=60, n_classes=1, size=48, snr=0.5, max_shift=4.0, seed=3)
-    search = Search(mode="exhaustive", refine=False, last_ring=16)
+    search = SearchSettings(mode="exhaustive", refine=False)
     averaging = Averaging(centre="none")
 
     def run(reach: tuple[float, ...], step: tuple[float, ...]) -> pd.DataFrame:
-        states: list[MraState] = []
+        states: list[State] = []
         align_reference_free(
             data.images, data.views, schedule=Schedule(max_shift=reach, shift_step=step, settle=0),
-            iterations=2, search=search, averaging=averaging, on_iteration=states.append,
+            iterations=2, particle=Particle(radius="16 px"), search=search, averaging=averaging,
+            on_step=states.append,
         )  # fmt: skip
         table = states[-1].history
         assert [row["step"] for row in table] == [1 + i // 2 for i in range(2 * len(reach))]
@@ -86,13 +88,13 @@ def test_every_step_is_run_with_its_own_shifts() -> None:
 
 
 def test_kicks_try_a_few_angles_only(data: Simulation) -> None:
-    states: list[MraState] = []
+    states: list[State] = []
     schedule = Schedule(
         max_shift=(3.0, 1.0), shift_step=(1.0, 1.0), settle=0, kicks=2, kick_every=2, kick_angle=60
     )
     align_reference_free(
         data.images, schedule=schedule, iterations=5, averaging=Averaging(centre="none"),
-        on_iteration=states.append,
+        on_step=states.append,
     )  # fmt: skip
     kicked = [row["kicked"] for row in states[-1].history]
     assert kicked == [False, True, False, True, *[False] * 6]
@@ -108,10 +110,10 @@ def test_kicks_try_a_few_angles_only(data: Simulation) -> None:
 
 
 def test_starts_are_judged_by_their_scores(data: Simulation) -> None:
-    told: list[MraState] = []
+    told: list[State] = []
     best = align_reference_free(
         data.images, schedule=Schedule(max_shift=(3.0, 1.0), shift_step=(1.0, 1.0), starts=3),
-        iterations=2, on_iteration=told.append,
+        iterations=2, on_step=told.append,
     )  # fmt: skip
     single = [
         align_reference_free(
@@ -121,8 +123,8 @@ def test_starts_are_judged_by_their_scores(data: Simulation) -> None:
         for starts in (1, 3)
     ]  # fmt: skip
     assert single[1].score.mean() >= single[0].score.mean()
-    assert [state.iteration for state in told] == [1, 2, 3, 4]
-    assert told[1].score.mean() == pytest.approx(float(single[1].score.mean()))
+    assert [state.iteration for state in told] == [2, 3, 4]
+    assert told[0]["score"].mean() == pytest.approx(float(single[1].score.mean()))
     assert len(best.history) == 4
 
 
@@ -131,7 +133,7 @@ def test_no_mirror(data: Simulation) -> None:
         max_shift=(2.0, 1.0), shift_step=(1.0, 1.0), kicks=1, kick_every=2, starts=2
     )
     found = align_reference_free(
-        data.images[:40], schedule=schedule, iterations=3, search=Search(mirror=False)
+        data.images[:40], schedule=schedule, iterations=3, particle=Particle(mirror=False)
     )
     assert not found.pose.mirror.any()
     assert (found.history["hand_changed"].dropna() == 0).all()
@@ -144,14 +146,14 @@ def test_resumed_is_uninterrupted(data: Simulation, tmp_path) -> None:
             iterations=6, **more,
         )  # fmt: skip
 
-    whole = run(on_iteration=lambda state: state.save(tmp_path / f"{state.iteration}.npz"))
+    whole = run(on_step=lambda state: state.save(tmp_path / f"{state.iteration}.npz"))
     for iteration in (3, len(whole.history)):
-        again = run(resume=MraState.load(tmp_path / f"{iteration}.npz"))
+        again = run(resume=State.load(tmp_path / f"{iteration}.npz"))
         pd.testing.assert_frame_equal(whole.to_frame(), again.to_frame(), check_exact=True)
         assert torch.equal(whole.averages, again.averages)
         drop = whole.history.drop(columns="seconds")
         pd.testing.assert_frame_equal(drop, again.history.drop(columns="seconds"))
-    third = MraState.load(tmp_path / "3.npz")
+    third = State.load(tmp_path / "3.npz")
     with pytest.raises(ValueError, match="other particles"):
         align_reference_free(-data.images, schedule=SCHEDULE, resume=third)
 
@@ -179,7 +181,7 @@ def test_translate_moves_whole_pixels_and_brings_in_zeros() -> None:
         ({"references": torch.ones(2, 48, 48)}, "takes one template"),
         ({"references": torch.ones(1, 40, 40)}, "do not fit"),
         ({"iterations": 0}, "iterations"),
-        ({"search": Search(last_ring=22)}, "last_ring 22"),
+        ({"particle": Particle(radius="22 px")}, "last_ring 22"),
     ],
 )
 def test_bad_input_is_refused_first(data: Simulation, kwargs, message) -> None:

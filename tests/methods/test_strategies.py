@@ -12,25 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from cryoalign.methods.classify.band import Band
 from sklearn.metrics import adjusted_rand_score
 
 from bench.agreement import Agreement, agreement
 from cryoalign.images.geometry import transform
 from cryoalign.methods.assignment import Assignment
-from cryoalign.methods.classify import split_and_merge as climb_module
+from cryoalign.methods.classify import split_and_merge as module
 from cryoalign.methods.classify.em_step import Sums, maximise
 from cryoalign.methods.classify.fourier_rings import FourierRings
+from cryoalign.methods.classify.resolution_level import ResolutionLevel
 from cryoalign.methods.classify.settings import Likelihood, Plan
-from cryoalign.methods.classify.split_and_merge import FEWEST, Climb
+from cryoalign.methods.classify.split_and_merge import FEWEST, SplitAndMerge
 from cryoalign.methods.classify.whitening import observe
 from cryoalign.methods.mra import align_multi_reference
 from cryoalign.methods.rfa import align_reference_free
-from cryoalign.methods.state import ClimbState, MraState
+from cryoalign.methods.state import State
+from cryoalign.particles.prepare import prepare
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose, compose, wrap_degrees
 from cryoalign.results.averages import Averaging, displacement
-from cryoalign.search.settings import Schedule, Search
+from cryoalign.search.settings import Schedule
 
 SEEDS = range(6)
 
@@ -44,7 +46,7 @@ def rand_index(data: Simulation, label: torch.Tensor) -> float:
     return float(adjusted_rand_score(data.class_number, label))
 
 
-# ---- classification: the climb
+# ---- classification
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +55,32 @@ def eight() -> Simulation:
     return simulate(n=160, n_classes=8, size=32, snr=0.3, max_shift=1.0, seed=1)
 
 
-def climb_of(data: Simulation, n_classes: int, seed: int, **settings: Any) -> Climb:
+def work_on(
+    data: Simulation, n_classes: int, seed: int, max_shift: float = 1.0, **settings: Any
+) -> SplitAndMerge:
     n, size = data.images.shape[:2]
-    likelihood = Likelihood(**{"max_shift": 1.0, **settings})
-    plan = Plan(likelihood, n_classes, 0.4 * size, size)
+    likelihood = Likelihood(**settings)
+    plan = Plan(likelihood, n_classes, 0.4 * size, max_shift, True, size)
     seen = observe(
         lambda rows: data.images[rows], n, size, None, plan.ring(likelihood.end_detail),
-        plan.radius, likelihood.max_shift,
+        plan.radius, max_shift,
     )  # fmt: skip
-    return Climb(plan, seen, n, seed)
+    return SplitAndMerge(plan, seen, prepare(data.images, device="cpu"), seed)
 
 
-def climbed(climb: Climb) -> list[ClimbState]:
+def states_of(work: SplitAndMerge) -> list[State]:
     """The states after the start, every cycle kept and every change of rings."""
-    states = [climb.begin()]
+    states = [work.begin()]
     while not states[-1].done:
-        states.append(climb.advance(states[-1]))
+        states.append(work.advance(states[-1]))
     return states
 
 
 @cache
 def plain_index(data: Simulation, seed: int) -> float:
-    """What a climb reaches that starts with as many classes as asked and never splits."""
-    climb = climb_of(data, 8, seed, surplus=1.0, cycles=0)
-    return rand_index(data, climbed(climb)[-1].found.label)
+    """What a classification reaches that starts with as many classes as asked and never splits."""
+    work = work_on(data, 8, seed, surplus=1.0, cycles=0)
+    return rand_index(data, states_of(work)[-1]["label"])
 
 
 def test_cycles_of_splitting_and_merging_find_views_that_the_start_missed(
@@ -84,11 +88,11 @@ def test_cycles_of_splitting_and_merging_find_views_that_the_start_missed(
 ) -> None:
     seeds, with_cycles = range(4), []
     for seed in seeds:
-        states = climbed(climb_of(eight, 8, seed, surplus=1.0, cycles=4))
-        with_cycles.append(rand_index(eight, states[-1].found.label))
-        kept = [state for state in states if state.level == 0]
-        assert [state.cycle for state in kept] == list(range(len(kept)))
-        assert all(b.evidence > a.evidence for a, b in pairwise(kept))
+        states = states_of(work_on(eight, 8, seed, surplus=1.0, cycles=4))
+        with_cycles.append(rand_index(eight, states[-1]["label"]))
+        kept = [state for state in states if state["level"] == 0]
+        assert [int(state["cycle"]) for state in kept] == list(range(len(kept)))
+        assert all(b["evidence"] > a["evidence"] for a, b in pairwise(kept))
     assert min(with_cycles) > 0.95
     assert mean(with_cycles) > mean([plain_index(eight, seed) for seed in seeds]) + 0.07
 
@@ -96,32 +100,31 @@ def test_cycles_of_splitting_and_merging_find_views_that_the_start_missed(
 def test_more_classes_than_asked_find_more_views(eight: Simulation) -> None:
     found = []
     for seed in SEEDS:
-        state = climbed(climb_of(eight, 8, seed, surplus=3.0, cycles=0))[-1]
+        state = states_of(work_on(eight, 8, seed, surplus=3.0, cycles=0))[-1]
         assert state.history[0]["classes"] == 24
-        assert len(state.classes) == 8
-        found.append(rand_index(eight, state.found.label))
+        assert len(state["classes"]) == 8
+        found.append(rand_index(eight, state["label"]))
     assert mean(found) > mean([plain_index(eight, seed) for seed in SEEDS]) + 0.06
 
 
 def test_the_resolution_rises_and_poses_get_finer() -> None:
     data = simulate(n=120, n_classes=2, size=48, snr=0.3, max_shift=2.0, seed=3)
-    climb = climb_of(data, 2, 0, max_shift=2.0, start_detail=4.0, end_detail=12.0, cycles=1)
-    states = climbed(climb)
-    plan = climb.plan
+    work = work_on(data, 2, 0, max_shift=2.0, start_detail=4.0, end_detail=12.0, cycles=1)
+    states = states_of(work)
+    plan = work.plan
     ends = [plan.ring(detail) for detail in (4.0, 8.0, 12.0)]
     assert sorted({row["rings"] for row in states[-1].history}) == ends
-    assert [state.history[-1]["rings"] for state in states if state.cycle == 0] == ends
+    assert [state.history[-1]["rings"] for state in states if state["cycle"] == 0] == ends
     # At every resolution they are iterated until they gain no more.
     steps = [[r["log_evidence"] for r in states[-1].history if r["rings"] == end] for end in ends]
     assert all(len(each) > 1 and each[-1] > each[0] for each in steps)
     # The classes have signal on the rings that were added.
-    power = states[-1].classes.abs().square().sum((0, 2))
+    power = states[-1]["classes"].abs().square().sum((0, 2))
     assert len(power) == ends[2]
     assert (power[ends[0] :] > 0).sum() > (ends[2] - ends[0]) / 2
 
-    def judged(state: ClimbState) -> Agreement:
-        found = state.found
-        return agreement(found.label, found.pose, data.class_number - 1, data.pose, 2)
+    def judged(state: State) -> Agreement:
+        return agreement(state["label"], state.pose, data.class_number - 1, data.pose, 2)
 
     first, last = judged(states[0]), judged(states[-1])
     assert last.right > 0.97
@@ -131,11 +134,11 @@ def test_the_resolution_rises_and_poses_get_finer() -> None:
 
 @pytest.mark.parametrize("children", [2, 3, 5])
 def test_every_class_is_split_into_the_children_asked(eight: Simulation, children: int) -> None:
-    climb = climb_of(eight, 2, 0, split=children)
-    band = climb.band(0, torch.zeros(160, 2))
+    work = work_on(eight, 2, 0, split=children)
+    level = work.level(0, torch.zeros(160, 2))
     label = torch.ones(160, dtype=torch.int64)
     label[: 2 * FEWEST] = 0  # members for two children, no more
-    sums = climb.split(band, label)
+    sums = work.split(level, label)
     few = 2
     assert sums.size.shape == (2, few + children)
     # Children are made of the members of their class alone.
@@ -150,11 +153,11 @@ def test_children_iterated_show_a_view_each(monkeypatch: pytest.MonkeyPatch) -> 
 
     def purity(data: Simulation, seed: int) -> float:
         n = len(data.images)
-        climb = climb_of(data, 1, seed, split=6)
-        band = climb.band(0, torch.zeros(n, 2))
-        children = maximise(climb.split(band, torch.zeros(n, dtype=torch.int64)), band.rings)
+        work = work_on(data, 1, seed, split=6)
+        level = work.level(0, torch.zeros(n, 2))
+        children = maximise(work.split(level, torch.zeros(n, dtype=torch.int64)), level.rings)
         counts = torch.zeros(6, 3)
-        at = band.expect(children)[0].label, data.class_number - 1
+        at = level.expect(children)[0].label, data.class_number - 1
         return float(counts.index_put_(at, torch.ones(n), accumulate=True).amax(1).sum()) / n
 
     clear, hard = (
@@ -163,13 +166,13 @@ def test_children_iterated_show_a_view_each(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert mean([purity(clear, seed) for seed in SEEDS]) > 0.97
     iterated = [purity(hard, seed) for seed in SEEDS]
-    monkeypatch.setattr(climb_module, "SPLIT_STEPS", 1)
+    monkeypatch.setattr(module, "SPLIT_STEPS", 1)
     assert mean(iterated) > mean([purity(hard, seed) for seed in SEEDS]) + 0.06
 
 
 @pytest.mark.parametrize("start", ["singles", "stochastic", "invariants"])
 def test_every_start_goes_its_own_way(eight: Simulation, start: str) -> None:
-    table = climb_of(eight, 8, 0, start=start, surplus=1.5).begin().history
+    table = work_on(eight, 8, 0, start=start, surplus=1.5).begin().history
     classes = [row["classes"] for row in table]
     subsets = sum(row["step"] == "subset" for row in table)
     if start == "invariants":
@@ -183,22 +186,24 @@ def test_every_start_goes_its_own_way(eight: Simulation, start: str) -> None:
 def test_subsets_and_rings_of_a_stochastic_start_grow(eight: Simulation) -> None:
     sizes: list[int] = []
 
-    class Counted(Band):
+    class Counted(ResolutionLevel):
         def sums_of(self, rows: torch.Tensor, classes: torch.Tensor) -> tuple[float, Sums]:
             assert len(rows.unique()) == len(rows)
             sizes.append(len(rows))
             return super().sums_of(rows, classes)
 
-    climb = climb_of(eight, 8, 0)
-    band = climb.band(0, torch.zeros(160, 2))
-    counted = Counted(band.observations, band.start, band.own, band.shifts, band.rings, band.mirror)
-    climb.descend(counted, climb.random(160)[:4])
+    work = work_on(eight, 8, 0)
+    level = work.level(0, torch.zeros(160, 2))
+    counted = Counted(
+        level.observations, level.start, level.own, level.shifts, level.rings, level.mirror
+    )
+    work.from_subsets(counted, work.random(160)[:4])
     assert sizes[0] == 32  # eight a class
     assert all(b >= a for a, b in pairwise(sizes))
     assert 70 < sizes[-1] <= 96  # up to half of the rest
-    rings = [row["rings"] for row in climb.history]
-    assert rings[0] <= 0.7 * band.rings.last
-    assert rings[-1] == band.rings.last
+    rings = [row["rings"] for row in work.history]
+    assert rings[0] <= 0.7 * level.rings.last
+    assert rings[-1] == level.rings.last
     assert all(b >= a for a, b in pairwise(rings))
 
 
@@ -210,14 +215,14 @@ def test_momentum_makes_classes_that_foretell_other_particles(
     likelier = []
     for number in range(4):
         data = simulate(n=400, n_classes=1, size=32, snr=0.1, max_shift=1.0, seed=number)
-        unseen = climb_of(_part(data, slice(200, 400)), 1, 0).band(0, torch.zeros(200, 2))
+        unseen = work_on(_part(data, slice(200, 400)), 1, 0).level(0, torch.zeros(200, 2))
         evidence = []
-        for share in (climb_module.MOMENTUM, 0.0):
+        for share in (module.MOMENTUM, 0.0):
             with monkeypatch.context() as patch:
-                patch.setattr(climb_module, "MOMENTUM", share)
-                climb = climb_of(_part(data, slice(0, 200)), 1, 0)
-                band = climb.band(0, torch.zeros(200, 2))
-                classes = climb.descend(band, climb.random(200)[:1])
+                patch.setattr(module, "MOMENTUM", share)
+                work = work_on(_part(data, slice(0, 200)), 1, 0)
+                level = work.level(0, torch.zeros(200, 2))
+                classes = work.from_subsets(level, work.random(200)[:1])
             evidence.append(float(unseen.expect(classes)[0].log_evidence.mean()))
         likelier.append(evidence[0] - evidence[1])
     assert mean(likelier) > 0.06  # of sets 4 to 11: 0.19, each above 0
@@ -234,9 +239,9 @@ def test_classes_of_particles_that_look_alike_show_the_views() -> None:
     """Before any step over all particles."""
     data = simulate(n=240, n_classes=6, size=32, snr=0.15, max_shift=1.0, seed=3)
     for seed in range(2):
-        climb = climb_of(data, 6, seed, start="invariants")
-        band = climb.band(0, torch.zeros(240, 2))
-        assert rand_index(data, band.expect(climb.alike(band))[0].label) > 0.8
+        work = work_on(data, 6, seed, start="invariants")
+        level = work.level(0, torch.zeros(240, 2))
+        assert rand_index(data, level.expect(work.from_invariants(level))[0].label) > 0.8
 
 
 def test_what_the_half_sets_do_not_share_is_left_out_of_classes() -> None:
@@ -262,7 +267,8 @@ def test_what_the_half_sets_do_not_share_is_left_out_of_classes() -> None:
 def aligned_index(data: Simulation, n_classes: int, seed: int, **settings: Any) -> float:
     """Adjusted Rand index of an alignment from random particles."""
     found = align_multi_reference(
-        data.images, "random", n_classes=n_classes, iterations=12, search=Search(max_shift=1),
+        data.images, "random", n_classes=n_classes, iterations=12,
+        particle=Particle(max_shift="1 px"),
         seed=seed, **{"min_class_share": 0.0, **settings},
     )  # fmt: skip
     return rand_index(data, found.class_number)
@@ -377,10 +383,10 @@ def test_references_off_centre_are_centred() -> None:
     off = transform(data.views, Pose(still.angle, torch.tensor([[3.0, -2.0]]), still.mirror))
 
     def away(centre: Any) -> tuple[float, float]:
-        states: list[MraState] = []
+        states: list[State] = []
         align_reference_free(
             data.images, off, schedule=Schedule(max_shift=(5.0, 2.0), shift_step=(1.0, 1.0)),
-            iterations=3, averaging=Averaging(centre=centre), on_iteration=states.append,
+            iterations=3, averaging=Averaging(centre=centre), on_step=states.append,
         )  # fmt: skip
         first, last = (displacement(s.pose).mean(0).norm() for s in (states[0], states[-1]))
         return float(first), float(last)

@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from oracle import some_optics
 
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.methods.references import seed_references
-from cryoalign.particles.prepare import PreparedParticles
+from cryoalign.particles import prepare as module
+from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose
 from cryoalign.runtime.processes import choose_device
+from cryoalign.runtime.threads import map_in_order
 
 SEED = 55
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def prepared(images: torch.Tensor, settings: Images | None = None, **more) -> Pr
 
 
 def everything(particles: PreparedParticles) -> torch.Tensor:
-    return torch.cat([images for _, images in particles.batches()])
+    return torch.cat([particles.read(part) for part in particles.parts()])
 
 
 def test_unusable_images_are_set_aside_with_their_rows():
@@ -76,13 +79,15 @@ def test_batches_are_all_particles_in_order_bit_for_bit(batch: int):
     images = noise()
     images[2] = 0.0
     particles = prepared(images, Images(box=20), batch_size=batch)
-    members = torch.cat([rows for rows, _ in particles.batches()])
-    assert members.tolist() == list(range(N - 1))
+    parts = list(particles.parts())
+    assert torch.cat(parts).tolist() == list(range(N - 1))
+    assert max(map(len, parts)) == min(batch, N - 1)
     alone = torch.cat([particles.read(torch.tensor([i])) for i in range(N - 1)])
-    assert torch.equal(everything(particles), alone)
+    again = prepared(images, Images(box=20), batch_size=batch)  # of which nothing is in memory yet
+    assert torch.equal(everything(again), alone)
     some = torch.tensor([20, 3, 3, 7])
-    again = torch.cat([found for _, found in particles.batches(some)])
-    assert torch.equal(again, alone[some])
+    for each in (particles, again, prepared(images, Images(box=20))):
+        assert torch.equal(each.read(some), alone[some])
 
 
 def test_invert_and_background_radius():
@@ -175,3 +180,90 @@ def test_seeds_are_low_passed_particles_chosen_by_the_seed():
         assert np.abs(spectrum[high]).max() < 1e-2
         chosen.add(int(gap.argmin()))
     assert len(chosen) == 5
+
+
+class Counted(TensorStack):
+    """A stack that remembers which rows are read of it."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__(images, 1.5)
+        self.rows: list[int] = []
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        self.rows += rows.tolist()
+        return super().read(rows)
+
+
+def kinds(images: torch.Tensor) -> dict[str, PreparedParticles]:
+    """The particles as the methods use them: all, some, flipped, and some of what is left."""
+    stack = Counted(images)
+    whole = prepare(stack, Images(box=20), optics=some_optics(N), device="cpu", batch_size=4)
+    some = torch.tensor([0, 3, 4, 5, 6, 11, 20])
+    part = whole.only(some, "left out")
+    return {
+        "whole": whole,
+        "flipped": whole.phase_flipped(),
+        "part": part,
+        "flipped part": part.phase_flipped(),
+        "part of the flipped": whole.phase_flipped().only(some, "left out"),
+        "part of a part": part.only(torch.tensor([1, 2, 5]), "left out too").phase_flipped(),
+        "reporting": whole.reporting_to(lambda *_: None),
+    }
+
+
+def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.MonkeyPatch):
+    """Bit for bit: read first by threads, all at once and again, in any order, one by one."""
+    images = noise()
+    images[2] = torch.nan
+    kept = kinds(images)
+    monkeypatch.setattr(module, "CACHE_SHARE", 0.0)
+    made = kinds(images)
+    for name, particles in kept.items():
+        n, stack = len(particles), particles.stack
+        assert isinstance(stack, Counted)
+        overlapping = [particles.read(torch.tensor([i, i + 1])) for i in (0, 1)]
+        parts = list(torch.arange(n).split(3))
+        first = torch.cat(list(map_in_order(particles.read, parts * 2, 4)))
+        stack.rows.clear()
+        again = torch.cat([particles.read(part) for part in particles.parts()])
+        order = torch.tensor([n - 1, 0, 1, 1, 0])
+        mixed = particles.read(order)
+        turned = particles.read(torch.tensor([0, 2, 1, 3]) % n)
+        assert not stack.rows, name  # all is in memory by now
+        expected = torch.cat([made[name].read(torch.tensor([i])) for i in range(n)])
+        other = made[name].stack
+        assert isinstance(other, Counted)
+        before = len(other.rows)
+        assert torch.equal(made[name].read(order), expected[order])
+        assert len(other.rows) == before + len(order)  # nothing is
+        assert torch.equal(first, expected.repeat(2, 1, 1)), name
+        assert torch.equal(again, expected), name
+        assert torch.equal(mixed, expected[order]), name
+        assert torch.equal(turned, expected[torch.tensor([0, 2, 1, 3]) % n]), name
+        assert torch.equal(torch.cat(overlapping), expected[[0, 1, 1, 2]]), name
+    for name in ("flipped part", "part of the flipped"):
+        members = torch.tensor([0, 3, 4, 5, 6, 11, 20])
+        all_of_it = torch.arange(len(members))
+        assert torch.equal(kept[name].read(all_of_it), kept["flipped"].read(members))
+        assert not torch.equal(kept[name].read(all_of_it), kept["whole"].read(members))
+        assert kept[name].rows.tolist() == [0, 4, 5, 6, 7, 12, 21]
+
+
+def test_a_part_has_its_own_rows_reasons_halves_and_ctfs():
+    images = noise()
+    images[2] = torch.nan
+    optics = some_optics(N)
+    whole = prepare(TensorStack(images, 1.5), Images(box=20), optics=optics, device="cpu")
+    assert whole.optics is not None  # is kept, and must not be taken for the part's
+    part = whole.only(torch.tensor([0, 3, 6]), ["odd"] * 26)
+    assert part.rows.tolist() == [0, 4, 7]
+    assert part.half.tolist() == [0, 0, 1]
+    assert part.optics is not None
+    assert torch.equal(part.optics.defocus_u, optics.defocus_u[[0, 4, 7]])
+    reasons = dict(zip(part.rejected["index"], part.rejected["reason"], strict=True))
+    assert sorted([*reasons, 0, 4, 7]) == list(range(N))
+    assert "NaN" in reasons.pop(2)
+    assert set(reasons.values()) == {"odd"}
+    assert list(part.rejected["index"]) == sorted(part.rejected["index"])
+    assert len(whole) == N - 1
+    assert whole.rejected["index"].tolist() == [2]

@@ -14,7 +14,8 @@ from cryoalign.images.masks import soft_mask
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.settings import Likelihood
 from cryoalign.methods.mra import align_multi_reference
-from cryoalign.particles.settings import Images
+from cryoalign.particles.prepare import prepare
+from cryoalign.particles.settings import Images, Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.report.page import flags, write_report
 from cryoalign.results.alignment import Alignment
@@ -27,10 +28,10 @@ from cryoalign.results.quality import (
     judge_classes,
     posterior_and_margin,
 )
-from cryoalign.search.settings import Search
 
 N, K, SIZE = 600, 3, 40
-SEARCH = Search(max_shift=2, last_ring=15)
+PARTICLE = Particle(radius="15 px", max_shift="2 px")
+NEAR = Particle(max_shift="1 px")
 
 
 def stained() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,7 +51,7 @@ def stained() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def judged() -> tuple[Alignment, torch.Tensor]:
     images, views, kind, _ = stained()
-    return align_multi_reference(images, views, iterations=3, search=SEARCH, device="cpu"), kind
+    return align_multi_reference(images, views, iterations=3, particle=PARTICLE, device="cpu"), kind
 
 
 def test_noise_and_ice_are_told_from_particles(judged: tuple[Alignment, torch.Tensor]) -> None:
@@ -70,7 +71,12 @@ def test_junk_is_set_aside_and_everything_adds_up() -> None:
     images, views, kind, _ = stained()
     images[3] = torch.nan
     aside = align_multi_reference(
-        images, views, iterations=3, search=SEARCH, quality=Quality(junk="set_aside"), device="cpu"
+        images,
+        views,
+        iterations=3,
+        particle=PARTICLE,
+        quality=Quality(junk="set_aside"),
+        device="cpu",
     )
     table, reasons = aside.to_frame(), aside.rejected["reason"]
     out = (aside.class_number == 0).numpy()
@@ -83,19 +89,22 @@ def test_junk_is_set_aside_and_everything_adds_up() -> None:
     assert {"junk: no more than noise", "junk: unlike the others"} < set(reasons)
     assert (aside.class_frame()["junk_share"] == 0).all()
     # Half-sets are those of the rows, whatever is left out.
-    curves = curves_by_row(images, aside, soft_mask(SIZE, SEARCH.last_ring, 4.0))
+    curves = curves_by_row(images, aside, soft_mask(SIZE, 15, 4.0))
     torch.testing.assert_close(aside.frc, curves, atol=1e-3, rtol=0)
     # The averages are of the others alone.
     again = align_multi_reference(
-        images[~out], views, iterations=1, search=SEARCH, max_rejected=0, device="cpu"
+        prepare(images[~out], max_rejected=0, device="cpu"), views, iterations=1, particle=PARTICLE
     )
-    likeness = torch.corrcoef(torch.stack([aside.averages[0], again.averages[0]]).flatten(1))
+    first = [list(each.class_quality["reference"]).index(1) for each in (aside, again)]
+    likeness = torch.corrcoef(
+        torch.stack([aside.averages[first[0]], again.averages[first[1]]]).flatten(1)
+    )
     assert float(likeness[0, 1]) > 0.98
 
 
 def test_intervals_cover_the_truth() -> None:
     made = simulate(n=900, n_classes=3, size=SIZE, snr=0.3, max_shift=2.0, seed=2)
-    found = align_multi_reference(made.images, made.views, iterations=3, search=SEARCH)
+    found = align_multi_reference(made.images, made.views, iterations=3, particle=PARTICLE)
     right, error = pose_errors(found.class_number - 1, found.pose, made.class_number - 1, made.pose)
     assert right.double().mean() > 0.98
     table = found.to_frame()[["angle_sd", "shift_x_sd", "shift_y_sd"]]
@@ -112,8 +121,8 @@ def test_intervals_cover_the_truth() -> None:
 def test_error_bars_are_in_pixels_of_the_input(box: int | None) -> None:
     made = simulate(n=200, n_classes=2, size=64, snr=0.3, max_shift=2.0, seed=2)
     found = align_multi_reference(
-        made.images, made.views, iterations=1, search=Search(max_shift=1 if box else 2),
-        images=Images(box=box),
+        made.images, made.views, iterations=1, images=Images(box=box),
+        particle=Particle(max_shift="1 px" if box else "2 px"),
     )  # fmt: skip
     right, error = pose_errors(found.class_number - 1, found.pose, made.class_number - 1, made.pose)
     assert right.double().mean() > 0.95
@@ -157,7 +166,7 @@ def test_posterior_and_margin() -> None:
 
 def test_classification_tells_how_sure_it_is() -> None:
     made = simulate(n=120, n_classes=3, size=32, snr=0.5, max_shift=1.0, seed=3)
-    found = classify(made.images, 3, likelihood=Likelihood(cycles=1, max_shift=1.0), device="cpu")
+    found = classify(made.images, 3, particle=NEAR, likelihood=Likelihood(cycles=1), device="cpu")
     table = found.to_frame()
     assert table["posterior"].between(0.5, 1.0001).all()
     assert (table["margin"] > 0).all()
@@ -176,7 +185,7 @@ def test_evidence_keeps_its_promise_of_noise() -> None:
     made = simulate(n=N, n_classes=K, size=SIZE, snr=0.2, max_shift=2.0, seed=1)
     images = torch.randn(N, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
     images[0] = torch.nan  # set aside, it moves no other into the other half
-    found = align_multi_reference(images, made.views, iterations=1, search=SEARCH, device="cpu")
+    found = align_multi_reference(images, made.views, iterations=1, particle=PARTICLE, device="cpu")
     assert (found.to_frame()["evidence"] > LEAST_EVIDENCE).mean() < 0.05
     assert any("marked as junk" in flag for flag in flags(found))
 
@@ -228,12 +237,12 @@ def test_few_particles_and_small_classes_are_no_junk() -> None:
     """Four particles have no others to be odd among; an average of one says nothing."""
     four = simulate(n=4, n_classes=1, size=32, snr=1.0, max_shift=1.0, seed=2)
     found = align_multi_reference(
-        four.images, four.views, iterations=1, search=Search(max_shift=1), device="cpu"
+        four.images, four.views, iterations=1, particle=NEAR, device="cpu"
     )
     assert (found.particle_quality["junk_score"] <= 0).all()
     made = simulate(n=60, n_classes=20, size=32, snr=1.0, max_shift=1.0, seed=2)
     found = align_multi_reference(
-        made.images, made.views, iterations=1, search=Search(max_shift=1), device="cpu"
+        made.images, made.views, iterations=1, particle=NEAR, device="cpu"
     )
     table = found.to_frame()
     assert table["evidence"].isna().mean() > 0.9  # three a class: hardly a half has four
@@ -246,7 +255,7 @@ def test_noise_alone_is_flagged_when_it_is_set_aside() -> None:
     noise = torch.randn(60, 32, 32, generator=torch.Generator().manual_seed(4))
     views = simulate(n=1, n_classes=2, size=32, seed=2).views
     found = align_multi_reference(
-        noise, views, iterations=2, search=Search(max_shift=1),
+        noise, views, iterations=2, particle=NEAR,
         quality=Quality(junk="set_aside"), device="cpu",
     )  # fmt: skip
     aside = int((found.class_number == 0).sum())

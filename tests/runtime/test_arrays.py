@@ -28,6 +28,7 @@ from cryoalign.report.embedding import features
 from cryoalign.results.alignment import Alignment
 from cryoalign.runtime.arrays import as_tensor, to_numpy
 from cryoalign.search.match import match
+from cryoalign.search.settings import Search
 
 
 class DLPackOnly:
@@ -137,7 +138,7 @@ def wrapped(images: Tensor) -> list[Any]:
     return [images.numpy(), DLPackOnly(images.numpy())]
 
 
-PARTICLE = Particle(max_shift="2 px")
+PARTICLE, SEARCH = Particle(max_shift="2 px"), Search(max_shift=2)
 
 
 def test_alignments_are_the_tensors(data):

@@ -258,7 +258,7 @@ def test_small_boxes_are_compared_at_full_resolution() -> None:
 
 
 def test_modes_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match=r"search.refine: true"):
+    with pytest.raises(ValueError, match=r"requires search\.refine=true"):
         Search(mode="adaptive", refine=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert Search().is_adaptive(cpu)

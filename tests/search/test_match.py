@@ -23,7 +23,7 @@ def test_match_is_the_best_of_the_table() -> None:
     )
     found = match(data.images, data.views, search)
     torch.testing.assert_close(found.score, table.flatten(2).amax(-1), rtol=1e-5, atol=1e-6)
-    label, score, pose = found.best()
+    label, pose, score = found.best()
     torch.testing.assert_close(score, table.flatten(1).amax(-1), rtol=1e-5, atol=1e-6)
     assert torch.equal(label, data.class_number - 1)
     assert torch.equal(pose.mirror, data.pose.mirror)
@@ -67,7 +67,7 @@ def test_rings_stay_in_the_box(size: int) -> None:
     search = Search(max_shift=3)
     rings = search.rings(size)
     assert rings.last_ring + 3 == (size - 1) // 2
-    with pytest.raises(ValueError, match=rf"search.last_ring <= {rings.last_ring}"):
+    with pytest.raises(ValueError, match=rf"radius\) of at most {rings.last_ring} px"):
         Search(max_shift=3, last_ring=rings.last_ring + 1).rings(size)
     with pytest.raises(ValueError, match="leaves no ring"):
         Search(max_shift=15).rings(size)

@@ -4,8 +4,6 @@ The classes are found on Fourier rings by likelihood (`split_and_merge`); poses 
 against the averages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -81,18 +79,13 @@ class Classification(Method):
         return self._work(particles).begin()
 
     def step(self, particles: PreparedParticles, state: State) -> State:
-        work = state.unsaved.get("work")
-        if work is None:  # a checkpoint
-            if len(state["classes"]) != self.n_classes:
-                raise ValueError(
-                    f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
-                    "resume with the same settings, or start another run"
-                )
-            work = self._work(particles)
+        self._refuse_other_classes(state)
+        work = state.unsaved.get("work") or self._work(particles)
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
         """Poses refined against the averages, and everything the result says."""
+        self._refuse_other_classes(state)
         if self.particle.ctf:
             particles = particles.phase_flipped()
         plan, size, device = self._plan(particles.box), particles.size, particles.device
@@ -124,6 +117,14 @@ class Classification(Method):
             f"log-likelihood {row['log_evidence']:.3f} a particle, certainty "
             f"{row['certainty']:.0%}, classes of {row['smallest_class']} to {row['largest_class']}"
         )
+
+    def _refuse_other_classes(self, state: State) -> None:
+        """Make sure that a checkpoint has as many classes as are asked; a run may end with fewer."""
+        if "work" not in state.unsaved and len(state["classes"]) != self.n_classes:
+            raise ValueError(
+                f"the checkpoint has {len(state['classes'])} classes, not {self.n_classes}: "
+                "resume with the same settings, or start another run"
+            )
 
     def _plan(self, box: Box) -> Plan:
         particle = self.particle

@@ -8,8 +8,6 @@ that a few large ones do not prevail. The features are principal components of t
 odd parts.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple

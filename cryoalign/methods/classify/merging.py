@@ -9,8 +9,6 @@ where L(N, D) = sum_r |N|^2_r / (2 D_r) is the log-likelihood that the best clas
 maximum over poses makes the loss independent of rotation, shift and hand of the classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Each process keeps its shard of the particles; what is found of them is known to all.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The settings of a classification, and what they are in pixels of the images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

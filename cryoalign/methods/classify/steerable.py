@@ -13,8 +13,6 @@ model also gives the likelihood of a trial shift without any reference: `centre`
 particle the shift at which it resembles the others, rotated at random, most.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ y is <H x / N, y> - sum H^2 |y|^2 / (2 N), up to a constant. The first term need
 second only the means of H^2 / N on rings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

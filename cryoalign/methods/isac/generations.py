@@ -6,8 +6,6 @@ the particles whose poses come out alike are its stable members, and their avera
 of the next pass. A class with enough stable members is accepted.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace

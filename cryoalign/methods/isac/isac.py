@@ -5,8 +5,6 @@ generations until what is left is not stable (`generations`), and the averages o
 are made at full size and put into an order in which neighbours look alike.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Class averages in an order in which neighbours are similar, rotated onto each other."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage

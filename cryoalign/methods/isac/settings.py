@@ -1,7 +1,5 @@
 """The settings of ISAC, and the size of the shrunk images."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

@@ -6,8 +6,6 @@ largest for particles that belong to another class (Yang, Fang, Chittuluri, Astu
 2012, ISAC).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -4,8 +4,6 @@ Without the library, without an NVIDIA GPU, or on a card older than Ampere, ever
 PyTorch. ``cryoalign build-kernels`` builds the library.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import warnings

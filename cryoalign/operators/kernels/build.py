@@ -6,8 +6,6 @@ serves PyTorch 2.10 and later. File names contain a hash of the sources and the 
 that a library of other sources or for another kind of processor is never loaded.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

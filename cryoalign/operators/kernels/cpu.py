@@ -4,8 +4,6 @@ It computes what `ring_products.hand_peaks` does, in single precision, and agree
 rounding. ``cryoalign build-kernels`` builds the library.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@
 are declared. They return None for inputs that the kernels do not serve.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import replace

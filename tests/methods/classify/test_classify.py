@@ -12,18 +12,20 @@ from bench.agreement import agreement
 from cryoalign.images.ctf import ctf_2d
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
-from cryoalign.methods.classify import band as module
 from cryoalign.methods.classify import classify as classification
+from cryoalign.methods.classify import resolution_level as module
 from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.resolution_level import shift_grid
 from cryoalign.methods.classify.settings import Likelihood, Plan
-from cryoalign.methods.classify.split_and_merge import Climb
+from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import Observations, observe
-from cryoalign.particles.settings import Images
+from cryoalign.particles.prepare import prepare
+from cryoalign.particles.settings import Images, Particle
 from cryoalign.particles.simulate import simulate
-from cryoalign.particles.stack import PhaseFlipped, TensorStack, optics_of
+from cryoalign.particles.stack import TensorStack, optics_of
 
-QUICK = Likelihood(cycles=1, max_shift=2.0)
+QUICK = Likelihood(cycles=1)
+NEAR, FAR = Particle(max_shift="1 px"), Particle(max_shift="2 px")
 
 
 @pytest.mark.parametrize("start", ["singles", "stochastic", "invariants"])
@@ -32,8 +34,8 @@ def test_all_views_are_found_from_nothing(
 ) -> None:
     """Of every start seeds 0 to 4 find them: an index of 0.99 or more, 98 % right or more."""
     made = simulate(n=300, n_classes=6, size=40, snr=0.2, max_shift=2.0, seed=1)
-    likelihood = Likelihood(cycles=1, max_shift=2.0, start=start)
-    found = classify(made.images, 6, likelihood=likelihood, seed=0, device="cpu")
+    likelihood = Likelihood(cycles=1, start=start)
+    found = classify(made.images, 6, particle=FAR, likelihood=likelihood, seed=0, device="cpu")
     score = agreement(found.class_number - 1, found.pose, made.class_number - 1, made.pose, 6)
     assert score.rand_index > 0.97
     assert score.views_found == 6
@@ -53,7 +55,7 @@ def test_with_a_ctf_and_particles_set_aside() -> None:
     noise = torch.randn(300, 40, 40, generator=torch.Generator().manual_seed(0))
     images = torch.fft.irfft2(spectra, s=(40, 40)) + 1.5 * noise
     images[7] = torch.nan
-    found = classify(images, 4, optics=optics, likelihood=QUICK, seed=0, device="cpu")
+    found = classify(images, 4, optics=optics, particle=FAR, likelihood=QUICK, seed=0, device="cpu")
     assert int(found.class_number[7]) == 0
     used = torch.arange(300) != 7
     score = agreement(
@@ -66,10 +68,10 @@ def test_with_a_ctf_and_particles_set_aside() -> None:
 
 def test_the_same_seed_gives_the_same_classes_however_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made = simulate(n=120, n_classes=3, size=32, snr=0.5, max_shift=1.0, seed=3)
-    settings = Likelihood(cycles=1, max_shift=1.0)
-    one = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    settings = {"particle": NEAR, "likelihood": Likelihood(cycles=1)}
+    one = classify(made.images, 3, **settings, seed=5, device="cpu")
     monkeypatch.setattr(module, "KEEP", 0)
-    two = classify(made.images, 3, likelihood=settings, seed=5, device="cpu")
+    two = classify(made.images, 3, **settings, seed=5, device="cpu")
     assert torch.equal(one.class_number, two.class_number)
     torch.testing.assert_close(one.pose.angle, two.pose.angle, rtol=0, atol=1e-2)
 
@@ -86,7 +88,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> Observ
     with monkeypatch.context() as patch:
         patch.setattr(classification, "observe", stop)
         with pytest.raises(SeenError) as caught:
-            classify(*args, device="cpu", **more)
+            classify(*args, **{"device": "cpu", **more})
     seen: Observations = caught.value.args[0]
     return seen
 
@@ -100,9 +102,9 @@ def test_the_ctf_is_that_of_the_prepared_pixels(
     optics = some_optics(12, pixel_size=3.0)
     used = torch.arange(12) != 2
     size, scale = box or 48, 48 / (box or 48)
-    how = {"images": Images(box=box), "max_rejected": 0.2}
-    with_ctf = observed(monkeypatch, images, 2, optics=optics, **how)
-    without = observed(monkeypatch, images, 2, **how)
+    how = {"images": Images(box=box), "max_rejected": 0.2, "device": "cpu"}
+    with_ctf = observed(monkeypatch, prepare(images, optics=optics, **how), 2)
+    without = observed(monkeypatch, prepare(images, **how), 2)
     wide = replace(optics, pixel_size=optics.pixel_size * scale)
     transfer = ctf_formula(wide, size)[used].square()
     k = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]) * size
@@ -121,8 +123,7 @@ def test_the_star_files_ctf_is_used_only_when_asked(monkeypatch: pytest.MonkeyPa
         "rlnSphericalAberration": np.full(12, 2.7), "rlnAmplitudeContrast": np.full(12, 0.1),
     }  # fmt: skip
     with_ctf, without = (
-        observed(monkeypatch, stack, 2, likelihood=Likelihood(ctf=ctf)).weight
-        for ctf in (True, False)
+        observed(monkeypatch, stack, 2, particle=Particle(ctf=ctf)).weight for ctf in (True, False)
     )
     assert (without == without[0]).all()
     assert float((with_ctf / without).std(0).amin()) > 0.01
@@ -134,8 +135,8 @@ def test_averages_are_of_phase_flipped_particles() -> None:
     transfer = ctf_formula(optics, 32)
     images = torch.fft.irfft2(torch.fft.rfft2(made.images.double()) * transfer).float()
     found = classify(
-        images, 2, optics=optics, seed=0, device="cpu",
-        likelihood=Likelihood(cycles=0, max_shift=1.0),
+        images, 2, optics=optics, particle=NEAR, likelihood=Likelihood(cycles=0), seed=0,
+        device="cpu",
     )  # fmt: skip
     flipped = torch.fft.irfft2(torch.fft.rfft2(images.double()) * transfer.sign()).float()
     for c in range(2):
@@ -154,19 +155,19 @@ def test_averages_are_of_phase_flipped_particles() -> None:
 def test_the_likeliest_start_goes_on() -> None:
     """It finds the views where many a single start does not; which it is differs."""
     made = simulate(n=60, n_classes=4, size=32, snr=0.2, max_shift=1.0, seed=3)
-    settings = Likelihood(starts=4, max_shift=1.0)
-    plan = Plan(settings, 4, 12.8, 32)
+    plan = Plan(Likelihood(starts=4), 4, 12.8, 1.0, True, 32)
+    particles = prepare(made.images, device="cpu")
     seen = observe(lambda rows: made.images[rows], 60, 32, None, 10, 12.8, 1.0)
     places, chosen, single = set(), [], []
     for seed in range(4):
-        climb = Climb(plan, seen, 60, seed)
-        band = climb.band(0, torch.zeros(60, 2))
-        starts = [climb.start(band) for _ in range(4)]  # as `begin` draws them
+        work = SplitAndMerge(plan, seen, particles, seed)
+        level = work.level(0, torch.zeros(60, 2))
+        starts = [work.start(level) for _ in range(4)]  # as `begin` draws them
         evidence = [start.evidence for start in starts]
-        begun = Climb(plan, seen, 60, seed).begin()
-        assert begun.evidence == max(evidence) > min(evidence)
+        begun = SplitAndMerge(plan, seen, particles, seed).begin()
+        assert float(begun["evidence"]) == max(evidence) > min(evidence)
         places.add(evidence.index(max(evidence)))
-        chosen.append(adjusted_rand_score(made.class_number, begun.found.label))
+        chosen.append(adjusted_rand_score(made.class_number, begun["label"]))
         single += [adjusted_rand_score(made.class_number, each.found.label) for each in starts]
     assert len(places) > 1
     assert min(chosen) > 0.95
@@ -180,7 +181,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
         classify(images, 2, optics=some_optics(5), device="cpu")
     with pytest.raises(ValueError, match="5 CTFs do not fit 20"):
-        PhaseFlipped(TensorStack(images), some_optics(5))
+        prepare(images, optics=some_optics(5))
 
 
 def test_a_stack_without_a_defocus_has_no_optics() -> None:
@@ -196,8 +197,8 @@ def test_the_shift_grid_is_symmetric() -> None:
 @pytest.mark.parametrize(("n", "surplus"), [(2, 1.5), (12, 1.5), (12, 1.0)])
 def test_one_class_is_an_alignment(n: int, surplus: float) -> None:
     made = simulate(n=n, n_classes=1, size=32, snr=1.0, max_shift=1.0, seed=3)
-    settings = Likelihood(cycles=1, max_shift=1.0, surplus=surplus)
-    found = classify(made.images, 1, likelihood=settings, device="cpu")
+    settings = Likelihood(cycles=1, surplus=surplus)
+    found = classify(made.images, 1, particle=NEAR, likelihood=settings, device="cpu")
     assert found.class_sizes.tolist() == [n]
 
 
@@ -206,14 +207,15 @@ def test_a_constant_image_is_constant_however_flipped(size: int, value: float) -
     made = simulate(n=40, n_classes=2, size=size, snr=1.0, max_shift=1.0, seed=3)
     images = made.images.clone()
     images[7] = value
-    settings = Likelihood(cycles=0, max_shift=1.0)
-    found = classify(images, 2, optics=some_optics(40), likelihood=settings, device="cpu")
+    settings, optics = Likelihood(cycles=0), some_optics(40)
+    found = classify(images, 2, optics=optics, particle=NEAR, likelihood=settings, device="cpu")
     assert found.class_number[7] == 0
     assert found.rejected["index"].tolist() == [7]
-    flipped = PhaseFlipped(TensorStack(images), some_optics(40)).read(torch.arange(40))
-    signs = torch.sign(ctf_2d(some_optics(40), size))[:7]
+    prepared = prepare(images, optics=optics, device="cpu")
+    flipped, raw = (x.read(torch.arange(39)) for x in (prepared.phase_flipped(), prepared))
+    signs = torch.sign(ctf_2d(optics, size))[:7]
     inside = [row for row in range(size) if 2 * row != size]  # Nyquist has no sign of its own
-    spectra, raw = (torch.fft.rfft2(x[:7])[:, inside, : size // 2] for x in (flipped, images))
+    spectra, raw = (torch.fft.rfft2(x[:7])[:, inside, : size // 2] for x in (flipped, raw))
     torch.testing.assert_close(spectra * signs[:, inside, : size // 2], raw, atol=1e-3, rtol=1e-4)
 
 
@@ -221,4 +223,4 @@ def test_a_resolution_that_falls_is_refused() -> None:
     with pytest.raises(ValueError, match="end_detail 5 is coarser"):
         Likelihood(end_detail=5)
     with pytest.raises(ValueError, match="leaves no background"):
-        classify(torch.randn(20, 32, 32), 2, likelihood=Likelihood(mask_radius=30), device="cpu")
+        classify(torch.randn(20, 32, 32), 2, particle=Particle(radius="30 px"), device="cpu")

@@ -20,12 +20,14 @@ from cryoalign.methods.isac import generations as module
 from cryoalign.methods.isac import isac as top
 from cryoalign.methods.isac.isac import UNSTABLE, StableClasses, classify_stable
 from cryoalign.methods.isac.settings import Isac, scale_of
-from cryoalign.methods.state import MraState
+from cryoalign.methods.state import State
+from cryoalign.particles.settings import Box, Particle
 from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.results.alignment import Alignment
 
 GOOD, JUNK, VIEWS = 160, 30, 4
-SETTINGS = Isac(images_per_group=40, max_shift=2.0, runs=4, passes=2)
+SETTINGS = Isac(images_per_group=40, runs=4, passes=2)
+NEAR, FAR = Particle(max_shift="1 px"), Particle(max_shift="2 px")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,11 @@ def truth(made: Simulation) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def run_and_states(images: torch.Tensor) -> tuple[StableClasses, list[MraState]]:
-    states: list[MraState] = []
-    found = classify_stable(images, isac=SETTINGS, device="cpu", on_iteration=states.append)
+def run_and_states(images: torch.Tensor) -> tuple[StableClasses, list[State]]:
+    states: list[State] = []
+    found = classify_stable(
+        images, particle=FAR, isac=SETTINGS, device="cpu", on_step=states.append
+    )
     return found, states
 
 
@@ -105,31 +109,37 @@ def test_a_kept_generation_is_gone_on_from(tmp_path) -> None:
     made = simulate(n=80, n_classes=2, size=32, snr=0.5, max_shift=1.0, seed=5)
     noise = torch.randn(40, 32, 32, generator=torch.Generator().manual_seed(3))
     images = torch.cat([made.images, noise * made.images.std()])
-    settings = Isac(images_per_group=15, max_shift=1.0, runs=3, passes=1)
-    states: list[MraState] = []
-    found = classify_stable(images, isac=settings, device="cpu", on_iteration=states.append)
+    settings = {
+        "particle": NEAR,
+        "isac": Isac(images_per_group=15, runs=3, passes=1),
+        "device": "cpu",
+    }
+    states: list[State] = []
+    found = classify_stable(images, **settings, on_step=states.append)
     assert len(states) > 1
     states[0].save(tmp_path / "state.npz")
-    first = MraState.load(tmp_path / "state.npz")
-    again = classify_stable(images, isac=settings, device="cpu", resume=first)
+    first = State.load(tmp_path / "state.npz")
+    again = classify_stable(images, **settings, resume=first)
     assert torch.equal(again.alignment.class_number, found.alignment.class_number)
     assert torch.equal(again.generation, found.generation)
-    with pytest.raises(ValueError, match="of other particles"):
-        classify_stable(images + 1, isac=settings, device="cpu", resume=first)
+    with pytest.raises(ValueError, match="of 120 other particles"):
+        classify_stable(images + 1, **settings, resume=first)
 
 
 def test_repeats_start_from_other_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     made = simulate(n=60, n_classes=2, size=32, snr=0.2, max_shift=1.0, seed=5)
-    states: list[MraState] = []
+    labels: list[tuple[int, ...]] = []
 
-    def spy(*args: Any) -> MraState:
-        states.append(module.generations(*args))
-        return states[-1]
+    def spy(*args: Any) -> State:
+        state = accept(*args)
+        labels.append(tuple(state["label"].tolist()))
+        return state
 
-    monkeypatch.setattr(top, "generations", spy)
-    settings = Isac(images_per_group=15, max_shift=1.0, runs=3, passes=1, repeats=3)
-    found = classify_stable(made.images, isac=settings, iterations=1, device="cpu")
-    assert len({tuple(state.label.tolist()) for state in states}) == 3
+    accept = top.accept
+    monkeypatch.setattr(top, "accept", spy)
+    settings = Isac(images_per_group=15, runs=3, passes=1, repeats=3)
+    found = classify_stable(made.images, particle=NEAR, isac=settings, iterations=1, device="cpu")
+    assert len(labels) == len(set(labels)) == 3
     assert 0 < found.reproduced < 1
     assert set(found.matched["repeat"]) == {1, 2}
 
@@ -147,8 +157,10 @@ def test_started_by_likelihood_on_phase_flipped_particles(monkeypatch: pytest.Mo
 
     classify = module.classify
     monkeypatch.setattr(module, "classify", spy)
-    settings = Isac(images_per_group=25, max_shift=1.0, runs=3, passes=1, start="likelihood")
-    found = classify_stable(images, optics=optics, isac=settings, iterations=1, device="cpu")
+    settings = Isac(images_per_group=25, runs=3, passes=1, start="likelihood")
+    found = classify_stable(
+        images, optics=optics, particle=NEAR, isac=settings, iterations=1, device="cpu"
+    )
     alignment = found.alignment
     assert [len(start.averages) for start in starts] == [2]
     used = alignment.class_number > 0
@@ -173,25 +185,25 @@ def test_what_does_not_fit_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="min_group_size 80 is above"):
         Isac(images_per_group=20, min_group_size=80)
     with pytest.raises(ValueError, match="from 4 to 12"):
-        scale_of(Isac(mask_radius=15), 32)
+        scale_of(Isac(), Particle(radius="15 px"), Box(32, None))
     with pytest.raises(ValueError, match=r"make no group of isac\.images_per_group 200"):
         classify_stable(torch.randn(20, 32, 32), isac=Isac(), device="cpu")
-    monkeypatch.setattr("cryoalign.methods.isac.isac.world_size", lambda: 2)
+    monkeypatch.setattr("cryoalign.methods.base.world_size", lambda: 2)
     with pytest.raises(ValueError, match="start it without torchrun"):
         classify_stable(torch.randn(20, 32, 32), device="cpu")
 
 
 def test_particles_are_shrunk_to_the_target_and_never_enlarged() -> None:
-    scale = scale_of(Isac(mask_radius=58, max_shift=6), 160)
+    scale = scale_of(Isac(), Particle(radius="58 px", max_shift="6 px"), Box(160, None))
     assert (scale.size, scale.factor, scale.last_ring, scale.max_shift) == (80, 2.0, 29, 3.0)
-    assert scale_of(Isac(mask_radius=20), 64).factor == 1.0
+    assert scale_of(Isac(), Particle(radius="20 px"), Box(64, None)).factor == 1.0
 
 
 def test_noise_alone_has_no_stable_class() -> None:
     noise = torch.randn(60, 32, 32, generator=torch.Generator().manual_seed(0))
-    settings = Isac(images_per_group=30, max_shift=1.0, min_group_size=15, passes=1)
+    settings = Isac(images_per_group=30, min_group_size=15, passes=1)
     with pytest.raises(ValueError, match="no class has 15 stable members"):
-        classify_stable(noise, isac=settings, device="cpu")
+        classify_stable(noise, particle=NEAR, isac=settings, device="cpu")
 
 
 def test_a_run_writes_stability_and_what_comes_out_again(tmp_path) -> None:
@@ -199,7 +211,7 @@ def test_a_run_writes_stability_and_what_comes_out_again(tmp_path) -> None:
     write_images(tmp_path / "stack.mrcs", made.images, 3.0)
     words = [
         f"particles={tmp_path / 'stack.mrcs'}", f"output={tmp_path / 'run'}", "method=isac",
-        "isac.images_per_group=25", "isac.max_shift=1", "isac.repeats=2", "isac.passes=1",
+        "isac.images_per_group=25", "particle.max_shift=1 px", "isac.repeats=2", "isac.passes=1",
         "isac.runs=3", "embedding=false", "device=cpu",
     ]  # fmt: skip
     folder = run(load_config(None, words))

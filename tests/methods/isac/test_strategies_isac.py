@@ -8,26 +8,30 @@ import torch
 from cryoalign.images.masks import soft_mask
 from cryoalign.methods.isac import generations as module
 from cryoalign.methods.isac.generations import prealign
-from cryoalign.methods.isac.isac import StableClasses, classify_stable
+from cryoalign.methods.isac.isac import classify_stable
 from cryoalign.methods.isac.realignment import build_pyramid
 from cryoalign.methods.isac.settings import Isac
-from cryoalign.methods.state import MraState
+from cryoalign.methods.state import State
+from cryoalign.particles.settings import Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.results.averages import Averaging
 from tests.oracle import curves_by_row
+
+NEAR = Particle(max_shift="1 px")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_particles_of_no_class_are_centred(seed: int) -> None:
     """Of a generation that accepts none, the state keeps the shifts that centre particles."""
     made = simulate(n=60, n_classes=1, size=40, snr=0.1, max_shift=3.0, seed=seed)
-    states: list[MraState] = []
-    settings = Isac(images_per_group=30, max_shift=3.0, runs=2, passes=1, threshold=1e-6)
+    states: list[State] = []
+    settings = Isac(images_per_group=30, runs=2, passes=1, threshold=1e-6)
     with pytest.raises(ValueError, match="no class has"):
         classify_stable(
-            made.images, isac=settings, device="cpu", iterations=1, on_iteration=states.append
-        )
-    assert (states[-1].label == -1).all()
+            made.images, particle=Particle(max_shift="3 px"), isac=settings, device="cpu",
+            iterations=1, on_step=states.append,
+        )  # fmt: skip
+    assert (states[-1]["label"] == -1).all()
     left = (states[-1].pose.shift - made.pose.shift).norm(dim=1).square().mean().sqrt()
     # Of shifts up to 3 px by 2.4 px before. Whole pixels alone leave 0.41 px.
     assert left < 1.0
@@ -65,10 +69,10 @@ def shared_out(monkeypatch: pytest.MonkeyPatch, seed: int, isac: Isac) -> tuple[
         return real(particles, label, *more)
 
     monkeypatch.setattr(module, "realign_groups", spy)
-    states: list[MraState] = []
+    states: list[State] = []
     classify_stable(
-        torch.cat([made.images, noise * made.images.std()]), isac=isac, iterations=1, seed=seed,
-        device="cpu", on_iteration=states.append,
+        torch.cat([made.images, noise * made.images.std()]), particle=NEAR, isac=isac, iterations=1,
+        seed=seed, device="cpu", on_step=states.append,
     )  # fmt: skip
     monkeypatch.undo()
     return labels, made.class_number
@@ -86,7 +90,7 @@ def test_passes_make_classes_purer_and_keep_them_equal(monkeypatch: pytest.Monke
 
     Of five seeds purity rose by 0.02, 0.06, 0.14, 0.18 and 0.04; it never fell.
     """
-    isac = Isac(images_per_group=35, max_shift=1.0, runs=3, passes=3, prealign=0, slack=0.3)
+    isac = Isac(images_per_group=35, runs=3, passes=3, prealign=0, slack=0.3)
     gains = []
     for seed in range(5):
         labels, truth = shared_out(monkeypatch, seed, isac)
@@ -114,8 +118,8 @@ def test_half_sets_follow_the_rows_of_the_input(monkeypatch: pytest.MonkeyPatch)
     images = made.images.clone()
     images[0] = torch.nan
     images[7:30:3] = torch.randn(8, 32, 32, generator=torch.Generator().manual_seed(0))
-    isac = Isac(images_per_group=30, max_shift=1.0, runs=3, passes=1)
-    found: StableClasses = classify_stable(images, isac=isac, iterations=1, device="cpu")
+    isac = Isac(images_per_group=30, runs=3, passes=1)
+    found = classify_stable(images, particle=NEAR, isac=isac, iterations=1, device="cpu")
     assert halves
     assert all(half.tolist() == [row % 2 for row in range(1, 70)] for half in halves)
     assert (found.alignment.class_number == 0).sum() > 1

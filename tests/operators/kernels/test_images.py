@@ -320,11 +320,11 @@ def test_operators_keep_their_contract(device: str, request: pytest.FixtureReque
 def test_best_match_is_the_best_of_match() -> None:
     images, views = particles(9, 3, 40, device="cpu")[:2]
     search = Search(max_shift=1, last_ring=12)
-    label, score, pose = match(images, views, search).best()
+    label, pose, score = match(images, views, search).best()
     spectra = reference_spectra(views, search.rings(40))
     again = best_match(images, spectra, search, search.rings(40))
-    assert torch.equal(again[0], label)
-    assert torch.equal(again[1], score)
-    assert torch.equal(again[2].angle, pose.angle)
-    assert torch.equal(again[2].shift, pose.shift)
-    assert torch.equal(again[2].mirror, pose.mirror)
+    assert torch.equal(again.label, label)
+    assert torch.equal(again.score, score)
+    assert torch.equal(again.pose.angle, pose.angle)
+    assert torch.equal(again.pose.shift, pose.shift)
+    assert torch.equal(again.pose.mirror, pose.mirror)
