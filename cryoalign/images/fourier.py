@@ -31,9 +31,9 @@ def rfft_weights(size: int, like: Tensor) -> Tensor:
         like: gives dtype and device.
     """
     weights = torch.full((size // 2 + 1,), 2.0, dtype=like.dtype, device=like.device)
-    weights[0] = 1.0
+    weights[:1].fill_(1.0)  # a GPU would wait for an assigned number
     if size % 2 == 0:
-        weights[-1] = 1.0
+        weights[-1:].fill_(1.0)
     return weights
 
 
