@@ -233,7 +233,7 @@ class _Cache:
         if self.images is None or not (self.complete or self.there[members].all()):
             return None
         index = members.numpy()  # many times faster than PyTorch on so few numbers
-        if (index[1:] - index[:-1] == 1).all():
+        if len(index) and (index[1:] - index[:-1] == 1).all():
             return self.images[int(index[0]) : int(index[-1]) + 1]  # in order: no copy
         return self.images[members.to(self.device)]
 
