@@ -3,13 +3,14 @@ from .images.polar import Rings, ring_spectra, to_polar
 from .io import read_images, read_particles, write_images
 from .learn.dataset import ParticleDataset
 from .methods.assignment import Assignment
-from .methods.base import align
-from .methods.classify.classify import classify
+from .methods.base import Method, align
+from .methods.classify.classify import Classification, classify
 from .methods.classify.settings import Likelihood
-from .methods.isac.isac import StableClasses, classify_stable
+from .methods.isac.isac import StableClasses, StableClassification, classify_stable
 from .methods.isac.settings import Isac
-from .methods.mra import align_multi_reference
-from .methods.rfa import align_reference_free
+from .methods.mra import MultiReference, align_multi_reference
+from .methods.rfa import ReferenceFree, align_reference_free
+from .methods.state import State
 from .operators.correlation import correlation_at, correlation_peaks, correlation_table
 from .particles.prepare import prepare
 from .particles.settings import Images, Particle
@@ -28,18 +29,24 @@ __all__ = [
     "Alignment",
     "Assignment",
     "Averaging",
+    "Classification",
     "Images",
     "Isac",
     "Likelihood",
+    "Method",
+    "MultiReference",
     "Particle",
     "ParticleDataset",
     "Pose",
     "Quality",
+    "ReferenceFree",
     "Rings",
     "Schedule",
     "Search",
     "SearchSettings",
     "StableClasses",
+    "StableClassification",
+    "State",
     "align",
     "align_multi_reference",
     "align_reference_free",

@@ -117,6 +117,9 @@ def run_test(test: str, folder: Path) -> tuple[str, float]:
     except subprocess.TimeoutExpired:
         return f"no end after {LIMIT} s", time.perf_counter() - started
     outcome = {0: "passed", 1: "failed"}.get(done.returncode)
+    judged = re.search(r"^E +(assert\b|AssertionError|Failed:)", done.stdout, re.MULTILINE)
+    if outcome == "failed" and not judged:
+        outcome = "failed by an error"
     if outcome == "passed" and " passed" not in done.stdout:
         outcome = "skipped"
     return outcome or f"pytest's exit code {done.returncode}", time.perf_counter() - started
@@ -147,7 +150,7 @@ def check(entries: Sequence[Sabotage], folder: Path) -> int:
         finally:
             path.write_text(intact, encoding="utf-8")
         told = {"passed": "PASSED", "failed": "caught"}.get(outcome, "BROKEN")
-        if told == "BROKEN" and outcome.startswith("no end"):
+        if told == "BROKEN" and outcome.startswith(("no end", "failed by")):
             told = "caught"
         counts[told] += 1
         why = f"  ({outcome})" if outcome not in ("passed", "failed") else ""

@@ -91,8 +91,7 @@ def optics_from_relion(
             value = np.zeros(n, dtype=np.float32)
         else:
             raise ValueError(
-                f"particles have rlnDefocusU but no {column}: add it, or set likelihood.ctf=false "
-                "(method=isac: isac.ctf=false)"
+                f"particles have rlnDefocusU but no {column}: add it, or set particle.ctf=false"
             )
         values[name] = torch.from_numpy(value.copy())
     return Optics(**values, pixel_size=torch.full((n,), pixel_size))

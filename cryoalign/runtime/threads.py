@@ -5,11 +5,14 @@ one. The operations of a pose search are small, so they would mostly wait. Whole
 independent. Results do not depend on the number of workers.
 """
 
+import contextlib
 import functools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -91,7 +94,22 @@ def workers_for(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine for each of its processes."""
+    """Bytes that are free on a GPU, or for each process on this machine or in its job's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // world_size()
+    return min(psutil.virtual_memory().available, _free_in_control_group()) // world_size()
+
+
+def _free_in_control_group() -> int:
+    """Bytes left to the control group of this process (SLURM, containers), where one limits it."""
+    free = sys.maxsize
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line[3:] for line in lines if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup", own.lstrip("/"))
+        for group in (folder, *folder.parents[:-3]):  # down to /sys/fs/cgroup
+            limit = group / "memory.max"
+            if limit.exists() and limit.read_text().strip() != "max":
+                used = int((group / "memory.current").read_text())
+                free = min(free, int(limit.read_text()) - used)
+    return max(0, free)
