@@ -71,13 +71,9 @@ class CheckReport:
 
 
 def check_stack(
-    path: str | PathLike[str],
-    method: Method | None = None,
-    images: Images | None = None,
-    *,
-    root: str | PathLike[str] | None = None,
-    allow_outside: bool = False,
-) -> CheckReport:
+    path: str | PathLike[str], method: Method | None = None, images: Images | None = None, *,
+    root: str | PathLike[str] | None = None, allow_outside: bool = False,
+) -> CheckReport:  # fmt: skip
     """List all problems that would stop a run on these particles.
 
     No pixels are read, and problems of the input are returned, not raised.

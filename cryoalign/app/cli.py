@@ -107,12 +107,9 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _add(
-    commands: argparse._SubParsersAction[_CommandParser],
-    name: str,
-    command: Callable[[argparse.Namespace], int],
-    purpose: str,
-    settings: str,
-) -> _CommandParser:
+    commands: argparse._SubParsersAction[_CommandParser], name: str,
+    command: Callable[[argparse.Namespace], int], purpose: str, settings: str,
+) -> _CommandParser:  # fmt: skip
     parser = commands.add_parser(
         name,
         help=purpose,
@@ -177,12 +174,9 @@ def _check(parsed: argparse.Namespace) -> int:
     if not config.particles.exists():
         raise FileNotFoundError(f"{config.particles}: no such file; check the path")
     report = check_stack(
-        config.particles,
-        config.made(),
-        config.images,
-        root=config.root,
+        config.particles, config.made(), config.images, root=config.root,
         allow_outside=config.allow_outside,
-    )
+    )  # fmt: skip
     Console().print(report.render())
     return 1 if report.problems else 0
 

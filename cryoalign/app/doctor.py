@@ -52,7 +52,7 @@ def _gpus() -> list[Finding]:
     findings = []
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
-        capability = torch.cuda.get_device_capability(i)
-        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {capability[0]}."
-        findings.append(Finding(f"GPU {i}", f"{text}{capability[1]}"))
+        major, minor = torch.cuda.get_device_capability(i)
+        memory = f"{card.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"GPU {i}", f"{card.name}, {memory}, capability {major}.{minor}"))
     return findings

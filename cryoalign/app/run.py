@@ -79,12 +79,9 @@ def run(
 
 
 def _align_and_write(
-    config: RunConfig,
-    stack: ParticleStack,
-    state: State | None,
-    watch: Watch,
+    config: RunConfig, stack: ParticleStack, state: State | None, watch: Watch,
     on_step: OnStep | None,
-) -> None:
+) -> None:  # fmt: skip
     folder, method = config.output or Path(), config.made()
     particles = prepare(
         stack,

@@ -43,12 +43,9 @@ def write_results(
         folder / "class_averages_unfiltered.mrcs", alignment.averages, alignment.pixel_size
     )
     write_class_averages_star(
-        folder / "class_averages.star",
-        AVERAGES,
-        alignment.class_sizes,
-        alignment.resolution,
+        folder / "class_averages.star", AVERAGES, alignment.class_sizes, alignment.resolution,
         alignment.pixel_size,
-    )
+    )  # fmt: skip
     alignment.save(folder / "alignment.npz")
     method = config.made()
     limit = method.max_shift(box_of(alignment)) * alignment.scale
@@ -60,13 +57,9 @@ def write_results(
         with replacing(folder / each.name) as temporary:
             temporary.write_bytes(each.png)
     write_report(
-        alignment,
-        folder,
-        used_mapping(config),
-        pictures,
-        max_shift=limit,
+        alignment, folder, used_mapping(config), pictures, max_shift=limit,
         shift_key=method.shift_key,
-    )
+    )  # fmt: skip
 
 
 def write_step(folder: Path, method: Method, state: State, box: Box) -> None:
@@ -109,13 +102,9 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
     for name, table in alignment.tables.items():
         write_csv(folder / f"{name}.csv", table)
     write_particles_star(
-        folder / "particles.star",
-        stack,
-        alignment.pose,
-        alignment.class_number,
-        alignment.class_number > 0,
-        alignment.score,
-    )
+        folder / "particles.star", stack, alignment.pose, alignment.class_number,
+        alignment.class_number > 0, alignment.score,
+    )  # fmt: skip
 
 
 def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:

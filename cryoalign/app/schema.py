@@ -158,12 +158,9 @@ def _read_word(word: str, fields: dict[str, FieldInfo], problems: list[str]) -> 
 
 
 def _flatten(
-    given: dict[str, Value],
-    fields: dict[str, FieldInfo],
-    place: str,
-    problems: list[str],
+    given: dict[str, Value], fields: dict[str, FieldInfo], place: str, problems: list[str],
     suggest: Callable[[str], str],
-) -> Iterator[tuple[str, Value]]:
+) -> Iterator[tuple[str, Value]]:  # fmt: skip
     """Known dotted keys and their values; unknown keys are added to ``problems``."""
     sections = {key.partition(".")[0] for key in fields if "." in key}
     for name, value in given.items():

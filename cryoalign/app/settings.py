@@ -105,10 +105,7 @@ class RunConfig:
         description="classes smaller than this share of the mean size are given new members",
     )
     settle: float = Field(
-        default=0.002,
-        ge=0,
-        le=1,
-        description="stop when at most this share of the particles changes class",
+        default=0.002, ge=0, le=1, description="stop when at most this share changes class"
     )
     batch_size: int | None = Field(
         default=None, ge=1, description="particles per batch; null: chosen for the device"
@@ -218,7 +215,7 @@ class SimulateConfig:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the settings of a run; the arguments are those of `schema.load_settings`."""
+    """Read the settings of a run; see `schema.load_settings`."""
     return load_settings(RunConfig, path, overrides, "`cryoalign run --help`")
 
 

@@ -31,9 +31,7 @@ class Assignment:
         "score among members and others; soft: all classes, weighted by their probabilities",
     )
     slack: float = Field(
-        default=0.0,
-        ge=0,
-        description="equal: largest deviation of class sizes from their mean, as a share of it",
+        default=0.0, ge=0, description="equal: deviation of class sizes from their mean, as a share"
     )
     similarity: Literal["correlation", "correntropy"] = Field(
         default="correlation", description="robust: the score that is ranked"
@@ -51,9 +49,7 @@ class Assignment:
         default=4.0, ge=1, description="soft: first temperature over that of the noise"
     )
     anneal_iterations: int = Field(
-        default=8,
-        ge=1,
-        description="soft: number of iterations until the last temperature and resolution",
+        default=8, ge=1, description="soft: iterations until the last temperature and resolution"
     )
     start_resolution: float = Field(
         default=0.1, gt=0, le=0.5, description="soft: first low-pass of references, 1/px"

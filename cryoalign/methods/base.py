@@ -88,13 +88,13 @@ class Method(ABC):
             ValueError: settings that do not fit.
         """
 
-    @abstractmethod
     def radius(self, box: Box) -> float:
         """Radius of the disc that is compared, in pixels of the prepared images."""
+        return self.particle.radius_or_part(box)
 
-    @abstractmethod
     def max_shift(self, box: Box) -> float:
         """Largest shift that is searched, in pixels of the prepared images."""
+        return self.particle.max_shift_in(box)
 
     @property
     def shift_key(self) -> str:
@@ -134,16 +134,10 @@ class Method(ABC):
 
 
 def align(
-    method: Method,
-    particles: Stack | Array | PreparedParticles,
-    *,
-    images: Images | None = None,
-    optics: Optics | None = None,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Alignment:
+    method: Method, particles: Stack | Array | PreparedParticles, *, images: Images | None = None,
+    optics: Optics | None = None, device: str = "auto", resume: State | None = None,
+    on_step: OnStep | None = None, progress: Progress | None = None,
+) -> Alignment:  # fmt: skip
     """Run a method to its end.
 
     Args:

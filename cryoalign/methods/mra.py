@@ -104,9 +104,6 @@ class MultiReference(Method):
     def radius(self, box: Box) -> float:
         return self.search.on(self.particle, box).rings(box.size).last_ring
 
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
-
     def start(self, particles: PreparedParticles) -> State:
         if self._chosen:
             assert isinstance(self.references, str)

@@ -159,15 +159,13 @@ class ReferenceFree(Method):
     ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
         curves = state["frc_iterations"]
         iterations, shells = curves.shape
-        table = pd.DataFrame(
-            {
-                "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
-                "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
-                "frc": curves.flatten(),
-            }
-        )
+        columns = {
+            "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
+            "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
+            "frc": curves.flatten(),
+        }
         stacks = {"average_iterations.mrcs": state["average_iterations"]}
-        return stacks, {"frc_iterations.csv": table}
+        return stacks, {"frc_iterations.csv": pd.DataFrame(columns)}
 
     def _search(self, box: Box) -> Search:
         """The search of the step with the largest shifts, if the box has room for it."""

@@ -54,14 +54,9 @@ class State:
         return Found(self["label"], self.pose, self["score"])
 
     def next(
-        self,
-        row: dict[str, Any],
-        *,
-        done: bool = False,
-        pose: Pose | None = None,
-        unsaved: dict[str, Any] | None = None,
-        **tensors: Tensor,
-    ) -> State:
+        self, row: dict[str, Any], *, done: bool = False, pose: Pose | None = None,
+        unsaved: dict[str, Any] | None = None, **tensors: Tensor,
+    ) -> State:  # fmt: skip
         """The state after one more step.
 
         Args:

@@ -31,15 +31,10 @@ CACHE_SHARE = 0.25  # largest share of the free memory for prepared images
 
 
 def prepare(
-    particles: Stack | Array,
-    images: Images | None = None,
-    *,
-    optics: Optics | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-    max_rejected: float = 0.1,
+    particles: Stack | Array, images: Images | None = None, *, optics: Optics | None = None,
+    device: str = "auto", batch_size: int | None = None, max_rejected: float = 0.1,
     progress: Progress | None = None,
-) -> PreparedParticles:
+) -> PreparedParticles:  # fmt: skip
     """Find the unusable images of a stack, and prepare the others for any method.
 
     Args:
@@ -79,15 +74,10 @@ class PreparedParticles:
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        images: Images,
-        device: torch.device,
-        max_rejected: float = 0.1,
-        batch_size: int | None = None,
-        progress: Progress | None = None,
+        self, stack: Stack, images: Images, device: torch.device, max_rejected: float = 0.1,
+        batch_size: int | None = None, progress: Progress | None = None,
         optics: Optics | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """See `prepare`, which describes the arguments and errors."""
         height, width = stack.shape
         if height != width:

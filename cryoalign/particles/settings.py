@@ -90,7 +90,7 @@ class Images:
     box: int | None = Field(
         default=None,
         ge=8,
-        description="side to which images are cropped in Fourier space, px; null: not cropped",
+        description="side after cropping in Fourier space, px; null: not cropped",
     )
     background_radius: float | None = Field(
         default=None,

@@ -104,18 +104,16 @@ class Alignment:
         """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
         (input pixels), mirror (0/1), score, and the columns of `particle_quality`."""
         array = self.to_numpy()
-        frame = pd.DataFrame(
-            {
-                "index": np.arange(len(self.pose)),
-                "class_number": array["class_number"],
-                "angle": array["angle"],
-                "shift_x": array["shift"][:, 0],
-                "shift_y": array["shift"][:, 1],
-                "mirror": array["mirror"].astype(np.int64),
-                "score": array["score"],
-            }
-        )
-        return pd.concat([frame, self.particle_quality], axis=1)
+        columns = {
+            "index": np.arange(len(self.pose)),
+            "class_number": array["class_number"],
+            "angle": array["angle"],
+            "shift_x": array["shift"][:, 0],
+            "shift_y": array["shift"][:, 1],
+            "mirror": array["mirror"].astype(np.int64),
+            "score": array["score"],
+        }
+        return pd.concat([pd.DataFrame(columns), self.particle_quality], axis=1)
 
     def class_frame(self) -> pd.DataFrame:
         """One row per class: class_number, size, resolution, mean_score, and the columns of
@@ -123,15 +121,13 @@ class Alignment:
         k = len(self.averages)
         array = self.to_numpy()
         score = pd.Series(array["score"]).groupby(array["class_number"]).mean()
-        frame = pd.DataFrame(
-            {
-                "class_number": np.arange(1, k + 1),
-                "size": array["class_sizes"],
-                "resolution": array["resolution"],
-                "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
-            }
-        )
-        return pd.concat([frame, self.class_quality], axis=1)
+        columns = {
+            "class_number": np.arange(1, k + 1),
+            "size": array["class_sizes"],
+            "resolution": array["resolution"],
+            "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
+        }
+        return pd.concat([pd.DataFrame(columns), self.class_quality], axis=1)
 
     def save(self, path: str | Path) -> None:
         """Write the alignment to one ``.npz`` file, without pickles."""

@@ -35,7 +35,7 @@ class Averaging:
     )
     filter: Literal["wiener", "none"] = Field(
         default="wiener",
-        description="wiener: filter each class average by its own half-set FRC; none: no filter",
+        description="wiener: by the FRC of each average's half-sets; none: no filter",
     )
     centre: Centre = Field(
         default="members",

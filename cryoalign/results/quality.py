@@ -29,17 +29,11 @@ class Quality:
 
 
 def conclude(
-    particles: PreparedParticles,
-    found: Found,
-    sums: ClassSums,
-    scope: Scope,
-    history: list[dict[str, Any]],
-    quality: Quality | None = None,
-    *,
-    known: dict[str, Tensor] | None = None,
-    by_class: pd.DataFrame | None = None,
+    particles: PreparedParticles, found: Found, sums: ClassSums, scope: Scope,
+    history: list[dict[str, Any]], quality: Quality | None = None, *,
+    known: dict[str, Tensor] | None = None, by_class: pd.DataFrame | None = None,
     by_row: pd.DataFrame | None = None,
-) -> Alignment:
+) -> Alignment:  # fmt: skip
     """Make the result of any method: scores for junk, error bars, and classes sorted by size.
 
     Args:

@@ -194,19 +194,10 @@ def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
         assert target.spectra is not None
         rings, shifts, spectra = target.rings, target.search.shifts(images.device), target.spectra
     places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
-    few = max(
-        1,
-        (CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK)
-        // (8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2),
-    )
-    return torch.cat(
-        [
-            correlation_logsumexp(
-                normalised_spectra(sample_at(part, places), rings), spectra, temperature, mirror
-            )
-            for part in images.split(few)
-        ]
-    )
+    chunk = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK  # bytes
+    few = max(1, chunk // (8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2))
+    parts = (normalised_spectra(sample_at(part, places), rings) for part in images.split(few))
+    return torch.cat([correlation_logsumexp(x, spectra, temperature, mirror) for x in parts])
 
 
 def _check_references(references: Tensor) -> None:

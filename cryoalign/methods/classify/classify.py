@@ -66,12 +66,6 @@ class Classification(Method):
                 "processes"
             )
 
-    def radius(self, box: Box) -> float:
-        return self.particle.radius_or_part(box)
-
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
-
     def start(self, particles: PreparedParticles) -> State:
         return self._work(particles).begin()
 
@@ -90,15 +84,10 @@ class Classification(Method):
         rings = Rings(last_ring=min(round(plan.radius), (size - 1) // 2))
         found, _ = refine_on_averages(particles, label, state.pose, k, self.averaging, mask, rings)
         trials = trials_of(k, plan.max_shift, rings.last_ring, plan.mirror)
-        return conclude(
-            particles,
-            found,
-            class_sums(particles, found.pose, label, k),
-            Scope(mask, rings, trials),
-            state.history,
-            self.quality,
-            known=posterior_and_margin(state["posterior"], state["runner_up"]),
-        )
+        sums = class_sums(particles, found.pose, label, k)
+        known = posterior_and_margin(state["posterior"], state["runner_up"])
+        scope = Scope(mask, rings, trials)
+        return conclude(particles, found, sums, scope, state.history, self.quality, known=known)
 
     def line(self, row: Mapping[str, Any]) -> str:
         return (

@@ -113,14 +113,9 @@ class Sums(NamedTuple):
 
 
 def expect(
-    data: Features,
-    classes: Tensor,
-    *,
-    half: Tensor | None = None,
-    log_prior: Tensor | None = None,
-    mirror: bool = False,
-    temperature: float = 1.0,
-) -> tuple[Posterior, Sums]:
+    data: Features, classes: Tensor, *, half: Tensor | None = None,
+    log_prior: Tensor | None = None, mirror: bool = False, temperature: float = 1.0,
+) -> tuple[Posterior, Sums]:  # fmt: skip
     """One E-step: posteriors, and the sums that the M-step needs.
 
     Args:
@@ -181,13 +176,11 @@ def _model(
             f"{(rings.last, rings.n_frequencies)} of the particles"
         )
     return _Model(
-        _columns(classes / temperature, mirror),
-        class_power(classes, rings) / (2 * temperature),
+        _columns(classes / temperature, mirror), class_power(classes, rings) / (2 * temperature),
         classes.real.new_zeros(k) if log_prior is None else log_prior,
         _inverse_transform(rings.n_frequencies, rings.n_angles, classes.device),
-        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)],
-        1 + mirror,
-    )
+        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)], 1 + mirror,
+    )  # fmt: skip
 
 
 def _expect_block(

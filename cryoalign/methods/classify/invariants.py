@@ -191,14 +191,9 @@ def communities(cosines: Tensor, rows: Tensor, n_groups: int, seed: int = 0) -> 
 
 
 def seeds_from_invariants(
-    observations: Observations,
-    rings: FourierRings,
-    shifts: Tensor,
-    n_groups: int,
-    *,
-    mirror: bool = True,
-    seed: int = 0,
-) -> Seeds:
+    observations: Observations, rings: FourierRings, shifts: Tensor, n_groups: int, *,
+    mirror: bool = True, seed: int = 0,
+) -> Seeds:  # fmt: skip
     """Groups of similar particles, found without aligning them.
 
     At most `SAMPLE` particles, chosen at random, are grouped.

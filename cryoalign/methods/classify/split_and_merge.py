@@ -32,11 +32,7 @@ from cryoalign.methods.classify.em_step import (
 )
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import (
-    Classified,
-    ResolutionLevel,
-    sums_over_ranks,
-)
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, sums_over_ranks
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors

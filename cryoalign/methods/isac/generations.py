@@ -281,12 +281,7 @@ def accept(work: Work, state: State, rest: Tensor, found: Generation, started: f
         "seconds": round(time.perf_counter() - started, 3),
     }
     left = len(label) - accounted
-    done = bool(not good.any() or left < 2 * work.isac.images_per_group)
     return state.next(
-        row,
-        done=done,
-        pose=Pose(angle, shift, mirror),
-        unsaved=state.unsaved,
-        label=label,
-        pixel_error=error,
-    )
+        row, done=bool(not good.any() or left < 2 * work.isac.images_per_group),
+        pose=Pose(angle, shift, mirror), unsaved=state.unsaved, label=label, pixel_error=error,
+    )  # fmt: skip

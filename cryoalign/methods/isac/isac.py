@@ -125,12 +125,6 @@ class StableClassification(Method):
                 f"{self.isac.images_per_group}: use a smaller isac.images_per_group"
             )
 
-    def radius(self, box: Box) -> float:
-        return self.particle.radius_or_part(box)
-
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
-
     def start(self, particles: PreparedParticles) -> State:
         work = self._work(particles)
         images, n = work.shrunk(), len(particles)
@@ -216,22 +210,14 @@ class StableClassification(Method):
         trials = trials_of(
             k, self.particle.max_shift_in(some.box), rings.last_ring, self.particle.mirror
         )
+        error = _class_means(state["pixel_error"][members], label, k)
         by_class = pd.DataFrame(
-            {
-                "order": (order.argsort() + 1).numpy(),
-                "pixel_error": _class_means(state["pixel_error"][members], label, k).numpy(),
-            }
+            {"order": order.argsort().numpy() + 1, "pixel_error": error.numpy()}
         )
         return conclude(
-            some,
-            found,
-            class_sums(some, found.pose, label, k),
-            Scope(mask, rings, trials),
-            state.history,
-            self.quality,
-            by_class=by_class,
-            by_row=self._by_row(particles, state),
-        )
+            some, found, class_sums(some, found.pose, label, k), Scope(mask, rings, trials),
+            state.history, self.quality, by_class=by_class, by_row=self._by_row(particles, state),
+        )  # fmt: skip
 
     def _by_row(self, particles: PreparedParticles, state: State) -> pd.DataFrame:
         """Generation and pixel error of all rows of the input."""

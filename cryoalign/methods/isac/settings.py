@@ -22,12 +22,10 @@ class Isac:
     min_group_size: int | None = Field(
         default=None,
         ge=2,
-        description="stable members that a class needs; null: 0.3 of images_per_group",
+        description="stable members a class needs; null: 0.3 of images_per_group",
     )
     threshold: float = Field(
-        default=0.7,
-        gt=0,
-        description="a particle is stable below this pixel error, px of the shrunk images",
+        default=0.7, gt=0, description="pixel error of stable particles is below this, px (shrunk)"
     )
     core: float | None = Field(
         default=3.0,
@@ -38,9 +36,7 @@ class Isac:
     runs: int = Field(default=5, ge=2, description="independent realignments of every class")
     passes: int = Field(default=4, ge=1, description="largest number of passes of a generation")
     target_radius: int = Field(
-        default=29,
-        ge=8,
-        description="radius to which particles are shrunk, px; smaller particles are not shrunk",
+        default=29, ge=8, description="radius to which larger particles are shrunk, px (shrunk)"
     )
     prealign: int = Field(
         default=14, ge=0, description="largest number of iterations of centring; 0: no centring"
@@ -50,9 +46,7 @@ class Isac:
         description="first references of a generation: random particles, or classes by likelihood",
     )
     slack: float = Field(
-        default=0.5,
-        ge=0,
-        description="largest deviation of class sizes from their mean, as a share of it",
+        default=0.5, ge=0, description="deviation of class sizes from their mean, as a share"
     )
     repeats: int = Field(
         default=1,
