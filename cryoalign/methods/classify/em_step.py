@@ -113,23 +113,20 @@ class Sums(NamedTuple):
 
 
 def expect(
-    data: Features, classes: Tensor, *, half: Tensor | None = None,
-    log_prior: Tensor | None = None, mirror: bool = False, temperature: float = 1.0,
-) -> tuple[Posterior, Sums]:  # fmt: skip
+    data: Features, classes: Tensor, *, half: Tensor | None = None, mirror: bool = False
+) -> tuple[Posterior, Sums]:
     """One E-step: posteriors, and the sums that the M-step needs.
 
     Args:
         data: the particles.
         classes: (k, r, m) complex features of the class images.
         half: (n,) 0 or 1, the half-set of every particle; None alternates.
-        log_prior: (k,) log-probabilities of the classes, added to the logits; None is zero.
         mirror: whether mirrored particles are tried.
-        temperature: divides the log-likelihood; above 1, posteriors are more uniform.
     """
     device = classes.device
     half = torch.arange(len(data), device=device) % 2 if half is None else half.to(device)
     order = half.argsort(stable=True)
-    model = _model(data, classes, log_prior, mirror, temperature)
+    model = _model(data.rings, classes, mirror)
     gradient = torch.zeros(2, *model.columns.shape, device=device)
     n_block = max(1, BLOCK[device.type] // (model.per_shift * len(data.shifts)))
     n_even = len(data) - int(half.sum())
@@ -153,9 +150,8 @@ def expect(
 class _Model:
     """What all blocks of particles of an E-step use."""
 
-    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes over the temperature
-    power: Tensor  # (k, r) `class_power` over twice the temperature
-    log_prior: Tensor  # (k,)
+    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes
+    power: Tensor  # (k, r) half of `class_power`
     inverse: Tensor  # (a, 2 m) `_inverse_transform`
     first: list[int]  # index of the first row of each frequency's first ring
     hands: int
@@ -166,21 +162,19 @@ class _Model:
         return self.columns.shape[-1] * len(self.inverse)
 
 
-def _model(
-    data: Features, classes: Tensor, log_prior: Tensor | None, mirror: bool, temperature: float
-) -> _Model:
-    rings, k = data.rings, len(classes)
+def _model(rings: FourierRings, classes: Tensor, mirror: bool) -> _Model:
     if classes.shape[1:] != (rings.last, rings.n_frequencies):
         raise ValueError(
             f"class features {tuple(classes.shape)} do not fit rings x frequencies "
             f"{(rings.last, rings.n_frequencies)} of the particles"
         )
     return _Model(
-        _columns(classes / temperature, mirror), class_power(classes, rings) / (2 * temperature),
-        classes.real.new_zeros(k) if log_prior is None else log_prior,
+        _columns(classes, mirror),
+        class_power(classes, rings) / 2,
         _inverse_transform(rings.n_frequencies, rings.n_angles, classes.device),
-        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)], 1 + mirror,
-    )  # fmt: skip
+        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)],
+        1 + mirror,
+    )
 
 
 def _expect_block(
@@ -195,7 +189,7 @@ def _expect_block(
     for m, first in enumerate(model.first):
         for part in (0, 1):
             torch.mm(x[m][:, first:], columns[m, part, first:], out=spectrum[m, part])
-    constant = model.log_prior - data.weight[some] @ model.power.T  # (b, k)
+    constant = -(data.weight[some] @ model.power.T)  # (b, k)
     spectrum[0, 0].view(b, s, -1, hands).add_(angles * constant[:, None, :, None])
     table = (model.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
     peak = table.amax(0)  # (b, s, k, h)

@@ -46,7 +46,7 @@ SETTLED = 1e-3  # stop when a step raises the log-evidence by less than this sha
 SUBSET, SUBSET_STEPS = 8, 5  # particles per class in the first subset; steps per resolution
 COARSEST, RISES = 0.6, 3  # first resolution over that of the level; number of resolutions
 MOMENTUM = 0.5  # weight of the earlier sums when those of a subset are added
-FEWEST = 8  # a class is split into at most one class per so many members
+FEWEST = 8  # smallest number of members per part of a class that is split
 
 
 class _Result(NamedTuple):
