@@ -74,7 +74,7 @@ class Assignment:
         levels = math.ceil(math.log2(n_classes / first))
         if levels and levels * self.level_iterations >= iterations:
             raise ValueError(
-                f"{first} classes become {n_classes} only after {levels} times "
+                f"{first} classes become {n_classes} after {levels} times "
                 f"{self.level_iterations} iterations, but there are {iterations}: use more "
                 "iterations, a smaller assign.level_iterations or more assign.start_classes"
             )
