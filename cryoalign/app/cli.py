@@ -14,10 +14,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from cryoalign import __version__
 
 if TYPE_CHECKING:
     from cryoalign.app.settings import RunConfig
@@ -54,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "cryoalign", description="Align and classify cryo-EM particles."
     )
-    parser.add_argument("--version", action="version", version=f"cryoalign {__version__}")
+    parser.add_argument("--version", action="version", version=f"cryoalign {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
 
     runs = _add(commands, "run", _run, "align particles and average their classes", "RunConfig")
@@ -119,6 +118,13 @@ def _add(
     parser.set_defaults(command=command)
     parser.settings = settings
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("cryoalign")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -2,11 +2,11 @@
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
 
-from cryoalign import __version__
 from cryoalign.operators import kernels
 from cryoalign.operators.kernels import build, cpu
 
@@ -21,10 +21,14 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Examine Python, PyTorch, processor, GPUs, compilers and kernels without changing them."""
+    try:
+        ours = version("cryoalign")
+    except PackageNotFoundError:
+        ours = "(not installed)"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     states = {"CPU kernels": cpu.status(), "CUDA kernels": kernels.status()}
     return [
-        Finding("cryoalign", f"{__version__}, Python {platform.python_version()}"),
+        Finding("cryoalign", f"{ours}, Python {platform.python_version()}"),
         Finding("PyTorch", f"{torch.__version__}, {built}"),
         _processor(),
         *_gpus(),
