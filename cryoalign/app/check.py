@@ -1,4 +1,4 @@
-"""All that is wrong with an input, found from its rows and headers in seconds."""
+"""Find all problems of an input from its table and headers, in seconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from cryoalign.io.survey import Survey, survey
 from cryoalign.methods.base import Method
 from cryoalign.particles.settings import Images
 
-# Memory of a run, fitted to the peaks of six (64 to 176 px, 500 to 5000 particles, 3 to 5 classes
-# on 2 cores): within 10 %.
-_PROGRAM = 560 * 2**20  # Python, its libraries, the search's chunks
-_IMAGES = 1500  # images' worth of batches, weights and derivatives
-_COPIES = 4  # of the particles that the t-SNE maps show
-_RESULT = 200  # bytes of pose, class, score and seeds per particle
+# Memory of a run, fitted to the peak memory of six runs (64 to 176 px, 500 to 5000 particles, 3 to
+# 5 classes on 2 cores); the estimate was within 10 % of each.
+_PROGRAM = 560 * 2**20  # bytes of Python, its libraries and the arrays of the search
+_IMAGES = 1500  # batches, weights and derivatives, as a number of images
+_COPIES = 4  # copies of each particle that the t-SNE maps show
+_RESULT = 200  # bytes of pose, class and score per particle
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class CheckReport:
     """What ``check_stack`` found.
 
     Attributes:
-        path: the input.
-        problems: all that must be put right before a run.
-        n_particles: rows or images; 0 if they cannot be told.
-        shape: (h, w) of the images in the first stack, None if none can be read.
-        pixel_size: ångström, None if not known.
+        path: the input file.
+        problems: all problems that must be corrected before a run.
+        n_particles: number of rows of the STAR file or images of the stack; 0 if not known.
+        shape: (h, w) in pixels of the images in the first stack; None if none can be read.
+        pixel_size: Å; None if not known.
         stacks: headers of the stacks that can be read.
-        memory_bytes: estimated peak of a run with one process on a CPU.
+        memory_bytes: estimated peak memory in bytes of a run with one process on a CPU.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class CheckReport:
     memory_bytes: int
 
     def render(self) -> RenderableType:
-        """For ``rich.console.Console.print``: the facts, then a table of the problems."""
+        """What ``rich.console.Console.print`` shows: sizes, then a table of the problems."""
         pixel = "not known" if self.pixel_size is None else f"{self.pixel_size:.4g} Å"
         size = "not known" if self.shape is None else f"{self.shape[0]} x {self.shape[1]} px"
         stored = sum(stack.nbytes for stack in self.stacks)
@@ -71,20 +71,18 @@ class CheckReport:
 
 
 def check_stack(
-    path: str | PathLike[str],
-    method: Method | None = None,
-    images: Images | None = None,
-    *,
-    root: str | PathLike[str] | None = None,
-    allow_outside: bool = False,
-) -> CheckReport:
-    """List all that would stop a run on these particles; reads no pixel and never raises for them.
+    path: str | PathLike[str], method: Method | None = None, images: Images | None = None, *,
+    root: str | PathLike[str] | None = None, allow_outside: bool = False,
+) -> CheckReport:  # fmt: skip
+    """List all problems that would stop a run on these particles.
+
+    No pixels are read, and problems of the input are returned, not raised.
 
     Args:
         path: a STAR file, .mrcs, .mrc or .npy.
-        method: whose particle and shifts must fit the box; None asks for nothing.
-        images: how particles will be prepared.
-        root, allow_outside: where stacks may lie, as in ``read_particles``.
+        method: its particle radius and shifts are compared with the box; None skips this.
+        images: how particles will be prepared; None takes the defaults.
+        root, allow_outside: folders in which stacks may be, as in ``read_particles``.
     """
     path, images = Path(path), images or Images()
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
@@ -104,7 +102,7 @@ def check_stack(
 
 
 def _geometry_problems(found: Survey, size: int | None) -> Iterator[Problem]:
-    """Images that no method can use: not square, or smaller than asked for."""
+    """Images that no method can use: not square, or smaller than ``images.box``."""
     if found.shape is None:
         return
     height, width = found.shape
@@ -118,18 +116,18 @@ def _geometry_problems(found: Survey, size: int | None) -> Iterator[Problem]:
 
 
 def _method_problems(found: Survey, method: Method, images: Images, n: int) -> Iterator[Problem]:
-    """Settings of the method that do not fit square images, or their number."""
+    """Settings of the method that do not fit the size or the number of the images."""
     if found.shape is None or found.shape[0] != found.shape[1]:
         return
     try:
         method.check(images.box_of(found.shape[1], found.pixel_size), n or None)
-    except ValueError as error:  # the method's own words: what is wrong, a colon, what to do
+    except ValueError as error:  # messages of methods are "what is wrong: what to do"
         what, _, remedy = str(error).partition(": ")
         yield Problem(found.path, None, what, remedy or "change that setting")
 
 
 def _memory(found: Survey, n: int) -> int:
-    """Bytes at the peak of a run; references and classes add little."""
+    """Peak memory of a run in bytes, without references and classes, which need little."""
     table = 0 if found.star is None else int(found.star.particles.memory_usage(deep=True).sum())
     height, width = found.shape or (0, 0)
     images = _IMAGES + _COPIES * min(n, EMBEDDED)

@@ -1,7 +1,7 @@
 """The ``cryoalign`` command: run, check, simulate, doctor, build-kernels.
 
-PyTorch and the rest of the package are imported by the commands that use them, so that ``--help``
-and ``--version`` answer at once.
+Each command imports PyTorch and the rest of the package itself, so that ``--help`` and
+``--version`` do not wait for them.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cryoalign.app.settings import RunConfig
 
-LISTED = 15
-"""Classes in the table that a run ends with."""
-NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"
+LISTED = 15  # number of classes in the table at the end of a run; more fill the screen
+NOISY = r"(torch|sklearn|numpy|pandas|mrcfile|starfile|matplotlib|joblib)(\.|$)"  # libraries
 _KEYS = "settings as key=value, e.g. seed=4 (the keys are listed below)"
-PARTICLES = (".star", ".mrcs", ".mrc", ".npy")
+PARTICLES = (".star", ".mrcs", ".mrc", ".npy")  # suffixes of particle files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0: done; 1: `check` found problems; 2: something the user can put right, told in one message;
-    130: interrupted. ``CRYOALIGN_DEBUG=1`` shows tracebacks.
+    0: done; 1: `check` found problems; 2: an error that the user can correct, printed as one
+    message; 130: interrupted. ``CRYOALIGN_DEBUG=1`` also prints the traceback.
     """
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:
         word = unknown[0].lstrip("-").partition("=")[0]
         _parser().error(f"unknown option {unknown[0]}; settings have no dashes: {word}=...")
-    _quieten()
+    _set_up_warnings()
     try:
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
@@ -63,25 +62,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG|STACK|key=value",
         nargs="*",
         default=[],
-        help=f"a YAML file of settings, the particles' file, and {_KEYS}; all may be left out but "
-        "the particles",
+        help=f"a YAML file of settings, the particles' file, and {_KEYS}; only the particles are "
+        "required",
     )
 
-    check = _add(commands, "check", _check, "list all that is wrong with a stack", "RunConfig")
+    check = _add(commands, "check", _check, "list all problems of a stack", "RunConfig")
     check.add_argument("stack", metavar="STACK", help="STAR file, .mrcs, .mrc or .npy")
     check.add_argument(
         "settings",
         metavar="key=value",
         nargs="*",
         default=[],
-        help="as for run, so that box, rings and shifts are checked too",
+        help="the same as for run, so that box, rings and shifts are checked too",
     )
 
     make = _add(commands, "simulate", _simulate, "make a stack with known poses", "SimulateConfig")
     make.add_argument("folder", metavar="OUT", help="folder to write into")
     make.add_argument("settings", metavar="key=value", nargs="*", default=[], help=_KEYS)
 
-    purpose = "what this installation runs on, and what would make it faster"
+    purpose = "show the hardware and kernels that are used, and what would make runs faster"
     commands.add_parser("doctor", help=purpose).set_defaults(command=_doctor)
 
     purpose = "compile the optional kernels for this machine's CPU and GPU"
@@ -92,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """A command's parser, whose help ends with the keys of its settings, if it has some."""
+    """Parser of one command. Its help ends with a table of the settings, if there are any."""
 
-    settings = ""  # name of a class in `app.settings`
+    settings = ""  # name of the settings class in `app.settings`
 
     def format_help(self) -> str:
         if self.settings:
@@ -107,12 +106,9 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _add(
-    commands: argparse._SubParsersAction[_CommandParser],
-    name: str,
-    command: Callable[[argparse.Namespace], int],
-    purpose: str,
-    settings: str,
-) -> _CommandParser:
+    commands: argparse._SubParsersAction[_CommandParser], name: str,
+    command: Callable[[argparse.Namespace], int], purpose: str, settings: str,
+) -> _CommandParser:  # fmt: skip
     parser = commands.add_parser(
         name,
         help=purpose,
@@ -137,7 +133,8 @@ def _run(parsed: argparse.Namespace) -> int:
     from cryoalign.runtime.processes import choose_device, process_group, rank
 
     config = load_config(*_sorted_words(parsed.words))
-    # The group ends after an error was told, so that its end is not told first by the others.
+    # An error is handled before the process group ends, because its end makes the other processes
+    # fail too, and they could print their errors first.
     with process_group(choose_device(config.device)):
         try:
             folder = run(config)
@@ -151,9 +148,10 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The YAML file, if there is one, and the settings, of what stands after ``run``.
+    """Sort the arguments of ``run`` into the YAML file, None without one, and key=value settings.
 
-    A word without ``=`` is a file: particles by its suffix, else settings.
+    An argument without ``=`` is a file: of particles if it has one of their suffixes, otherwise
+    of settings.
     """
     file, settings = None, []
     for word in words:
@@ -164,7 +162,7 @@ def _sorted_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
         elif file is None:
             file = word
         else:
-            raise ValueError(f"two files of settings, {file} and {word}: give one")
+            raise ValueError(f"two files of settings, {file} and {word}: give only one")
     return file, settings
 
 
@@ -174,7 +172,7 @@ def _check(parsed: argparse.Namespace) -> int:
     from cryoalign.app.check import check_stack
     from cryoalign.app.settings import load_config
 
-    # The words of a run, so that one line can be turned into the other.
+    # The same arguments as for `run`, so that a user can turn one command into the other.
     words = [f"particles={parsed.stack}", *parsed.settings]
     if not any(word.startswith(("n_classes=", "method=isac")) for word in words):
         words.append("n_classes=1")
@@ -182,12 +180,9 @@ def _check(parsed: argparse.Namespace) -> int:
     if not config.particles.exists():
         raise FileNotFoundError(f"{config.particles}: no such file; check the path")
     report = check_stack(
-        config.particles,
-        config.made(),
-        config.images,
-        root=config.root,
+        config.particles, config.made(), config.images, root=config.root,
         allow_outside=config.allow_outside,
-    )
+    )  # fmt: skip
     Console().print(report.render())
     return 1 if report.problems else 0
 
@@ -215,23 +210,22 @@ def _build_kernels(parsed: argparse.Namespace) -> int:
 
 
 def _simulate(parsed: argparse.Namespace) -> int:
-    from cryoalign.app.schema import known_keys, load_settings
+    from cryoalign.app.schema import load_settings
     from cryoalign.app.settings import SimulateConfig
     from cryoalign.particles.simulate import simulate, write_simulation
 
     settings = load_settings(SimulateConfig, None, parsed.settings)
-    arguments = {key: getattr(settings, key) for key, _ in known_keys(SimulateConfig)}
-    star = write_simulation(parsed.folder, simulate(**arguments))
+    star = write_simulation(parsed.folder, simulate(**vars(settings)))
     print(
         f"{settings.n} particles of {settings.n_classes} views are in {star},\n"
-        f"their true poses in {star.parent / 'truth.csv'}. Next:\n"
+        f"their true poses are in {star.parent / 'truth.csv'}. Next:\n"
         f"  cryoalign run particles={shlex.quote(str(star))} n_classes={settings.n_classes}"
     )
     return 0
 
 
 def _show(folder: Path, config: RunConfig) -> None:
-    """Where the results are, the largest classes, and what deserves a second look."""
+    """Print the largest classes, what the user should look at, and the paths of the results."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -249,9 +243,9 @@ def _show(folder: Path, config: RunConfig) -> None:
         table.add_column(column, justify="right")
     shown = classes[["class_number", "size", "resolution", "mean_score"]].head(LISTED)
     for number, size, resolution, score in shown.to_numpy().tolist():
-        known = f"{resolution:.1f}" if math.isfinite(resolution) else "–"
-        scored = f"{score:.3f}" if size else "–"
-        table.add_row(f"{number:.0f}", f"{size:.0f}", known, scored)
+        resolution_text = f"{resolution:.1f}" if math.isfinite(resolution) else "–"
+        score_text = f"{score:.3f}" if size else "–"
+        table.add_row(f"{number:.0f}", f"{size:.0f}", resolution_text, score_text)
     Console().print(table)
     if len(classes) > LISTED:
         print(f"and {len(classes) - LISTED} smaller classes in {folder / 'classes.csv'}")
@@ -268,13 +262,14 @@ def _show(folder: Path, config: RunConfig) -> None:
 
 
 def _first_to_fail() -> bool:
-    """Whether this process is the first of those that ``torchrun`` started here to fail.
+    """Whether this process failed before the others that ``torchrun`` started on this machine.
 
-    When one fails the others do, for want of it: only the first has something to tell.
+    When one process fails, the others fail as well because they lose contact with it. Only the
+    first one prints its error.
     """
     from cryoalign.runtime.processes import rank, world_size
 
-    # torchrun gives each process a file of its own, <folder of this attempt>/<rank>/error.json.
+    # torchrun names a file for every process, <folder of this attempt>/<rank>/error.json.
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if world_size() == 1 or errors is None:
         return True
@@ -293,17 +288,15 @@ def _report_error(error: BaseException) -> int:
     interrupted = isinstance(error, KeyboardInterrupt)
     text = str(error) or "interrupted"
     if type(error).__name__ == "OutOfMemoryError":
-        text = (
-            f"the GPU's memory does not suffice: use a smaller batch_size, or images.box ({text})"
-        )
+        text = f"the GPU has too little memory: use a smaller batch_size or images.box ({text})"
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     print(f"cryoalign: {'' if interrupted else 'error: '}{text}", file=sys.stderr)
     return 130 if interrupted else 2
 
 
-def _quieten() -> None:
-    """Keep what libraries say to their developers from the user; show our own warnings plainly."""
+def _set_up_warnings() -> None:
+    """Hide warnings that libraries make for developers; print all others in one line."""
     for category in (DeprecationWarning, FutureWarning, UserWarning, RuntimeWarning):
         warnings.filterwarnings("ignore", category=category, module=NOISY)
 

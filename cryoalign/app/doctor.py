@@ -1,4 +1,4 @@
-"""What this installation runs on, and what would make it faster."""
+"""Report the hardware and kernels that this installation uses, and what would make it faster."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from cryoalign.operators.kernels import build, cpu
 
 
 class Finding(NamedTuple):
-    """One line of the doctor's report; ``advice`` is empty where all is well."""
+    """One line of the report; ``advice`` is empty where nothing needs to change."""
 
     what: str
     found: str
@@ -20,21 +20,22 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look at Python, PyTorch, processor, GPUs and kernels; changes nothing."""
-    return [_python(), _torch(), _processor(), *_gpus(), *_compilers(), *_kernels()]
-
-
-def _python() -> Finding:
+    """Examine Python, PyTorch, processor, GPUs, compilers and kernels without changing them."""
     try:
         ours = version("cryoalign")
     except PackageNotFoundError:
         ours = "(not installed)"
-    return Finding("cryoalign", f"{ours}, Python {platform.python_version()}")
-
-
-def _torch() -> Finding:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Finding("PyTorch", f"{torch.__version__}, {built}")
+    states = {"CPU kernels": cpu.status(), "CUDA kernels": kernels.status()}
+    return [
+        Finding("cryoalign", f"{ours}, Python {platform.python_version()}"),
+        Finding("PyTorch", f"{torch.__version__}, {built}"),
+        _processor(),
+        *_gpus(),
+        Finding("C++ compiler", build.find_compiler() or "none"),
+        Finding("nvcc", build.find_nvcc() or "none"),
+        *(Finding(what, state.message, state.advice) for what, state in states.items()),
+    ]
 
 
 def _processor() -> Finding:
@@ -55,19 +56,7 @@ def _gpus() -> list[Finding]:
     findings = []
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
-        capability = torch.cuda.get_device_capability(i)
-        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {capability[0]}."
-        findings.append(Finding(f"GPU {i}", f"{text}{capability[1]}"))
+        major, minor = torch.cuda.get_device_capability(i)
+        memory = f"{card.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"GPU {i}", f"{card.name}, {memory}, capability {major}.{minor}"))
     return findings
-
-
-def _compilers() -> list[Finding]:
-    return [
-        Finding("C++ compiler", build.find_compiler() or "none"),
-        Finding("nvcc", build.find_nvcc() or "none"),
-    ]
-
-
-def _kernels() -> list[Finding]:
-    states = {"CPU kernels": cpu.status(), "CUDA kernels": kernels.status()}
-    return [Finding(what, state.message, state.advice) for what, state in states.items()]

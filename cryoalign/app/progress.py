@@ -1,8 +1,6 @@
-"""What a run shows while it works: a bar on a terminal, a line for every step."""
+"""Progress of a run: a bar on a terminal, and a line for every step."""
 
 from __future__ import annotations
-
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -33,13 +31,14 @@ class _Left(TimeRemainingColumn):
 
 
 class Watch:
-    """Shows how far a run is; a context manager.
+    """Context manager that shows the progress of a run.
 
-    The time left is until the last step allowed: a run that settles earlier is quicker.
+    The time left is an upper limit: it counts all steps that the settings allow, and a run may
+    settle earlier.
     """
 
     def __init__(self, console: Console, method: Method, done: int = 0) -> None:
-        """Of a method, with ``done`` steps before this run."""
+        """Show the progress of a method that has done ``done`` steps before this run."""
         self.console, self.method, self.done = console, method, done
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -50,7 +49,7 @@ class Watch:
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            speed_estimate_period=300,  # longer than an iteration's two passes, where it can be
+            speed_estimate_period=300,  # seconds; usually includes both passes of an iteration
         )
         self.task = self.bar.add_task("reading", total=None)
 
@@ -58,20 +57,15 @@ class Watch:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def progress(self, doing: str, done: int, total: int) -> None:
-        """Take a method's report of what it does, how much of it is done and how much there is."""
-        if doing not in ("read", "align", "average"):  # steps whose number may not be known
+        """Update the bar; the arguments are those of `particles.prepare.Progress`."""
+        if doing not in ("read", "align", "average"):  # the number of these steps is not known
             self.bar.update(self.task, description=f"{doing}, step {done}", total=None)
             return
-        particles = min(done * world_size(), total)  # of this process; the others are as far
+        particles = min(done * world_size(), total)  # if all processes are equally fast
         steps = self.method.most_steps
         if doing == "read" or steps is None:
             words = "reading" if doing == "read" else doing
@@ -87,14 +81,14 @@ class Watch:
         )
 
     def step(self, state: State) -> None:
-        """Print a line about the step just done, or those that were made at once."""
+        """Print a line for the step just done, or for several steps that were done together."""
         rows = state.history[-1:]
-        if self.method.most_steps is not None:  # every row of the history is a step
+        if self.method.most_steps is not None:  # then every row of the history is a step
             rows = state.history[self.done :]
         for row in rows:
             self.console.print(self.method.line(row), highlight=False, soft_wrap=True)
         self.done = state.iteration
 
     def finishing(self) -> None:
-        """The iterations are over; files are being written."""
+        """Show that the iterations are over and files are being written."""
         self.bar.update(self.task, description="writing results", total=None)

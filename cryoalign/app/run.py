@@ -1,4 +1,4 @@
-"""A run: settings in, a folder of results out."""
+"""Run a method with given settings and write a folder of results."""
 
 import shutil
 from dataclasses import replace
@@ -9,13 +9,7 @@ import torch
 from rich.console import Console
 
 from cryoalign.app.progress import Watch
-from cryoalign.app.run_folder import (
-    CHECKPOINT,
-    CONFIG,
-    RUN_FILES,
-    write_results,
-    write_step,
-)
+from cryoalign.app.run_folder import CHECKPOINT, CONFIG, RUN_FILES, write_results, write_step
 from cryoalign.app.settings import HEADER, RunConfig, flat, load_config, save_config
 from cryoalign.io.paths import plain
 from cryoalign.io.stack import ParticleStack, read_particles
@@ -25,42 +19,37 @@ from cryoalign.methods.state import State
 from cryoalign.particles.prepare import prepare
 from cryoalign.runtime.processes import choose_device, process_group, rank, same_on_all_ranks
 
-# What may differ between a run and its resumption: where and how fast, not what.
+# Settings that may change when a run is resumed, because the results do not depend on them.
 FREE = {
     *("output", "overwrite", "resume", "iterations", "device", "batch_size", "threads"),
     *("embedding", "max_rejected", "root", "allow_outside"),
 }
-
-
-REPLACED = ".replaced"  # where the results of the run before wait until there are new ones
+REPLACED = ".replaced"  # folder that keeps the results of an earlier run until there are new ones
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; says what was kept and how to go on."""
+    """Ctrl-C during a run; the message says what was kept and how to continue."""
 
 
 def run(
-    config: RunConfig,
-    *,
-    console: Console | None = None,
-    on_step: OnStep | None = None,
+    config: RunConfig, *, console: Console | None = None, on_step: OnStep | None = None
 ) -> Path:
-    """Align as told, and write everything into the run folder.
+    """Run the method and write all results into the run folder.
 
     The folder gets the resolved ``config.yaml`` first, ``checkpoint.npz`` and ``history.csv`` after
-    every iteration, and the rest (`results.RUN_FILES`) at the end. Under ``torchrun`` the processes
-    share the work and process 0 writes.
+    every iteration, and the other files (`run_folder.RUN_FILES`) at the end. Under ``torchrun`` the
+    processes share the work and process 0 writes the files.
 
     Args:
         config: the settings.
         console: where progress is shown; None is standard output.
-        on_step: called after every step, when its checkpoint is written.
+        on_step: called after every step, when its checkpoint has been written.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError, OSError: what does not fit, before work starts.
+        ValueError, OSError: settings or input that cannot be used, before the work starts.
         FileExistsError: ``output`` is in use, and neither overwrite nor resume is set.
         Interrupted: Ctrl-C.
     """
@@ -74,28 +63,25 @@ def run(
         shown = f"{len(stack)} particles of {stack.shape[0]} x {stack.shape[1]} px -> {folder}"
         console.print(shown, highlight=False, soft_wrap=True)
         if state is not None:
-            going = f"going on after iteration {state.iteration}"
-            console.print(going + (", settled" if state.done else ""), highlight=False)
+            settled = ", settled" if state.done else ""
+            console.print(f"continuing after iteration {state.iteration}{settled}", highlight=False)
         with Watch(console, config.made(), state.iteration if state else 0) as watch:
             try:
                 _align_and_write(config, stack, state, watch, on_step)
             except KeyboardInterrupt as stop:
                 raise Interrupted(_kept(folder)) from stop
             except Exception:
-                if rank() == 0 and not (folder / CHECKPOINT).exists():
-                    _remove_results(folder)  # nothing was done
+                if rank() == 0 and not (folder / CHECKPOINT).exists():  # no step was done
+                    _remove_results(folder)
                     _restore(folder)
                 raise
     return folder
 
 
 def _align_and_write(
-    config: RunConfig,
-    stack: ParticleStack,
-    state: State | None,
-    watch: Watch,
+    config: RunConfig, stack: ParticleStack, state: State | None, watch: Watch,
     on_step: OnStep | None,
-) -> None:
+) -> None:  # fmt: skip
     folder, method = config.output or Path(), config.made()
     particles = prepare(
         stack,
@@ -123,29 +109,31 @@ def _align_and_write(
 
 
 def _read(config: RunConfig) -> ParticleStack:
-    """The particles; raises for all that headers and rows can tell."""
+    """Open the particles, and check them and the references as far as headers and rows allow."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
-    if stack.shape[0] == stack.shape[1]:  # `prepare` refuses other images
+    if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
         config.made().check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():
         raise FileNotFoundError(
-            f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}"
+            f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}: "
+            "check the path"
         )
     return stack
 
 
 def _open_folder(config: RunConfig, stack: ParticleStack) -> tuple[RunConfig, State | None]:
-    """Make the run folder ready: the resolved settings, and the checkpoint to go on from."""
+    """Make the run folder ready; returns the resolved settings and the checkpoint, if resumed."""
     named = plain(config.output or Path("runs", f"{config.particles.stem}-{config.method}"))
     number = 1
-    if rank() == 0:  # decides; the others wait below until it has
+    if rank() == 0:  # process 0 decides; the others wait below for its decision
         if config.output is None:
             number = next(i for i in count(1) if not _numbered(named, i).exists())
-        resolved = _resolved(config, _numbered(named, number))
+        folder = _numbered(named, number)
+        resolved = _resolved(config, folder)
         if config.overwrite:
-            _refuse_own_results(resolved, stack, _numbered(named, number))
-        _claim_folder(_numbered(named, number), resolved, config.resume, config.overwrite)
-        save_config(_numbered(named, number) / CONFIG, resolved)
+            _refuse_own_results(resolved, stack, folder)
+        _claim_folder(folder, resolved, config.resume, config.overwrite)
+        save_config(folder / CONFIG, resolved)
     folder = _numbered(named, int(same_on_all_ranks(torch.tensor(number))))
     checkpoint = folder / CHECKPOINT
     state = State.load(checkpoint) if config.resume and checkpoint.exists() else None
@@ -157,7 +145,7 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 def _resolved(config: RunConfig, output: Path) -> RunConfig:
-    """With absolute paths, so that it means the same from any folder."""
+    """The settings with absolute paths, so that they can be used from any folder."""
     chosen = config.references in SEEDINGS
     return replace(
         config,
@@ -177,21 +165,21 @@ def _claim_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool
     ours = _is_run_folder(folder)
     if resume and not ours:
         raise FileNotFoundError(
-            f"resume: {folder} holds no {CONFIG} that a run wrote; start it without resume"
+            f"resume: {folder} has no {CONFIG} that a run wrote; start a run without resume"
         )
     if resume:
         _refuse_other_settings(config, folder)
     elif folder.exists() and any(folder.iterdir()):
         if not ours:
             raise FileExistsError(
-                f"output: {folder} holds files but no run of cryoalign; name another folder"
+                f"output: {folder} has files that are not of a cryoalign run; name another folder"
             )
         if not overwrite:
             raise FileExistsError(
-                f"output: {folder} holds an earlier run. Go on with it (resume=true), replace it "
-                "(overwrite=true), or name another folder (output=...)"
+                f"output: {folder} has the results of an earlier run. Continue it (resume=true), "
+                "replace it (overwrite=true), or name another folder (output=...)"
             )
-        _set_aside(folder)
+        _keep_earlier_results(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -213,42 +201,42 @@ def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
     if changed:
         raise ValueError(
             f"resume: {folder} was run with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "put them back, or start another run with output=..."
+            "use the same settings again, or start another run with output=..."
         )
 
 
 def _refuse_own_results(config: RunConfig, stack: ParticleStack, folder: Path) -> None:
-    """An input that lies among the results to be replaced would be lost."""
+    """Make sure that no input is among the results that this run would replace."""
     results = {folder / name for name in RUN_FILES}
     inputs = [config.particles, Path(config.references), *(file.path for file in stack.files)]
     for path in inputs:
         if plain(path) in results:
             raise ValueError(
                 f"overwrite: {path} is an input of this run and one of the results in {folder} "
-                "that it would replace: name another folder (output=...)"
+                "that this run would replace: name another folder (output=...)"
             )
 
 
-def _set_aside(folder: Path) -> None:
-    """Keep the results of an earlier run until the new one has some."""
-    aside = folder / REPLACED
-    if aside.is_dir():  # kept by a run that had none itself: those stay
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        return
-    aside.mkdir()
+def _keep_earlier_results(folder: Path) -> None:
+    """Move the results of an earlier run to a folder of their own until there are new ones."""
+    kept = folder / REPLACED
+    if not kept.is_dir():
+        kept.mkdir()
+        for path in (folder / name for name in RUN_FILES):
+            if path.exists():
+                path.replace(kept / path.name)
+    # Otherwise the last run was stopped without results: those that it had moved stay there.
     for name in RUN_FILES:
-        if (folder / name).exists():
-            (folder / name).replace(aside / name)
+        (folder / name).unlink(missing_ok=True)
 
 
 def _restore(folder: Path) -> None:
-    """Bring back what `_set_aside` put away."""
-    aside = folder / REPLACED
-    if aside.is_dir():
-        for path in aside.iterdir():
+    """Move back what `_keep_earlier_results` moved away."""
+    kept = folder / REPLACED
+    if kept.is_dir():
+        for path in kept.iterdir():
             path.replace(folder / path.name)
-        aside.rmdir()
+        kept.rmdir()
 
 
 def _discard_replaced(folder: Path) -> None:
@@ -257,7 +245,7 @@ def _discard_replaced(folder: Path) -> None:
 
 
 def _remove_results(folder: Path) -> None:
-    """Remove what runs write, nothing else; the folder too if that empties it."""
+    """Remove the files that runs write, and the folder if no other files are in it."""
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
@@ -270,6 +258,6 @@ def _kept(folder: Path) -> str:
     done = State.load(checkpoint).iteration if checkpoint.exists() else 0
     after = f"after iteration {done}" if done else "before the first iteration was done"
     return (
-        f"stopped {after}; {folder} keeps what there is.\n"
-        f"Go on with: cryoalign run {folder / CONFIG} resume=true"
+        f"stopped {after}; {folder} keeps the results so far.\n"
+        f"Continue with: cryoalign run {folder / CONFIG} resume=true"
     )

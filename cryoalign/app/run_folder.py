@@ -23,51 +23,29 @@ from cryoalign.runtime.files import replacing
 CONFIG, CHECKPOINT, HISTORY = "config.yaml", "checkpoint.npz", "history.csv"
 AVERAGES = "class_averages.mrcs"
 RUN_FILES = (
-    CONFIG,
-    CHECKPOINT,
-    HISTORY,
-    AVERAGES,
-    "class_averages.star",
-    "class_averages_unfiltered.mrcs",
-    "class_averages.png",
-    "average_iterations.mrcs",
-    "frc_iterations.csv",
-    "particles.star",
-    "particles.csv",
-    "particles.parquet",
-    "classes.csv",
-    "rejected.csv",
-    "stability.csv",
-    "reproducibility.csv",
-    "alignment.npz",
-    "histograms.png",
-    "frc.png",
-    "history.png",
-    "quality.png",
-    "tsne.png",
-    "report.html",
+    *(CONFIG, CHECKPOINT, HISTORY, AVERAGES, "class_averages.star", "class_averages.png"),
+    *("class_averages_unfiltered.mrcs", "average_iterations.mrcs", "frc_iterations.csv"),
+    *("particles.star", "particles.csv", "particles.parquet", "classes.csv", "rejected.csv"),
+    *("stability.csv", "reproducibility.csv", "alignment.npz", "report.html"),
+    *("histograms.png", "frc.png", "history.png", "quality.png", "tsne.png"),
 )
-"""All that a run writes, and all that ``overwrite`` removes."""
-EMBEDDED = 2000
-"""Particles in the t-SNE maps, at most."""
+"""All files that a run writes and that ``overwrite`` removes."""
+EMBEDDED = 2000  # largest number of particles in the t-SNE maps; limits the time
 
 
 def write_results(
     folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment
 ) -> None:
-    """Write tables, averages, pictures and the report, each file whole or not at all."""
+    """Write tables, averages, pictures and the report, each file completely or not at all."""
     _write_tables(folder, stack, alignment)
     write_images(folder / AVERAGES, alignment.filtered_averages(), alignment.pixel_size)
     write_images(
         folder / "class_averages_unfiltered.mrcs", alignment.averages, alignment.pixel_size
     )
     write_class_averages_star(
-        folder / "class_averages.star",
-        AVERAGES,
-        alignment.class_sizes,
-        alignment.resolution,
+        folder / "class_averages.star", AVERAGES, alignment.class_sizes, alignment.resolution,
         alignment.pixel_size,
-    )
+    )  # fmt: skip
     alignment.save(folder / "alignment.npz")
     method = config.made()
     limit = method.max_shift(box_of(alignment)) * alignment.scale
@@ -76,20 +54,16 @@ def write_results(
     if maps is not None:
         pictures.append(picture("tsne.png", maps))
     for each in pictures:
-        with replacing(folder / each.name) as beside:
-            beside.write_bytes(each.png)
+        with replacing(folder / each.name) as temporary:
+            temporary.write_bytes(each.png)
     write_report(
-        alignment,
-        folder,
-        used_mapping(config),
-        pictures,
-        max_shift=limit,
+        alignment, folder, used_mapping(config), pictures, max_shift=limit,
         shift_key=method.shift_key,
-    )
+    )  # fmt: skip
 
 
 def write_step(folder: Path, method: Method, state: State, box: Box) -> None:
-    """What is written after every step: the history, and what the method has besides."""
+    """Write the files of a step: the history, and the further files of the method."""
     stacks, tables = method.step_files(state, box)
     for name, images in stacks.items():
         write_images(folder / name, images, box.pixel_size)
@@ -99,42 +73,38 @@ def write_step(folder: Path, method: Method, state: State, box: Box) -> None:
 
 
 def particle_table(alignment: Alignment) -> pd.DataFrame:
-    """``Alignment.to_frame`` with the pose cells of particles set aside (class 0) empty."""
+    """``Alignment.to_frame`` with empty pose cells for particles that are set aside (class 0)."""
     frame = alignment.to_frame()
-    # Int64 has a place for "no value".
+    # Unlike int64, Int64 has missing values.
     frame["mirror"] = frame["mirror"].astype("Int64").mask(frame["class_number"] == 0)
     return frame
 
 
 def box_of(alignment: Alignment) -> Box:
-    """Of the prepared images that an alignment was made of."""
+    """The box of the prepared images from which an alignment was made."""
     return Box(alignment.averages.shape[-1], alignment.pixel_size)
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """A table as CSV, whole or not at all."""
-    with replacing(path) as beside:
-        table.to_csv(beside, index=False)
+    """Write a table as a CSV file, completely or not at all."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> None:
     frame = particle_table(alignment)
     write_csv(folder / "particles.csv", frame)
-    with replacing(folder / "particles.parquet") as beside:
-        frame.to_parquet(beside, index=False)
+    with replacing(folder / "particles.parquet") as temporary:
+        frame.to_parquet(temporary, index=False)
     write_csv(folder / "classes.csv", alignment.class_frame())
     write_csv(folder / HISTORY, alignment.history)
     write_csv(folder / "rejected.csv", alignment.rejected)
     for name, table in alignment.tables.items():
         write_csv(folder / f"{name}.csv", table)
     write_particles_star(
-        folder / "particles.star",
-        stack,
-        alignment.pose,
-        alignment.class_number,
-        alignment.class_number > 0,
-        alignment.score,
-    )
+        folder / "particles.star", stack, alignment.pose, alignment.class_number,
+        alignment.class_number > 0, alignment.score,
+    )  # fmt: skip
 
 
 def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:

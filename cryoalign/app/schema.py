@@ -1,7 +1,7 @@
-"""A settings class as a schema: values are read for it from YAML and words, and it is described.
+"""Read any settings class from a YAML file and the command line, and list its keys.
 
-A YAML key is a dataclass's field is an argument's name. What is wrong with the settings is told all
-at once, in the user's own names.
+A setting has the same name as YAML key, as field of its dataclass and as argument. An error lists
+all problems of the settings, with the names that the user wrote.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from cryoalign.app import yaml12
 
 Settings = TypeVar("Settings")
-Value = Any  # of a YAML scalar, list or mapping
+Value = Any  # a YAML scalar, list or mapping
 
 
 def load_settings(
@@ -30,15 +30,27 @@ def load_settings(
     overrides: Sequence[str] = (),
     help_words: str = "--help",
 ) -> Settings:
-    """Read any settings class; `config.load_config` tells the arguments and what is raised.
+    """Read a settings class from a YAML file and from words like ``search.shift_step=2``.
 
-    ``help_words`` is what a user types for the list of keys.
+    Args:
+        schema: the settings class.
+        path: the YAML file; None takes the defaults.
+        overrides: ``key=value`` words, which replace values of the file: a dotted key, and a value
+            as in YAML (text needs no quotes). If a key occurs more than once, the last one counts.
+        help_words: what a user types to see the list of keys, for error messages.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not YAML; or keys are unknown, or have values of a wrong type or
+            range, or do not go together: all of these in one message, each with its place.
     """
     fields = dict(known_keys(schema))
     moved: dict[str, str] = getattr(schema, "MOVED", {})
 
     def suggest(key: str) -> str:
-        return f"it is {moved[key]} now" if key in moved else _suggestion(key, fields, help_words)
+        if key in moved:
+            return f"it is now called {moved[key]}"
+        return _suggestion(key, fields, help_words)
 
     problems: list[str] = []
     values: dict[str, Value] = {}
@@ -50,15 +62,15 @@ def load_settings(
             values[key], places[key] = value, place
     settings: Settings | None = None
     try:
-        settings = TypeAdapter(schema).validate_json(json.dumps(_nest(values)), strict=True)
+        settings = TypeAdapter(schema).validate_json(json.dumps(nest(values)), strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        # A field that failed above is absent here: missing is then not the user's mistake.
-        told = " ".join(problems)
+        # A key with a problem found above is absent here, so it must not be reported as missing.
+        found = " ".join(problems)
         problems += [
             _in_words(detail, values, places)
             for detail in details
-            if not (detail["type"] == "missing" and f"{_key(detail)}:" in told)
+            if not (detail["type"] == "missing" and f"{_key(detail)}:" in found)
         ]
     if problems or settings is None:
         if len(problems) > 1:
@@ -70,16 +82,16 @@ def load_settings(
 def settings_from_words(
     schema: type[Settings], default: Path, words: Sequence[str], doc: str | None
 ) -> Settings:
-    """The settings of a script told by ``[SETTINGS.yaml] [key=value ...]``.
+    """The settings of a script that takes the arguments ``[SETTINGS.yaml] [key=value ...]``.
 
     Args:
-        schema: settings class.
-        default: file that is read if the first word is none.
-        words: of the command line, without the script's name.
+        schema: the settings class.
+        default: the YAML file that is read if the first argument is not a file.
+        words: arguments of the command line, without the script's name.
         doc: what the script does; ``-h`` or ``--help`` prints it and all keys.
 
     Raises:
-        SystemExit: after help (code 0), and after what is wrong with the settings was told (2).
+        SystemExit: after printing the help (code 0) or the problems of the settings (code 2).
     """
     if {"-h", "--help"} & set(words):
         print(f"{(doc or '').strip()}\n\nkeys (name, type, default, meaning):\n{describe(schema)}")
@@ -93,7 +105,7 @@ def settings_from_words(
 
 
 def describe(schema: type) -> str:
-    """A table of all keys, one to a line: key, type and limits, default, description."""
+    """A table with a line for every key: key, type and limits, default, description."""
     rows = []
     for key, field in known_keys(schema):
         default = "required" if field.is_required() else json.dumps(field.default, default=str)
@@ -106,7 +118,7 @@ def describe(schema: type) -> str:
 
 
 def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted keys of a settings class, with what pydantic knows of each."""
+    """Dotted keys of a settings class, each with pydantic's description of the field."""
     fields: dict[str, FieldInfo] = schema.__pydantic_fields__  # type: ignore[attr-defined]
     for name, field in fields.items():
         if isinstance(field.annotation, type) and is_dataclass(field.annotation):
@@ -121,16 +133,16 @@ def _read_file(path: Path) -> dict[str, Value]:
     try:
         document = yaml12.load(path.read_text(encoding="utf-8"))
     except (yaml12.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file that can be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: should hold lines like `key: value`, not {_got(document)}")
+        raise ValueError(f"{path}: should have lines like `key: value`, not {_got(document)}")
     return document
 
 
 def _read_word(word: str, fields: dict[str, FieldInfo], problems: list[str]) -> dict[str, Value]:
-    """``key=value``; the value of a text is taken as written, the shell has removed its quotes."""
+    """Read ``key=value``. Text is taken as it is, because the shell has removed its quotes."""
     key, equals, text = word.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -141,18 +153,15 @@ def _read_word(word: str, fields: dict[str, FieldInfo], problems: list[str]) -> 
     try:
         return {key: yaml12.load(text)}
     except yaml12.Error:
-        problems.append(f"command line: {key}: {text!r} is not a value that YAML can read")
+        problems.append(f"command line: {key}: {text!r} is not a YAML value")
         return {}
 
 
 def _flatten(
-    given: dict[str, Value],
-    fields: dict[str, FieldInfo],
-    place: str,
-    problems: list[str],
+    given: dict[str, Value], fields: dict[str, FieldInfo], place: str, problems: list[str],
     suggest: Callable[[str], str],
-) -> Iterator[tuple[str, Value]]:
-    """Known dotted keys and their values; what is not known becomes a problem."""
+) -> Iterator[tuple[str, Value]]:  # fmt: skip
+    """Known dotted keys and their values; unknown keys are added to ``problems``."""
     sections = {key.partition(".")[0] for key in fields if "." in key}
     for name, value in given.items():
         key = str(name)
@@ -160,8 +169,8 @@ def _flatten(
             inner = {f"{key}.{leaf}": v for leaf, v in value.items()}
             yield from _flatten(inner, fields, place, problems, suggest)
         elif key in sections:
-            if value is not None:  # an empty section is one whose lines are all comments
-                problems.append(f"{place}: {key}: should hold keys of its own, got {_got(value)}")
+            if value is not None:  # a section is None if all its lines are comments
+                problems.append(f"{place}: {key}: should be a section, got {_got(value)}")
         elif key not in fields:
             problems.append(f"{place}: unknown key {key}; {suggest(key)}")
         elif isinstance(value, float) and not math.isfinite(value):
@@ -179,7 +188,8 @@ def _suggestion(key: str, fields: dict[str, FieldInfo], help_words: str) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"{help_words} lists the keys"
 
 
-def _nest(values: dict[str, Value]) -> dict[str, Value]:
+def nest(values: dict[str, Value]) -> dict[str, Value]:
+    """Values of dotted keys as a mapping of sections, like the YAML file."""
     nested: dict[str, Value] = {}
     for key, value in values.items():
         section, _, leaf = key.partition(".")
@@ -203,15 +213,15 @@ _WANTED = {
 
 
 def _key(detail: ErrorDetails) -> str:
-    """The key; of a list's entry, the list's."""
+    """The dotted key of an error; for an entry of a list, the key of the list."""
     return ".".join(part for part in detail["loc"] if isinstance(part, str))
 
 
 def _in_words(detail: ErrorDetails, values: dict[str, Value], places: dict[str, str]) -> str:
     key = _key(detail)
-    if not key or (detail["type"] == "value_error" and key not in values):  # of a section
+    if not key or (detail["type"] == "value_error" and key not in values):  # error of a section
         return detail["msg"].removeprefix("Value error, ")
-    if values.get(key) is None:  # absent, or null where nothing is not enough
+    if values.get(key) is None:  # absent, or null although a value is needed
         return f"{key} is missing; add {key}=... or put it into the file"
     wanted = _WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input ").removeprefix(
         "Value error, "
@@ -232,7 +242,7 @@ def _got(value: Value) -> str:
 
 
 def _kinds(field: FieldInfo) -> tuple[Any, ...]:
-    """The types a field takes: int | None becomes (int, NoneType)."""
+    """The types that a field accepts: int | None gives (int, NoneType)."""
     kind = field.annotation
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)

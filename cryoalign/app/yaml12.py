@@ -1,6 +1,6 @@
-"""YAML as YAML 1.2 has it: ``yes`` is a text, ``1e-3`` a number, and no key stands twice.
+"""Read and write YAML 1.2: ``yes`` is text, ``1e-3`` is a number, and a key may occur only once.
 
-PyYAML's safe loader follows YAML 1.1, where ``no`` is false, ``1e-3`` a text and ``1:30`` is 90.
+PyYAML's safe loader follows YAML 1.1, where ``no`` is false, ``1e-3`` is text and ``1:30`` is 90.
 """
 
 import re
@@ -24,7 +24,7 @@ _SCALARS = {  # the core schema of YAML 1.2.2, section 10.3.2: tag, pattern, fir
 
 
 class _Loader(yaml.SafeLoader):
-    """Makes numbers, texts, lists and mappings only; refuses a key that stands twice."""
+    """Makes only numbers, texts, lists and mappings, and refuses a key that occurs twice."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -34,14 +34,14 @@ class _Loader(yaml.SafeLoader):
             name = str(key.value)
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name} stands there twice", key.start_mark
+                    None, None, f"the key {name} occurs twice; remove one", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not take for a text."""
+    """Quotes texts that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -56,23 +56,23 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # PyYAML reads 010 as eight, after YAML 1.1
+    return int(loader.construct_scalar(node))  # PyYAML reads 010 as eight, as in YAML 1.1
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def load(text: str) -> Any:
-    """The value of a YAML document: mapping, list, text, number, bool or None.
+    """Read a YAML document: a mapping, list, text, number, bool or None.
 
-    Raises Error if it is not YAML, or gives a key twice.
+    Raises Error if the text is not YAML or a key occurs twice.
     """
     try:
         return yaml.load(text, _Loader)
-    except (ValueError, TypeError, RecursionError) as error:  # of explicit tags, and deep nesting
+    except (ValueError, TypeError, RecursionError) as error:  # explicit tags, or deep nesting
         raise Error(f"a value cannot be read ({error})") from error
 
 
 def dump(value: Any) -> str:
-    """YAML text that `load` reads back, keys in the order given."""
+    """YAML text that `load` reads back, with keys in the order given."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,6 +1,6 @@
 """The four methods: multi-reference and reference-free alignment, classification, ISAC.
 
-`METHODS` has them by name; to add a method, write a `base.Method` and name it there.
+`METHODS` lists them by name. To add a method, write a `base.Method` and add it to this list.
 """
 
 from cryoalign.methods.base import Method

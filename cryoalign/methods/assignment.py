@@ -1,7 +1,7 @@
-"""Which class a particle joins, from the scores of all particles with all classes.
+"""Rules that choose the class of every particle from the scores of all particles with all classes.
 
-Pure functions of an (n, k) matrix of scores, on its device, and the settings that choose among
-them; `matching` brings them together with particles.
+The rules are functions of an (n, k) matrix of scores, on any device; `matching` computes the scores
+and applies the rule that the settings choose.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cryoalign.runtime.settings import settings
 
-# Temperatures of the smoothed problem, in deviations of the scores, and sweeps at each.
+# Equal assignment solves a smoothed problem at temperatures from HOT to COLD, in standard
+# deviations of the scores. Each temperature is COOLING times the one before and has SWEEPS sweeps.
 HOT, COLD, COOLING, SWEEPS = 1.0, 1e-4, 0.5, 8
 
 
@@ -25,39 +26,40 @@ class Assignment:
 
     strategy: Literal["best", "equal", "stochastic", "robust", "soft"] = Field(
         default="best",
-        description="which class a particle joins: best: the one of best score; equal: classes of "
-        "equal size; stochastic: some better class; robust: by the rank of scores among members "
-        "and others; soft: weighted over all classes",
+        description="which class a particle joins: best: the class with the best score; equal: "
+        "classes of equal size; stochastic: a random better class; robust: by the rank of its "
+        "score among members and others; soft: all classes, weighted by their probabilities",
     )
     slack: float = Field(
-        default=0.0, ge=0, description="equal: class sizes from their mean, as a share of it"
+        default=0.0, ge=0, description="equal: deviation of class sizes from their mean, as a share"
     )
     similarity: Literal["correlation", "correntropy"] = Field(
-        default="correlation", description="robust: what is ranked"
+        default="correlation", description="robust: the score that is ranked"
     )
     start_classes: int | None = Field(
         default=None,
         ge=1,
-        description="classes to begin with, doubled every level_iterations; null: all at once",
+        description="number of classes at the start, doubled every level_iterations until it is "
+        "n_classes; null: n_classes from the start",
     )
     level_iterations: int = Field(
-        default=4, ge=1, description="iterations until the classes are doubled"
+        default=4, ge=1, description="number of iterations after which the classes are doubled"
     )
     anneal: float = Field(
-        default=4.0, ge=1, description="soft: first temperature, in units of the noise's"
+        default=4.0, ge=1, description="soft: first temperature over that of the noise"
     )
     anneal_iterations: int = Field(
-        default=8, ge=1, description="soft: until temperature and resolution are reached"
+        default=8, ge=1, description="soft: iterations until the last temperature and resolution"
     )
     start_resolution: float = Field(
         default=0.1, gt=0, le=0.5, description="soft: first low-pass of references, 1/px"
     )
 
     def refuse_few(self, iterations: int, n_classes: int | None) -> None:
-        """Make sure that so many iterations end with all classes, and cold.
+        """Make sure that this number of iterations reaches all classes and the last temperature.
 
         Raises:
-            ValueError: they do not.
+            ValueError: there are too few iterations, or no ``n_classes``.
         """
         if self.strategy == "soft" and iterations <= self.anneal_iterations:
             raise ValueError(
@@ -67,7 +69,7 @@ class Assignment:
         if not self.start_classes:
             return
         if n_classes is None:
-            raise ValueError("assign.start_classes needs n_classes, how many to end with")
+            raise ValueError("assign.start_classes needs n_classes, the number of classes at last")
         first = min(self.start_classes, n_classes)
         levels = math.ceil(math.log2(n_classes / first))
         if levels and levels * self.level_iterations >= iterations:
@@ -78,46 +80,53 @@ class Assignment:
             )
 
     def cooling(self, iteration: int) -> float:
-        """What the noise's temperature is multiplied by in an iteration, from 0."""
+        """Temperature over that of the noise, in an iteration counted from 0."""
         return float(self.anneal ** max(0.0, 1 - iteration / self.anneal_iterations))
 
     def resolution(self, iteration: int) -> float:
-        """Highest frequency of references in an iteration, from 0; 0.5 is all."""
+        """Highest frequency of references, 1/px, in an iteration counted from 0; 0.5 is all."""
         share = min(1.0, iteration / self.anneal_iterations)
         return self.start_resolution + share * (0.5 - self.start_resolution)
 
 
 def assign_stochastic(scores: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-    """Every particle to the first class, in an order of its own, that beats the one it is in.
+    """Move every particle to a random class among those that are better than its present class.
 
-    Stochastic hill climbing (Elmlund, Elmlund & Bengio 2013): no step goes down, and few go
-    straight to the next summit. Where nothing is better, a particle stays.
+    Stochastic hill climbing (Elmlund, Elmlund & Bengio 2013): the score of a particle never gets
+    worse, but it is not always moved to its best class, so that fewer particles end in a local
+    optimum. A particle stays where no class is better.
 
     Args:
         scores: (n, k) with the present references.
-        label: (n,) the class each particle is in; -1, in none, takes the best.
-        generator: of the orders, on the CPU.
+        label: (n,) present class of each particle; -1 (no class) takes the best one.
+        generator: random numbers, on the CPU.
+
+    Returns:
+        (n,) class indices.
     """
     n, k = scores.shape
     order = torch.rand(n, k, generator=generator).argsort(1).to(scores.device)
     best, label = scores.argmax(1), label.to(scores.device)
     own = scores.gather(1, label.clamp(min=0).unsqueeze(1))
-    better = (scores > own).gather(1, order)  # (n, k) in each particle's order
+    better = (scores > own).gather(1, order)  # (n, k) in a random order for each particle
     first = order.gather(1, better.to(torch.uint8).argmax(1, keepdim=True)).squeeze(1)
     return torch.where(label < 0, best, torch.where(better.any(1), first, label))
 
 
 def assign_robust(scores: Tensor, label: Tensor) -> Tensor:
-    """Every particle to the class where its score ranks highest among members and others.
+    """Move every particle to the class where its score has the highest rank.
 
-    A class whose scores are high for everyone attracts particles that are not its own. Here a score
-    counts by its rank: the share of the class's members that score no better, times that of all
-    other particles (CL2D, Sorzano et al. 2010, with the distributions themselves for their
-    histograms).
+    A class with high scores for all particles attracts particles that do not belong to it. Ranks
+    prevent this: the value of a score is the share of the class's members that score no better,
+    times the share of all other particles that score no better (CL2D, Sorzano et al. 2010, but
+    with the scores themselves instead of histograms).
 
     Args:
         scores: (n, k).
-        label: (n,) the class each particle is in; -1, in none, counts as in its best.
+        label: (n,) present class of each particle; -1 (no class) counts as its best class.
+
+    Returns:
+        (n,) class indices.
     """
     n, k = scores.shape
     label = label.to(scores.device)
@@ -128,7 +137,7 @@ def assign_robust(scores: Tensor, label: Tensor) -> Tensor:
     members = inside.cumsum(0)
     others = rank - members
     merit = (members / members[-1:].clamp(min=1)) * (others / others[-1:].clamp(min=1))
-    # Above all members, or in a class of none, the score itself decides.
+    # The score itself decides above all members and in an empty class.
     merit = torch.empty_like(merit).scatter_(0, order, merit)
     return (merit + 1e-9 * scores).argmax(1)
 
@@ -136,42 +145,43 @@ def assign_robust(scores: Tensor, label: Tensor) -> Tensor:
 def noise_temperature(score: float, pixels: float) -> float:
     """The temperature T at which exp(c / T) is the likelihood of a correlation coefficient c.
 
-    For a particle of signal, known but for its pose, plus white noise over ``pixels`` pixels,
-    log p is pixels c sqrt(SNR (1 + SNR)) but for constants, and the score of the right pose is
-    sqrt(SNR / (1 + SNR)): T = (1 - c^2) / (pixels c).
+    If a particle is a known signal plus white noise, its log-likelihood is
+    pixels c sqrt(SNR (1 + SNR)) plus a constant, and the score of the right pose is
+    sqrt(SNR / (1 + SNR)); together, T = (1 - c^2) / (pixels c).
 
     Args:
-        score: typical for right poses, between 0 and 1.
-        pixels: compared.
+        score: typical score of right poses, between 0 and 1.
+        pixels: number of pixels that are compared.
     """
     c = min(max(score, 1e-3), 0.999)
     return (1 - c * c) / (pixels * c)
 
 
 def soft_weights(evidence: Tensor, temperature: float) -> Tensor:
-    """(n, k) posterior of the classes, exp(evidence / T) over its sum, from (n, k) soft maxima
-    T log sum exp(c / T) over poses (`search.log_evidence`)."""
+    """(n, k) probabilities of the classes, from the ``evidence`` (n, k) that
+    `search.match.log_evidence` computes at the same temperature."""
     return torch.softmax(evidence.double() / temperature, 1).float()
 
 
 def capacities(n: int, k: int, slack: float) -> tuple[int, int]:
-    """Smallest and largest class of n particles in k classes of sizes within ``slack`` of n / k."""
+    """Smallest and largest allowed size of k classes of n particles: n / k, and ``slack`` times
+    n / k less or more."""
     return math.floor(n / k * max(0.0, 1 - slack) + 1e-9), math.ceil(n / k * (1 + slack) - 1e-9)
 
 
 def assign_equal(scores: Tensor, slack: float = 0.0) -> Tensor:
-    """The assignment of largest total score whose classes are of equal size.
+    """Assign particles to classes of equal size so that the sum of their scores is largest.
 
-    A transport problem, solved by its dual: every class has a price, and each particle joins the
-    class of best score less price. Sinkhorn's iteration finds prices for an ever colder soft
-    assignment (Cuturi 2013), on the scores' device. What few particles are then one too many are
-    moved along shortest paths from class to class (Ahuja, Magnanti & Orlin 1993, ch. 9), which
-    keeps the assignment optimal: the result is the optimum, not near it.
+    This is a transport problem. Every class has a price, and each particle joins the class with
+    the largest score minus price. First, Sinkhorn's iteration finds prices for a soft assignment
+    at falling temperatures (Cuturi 2013), on the scores' device. Then the few particles that are
+    too many in a class are moved along shortest paths from class to class (Ahuja, Magnanti & Orlin
+    1993, ch. 9). This keeps the assignment optimal, so that the result is the exact optimum.
 
     Args:
         scores: (n, k), any unit; finite.
-        slack: how far a class may be from n / k members, as a share of it; 0 is n / k rounded
-            down or up.
+        slack: largest deviation of a class from n / k members, as a share of n / k; 0 allows n / k
+            rounded down or up.
 
     Returns:
         (n,) class indices.
@@ -180,7 +190,7 @@ def assign_equal(scores: Tensor, slack: float = 0.0) -> Tensor:
         ValueError: a negative slack, or scores that are not (n, k) and finite.
     """
     if scores.ndim != 2 or scores.shape[1] == 0 or not torch.isfinite(scores).all():
-        raise ValueError(f"scores must be finite and (n, k), got {tuple(scores.shape)}")
+        raise ValueError(f"scores must be finite and (n, k) with k > 0; got {tuple(scores.shape)}")
     if not slack >= 0:
         raise ValueError(f"slack must be 0 or more, not {slack}")
     scores = scores.detach().double()
@@ -190,9 +200,9 @@ def assign_equal(scores: Tensor, slack: float = 0.0) -> Tensor:
 
 
 def _prices(scores: Tensor, least: int, most: int) -> Tensor:
-    """(k,) prices at which a cold soft assignment fills classes with ``least`` to ``most``.
+    """(k,) prices at which a soft assignment has classes of ``least`` to ``most`` particles.
 
-    Positive only for classes that are full, negative only for those that have the least.
+    A price is positive only if the class is full, and negative only if it has the least size.
     """
     n, k = scores.shape
     price = scores.new_zeros(k)
@@ -211,20 +221,21 @@ def _prices(scores: Tensor, least: int, most: int) -> Tensor:
 
 
 def _balance(scores: Tensor, price: Tensor, least: int, most: int) -> Tensor:
-    """Label (n,) within the bounds, of the largest total score.
+    """(n,) classes of ``least`` to ``most`` particles with the largest total score.
 
-    Particles flow through their class into a drain. The start, every particle where score less
-    price is best, is optimal for the sizes that it has, whatever the prices; shortest paths then
-    carry what is too much to where there is too little.
+    Particles flow through the node of their class into one last node, the drain. At the start,
+    every particle is in the class with the largest score minus price; this is optimal for the
+    class sizes that result. Then particles are moved along shortest paths from nodes with too many
+    to nodes with too few.
     """
     n, k = scores.shape
     label = (scores - price).argmax(1)
     size = torch.bincount(label, minlength=k).cpu().numpy()
-    dual = np.append(price.cpu().numpy(), 0.0)  # the last is the drain's
+    dual = np.append(price.cpu().numpy(), 0.0)  # the last entry belongs to the drain
     drained = np.where(dual[:k] > 0, most, np.where(dual[:k] < 0, least, size.clip(least, most)))
-    arcs = np.full((k + 1, k + 1), np.inf)  # cost of moving one from node to node
+    arcs = np.full((k + 1, k + 1), np.inf)  # cost of moving one particle from node to node
     mover = np.zeros((k, k), np.int64)  # the particle that would move
-    stale = set(range(k))
+    stale = set(range(k))  # classes whose costs must be computed again
     while True:
         for c in stale:
             arcs[c, :k], mover[c] = _cheapest(scores, label, c)
@@ -246,7 +257,7 @@ def _balance(scores: Tensor, price: Tensor, least: int, most: int) -> Tensor:
 
 
 def _cheapest(scores: Tensor, label: Tensor, c: int) -> tuple[np.ndarray, np.ndarray]:
-    """What it costs to move one member of class c to each other class (k,), and which (k,)."""
+    """(k,) lowest cost of moving a member of class c to each class, and (k,) the member moved."""
     members = (label == c).nonzero().squeeze(1)
     if not len(members):
         return np.full(scores.shape[1], np.inf), np.zeros(scores.shape[1], np.int64)
@@ -258,9 +269,10 @@ def _cheapest(scores: Tensor, label: Tensor, c: int) -> tuple[np.ndarray, np.nda
 def _shortest_path(
     arcs: np.ndarray, dual: np.ndarray, excess: np.ndarray
 ) -> tuple[list[int], np.ndarray]:
-    """The shortest path from any node with too much to any with too little, and new duals.
+    """The shortest path from a node with too many particles to one with too few, and new duals.
 
-    Lengths are arcs less the duals' difference, which are not negative (Bellman & Ford).
+    The length of an arc is its cost minus the difference of the duals, which is never negative;
+    the path is found by the algorithm of Bellman and Ford.
     """
     length = (arcs - dual[:, None] + dual).clip(min=0)
     distance = np.where(excess > 0, 0.0, np.inf)

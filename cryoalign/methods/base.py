@@ -1,8 +1,8 @@
-"""What every method is, and the one loop that runs them all.
+"""The base class of all methods, and the loop that runs them.
 
-A method is an object: its fields are its settings, and it starts from prepared particles, makes a
-step at a time, and finishes with an `Alignment`. `align` does the rest: it checks a checkpoint,
-goes on from it, and calls back after every step.
+The fields of a method are its settings. A method starts from prepared particles, does one step at a
+time, and finishes with an `Alignment`. `align` runs these parts: it checks the settings and the
+checkpoint from which it continues, if there is one, and calls a function after every step.
 """
 
 from abc import ABC, abstractmethod
@@ -31,20 +31,19 @@ OnStep = Callable[[State], None]
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method and its settings. Its fields are arguments, YAML keys and sections of one name.
+    """A method and its settings. A field has the name of the argument and of the YAML key.
 
     Attributes:
-        particle: what is known of the particle.
-        quality: what becomes of junk.
+        particle: radius, largest shift, hand and CTF of the particle.
+        quality: what happens to junk particles.
         seed: seed of every random choice; the same seed gives the same result on the same device.
-        name: as ``method`` in the settings.
+        name: value of ``method`` in the settings.
         purpose: one line for lists of the methods.
-        unused: dotted keys of its sections that it does not use.
-        instead: what to set for a key that the method does not use, where its own key has
-            another name.
-        in_order: whether its averages are shown in the order of the column ``order`` of its
-            classes rather than by size.
-        in_processes: whether several processes may share its work.
+        unused: dotted keys of its sections that the method does not use.
+        instead: for some keys that the method does not use, the key that it has instead.
+        in_order: whether averages are shown in the order of the column ``order`` of the class
+            table, not by size.
+        in_processes: whether several processes may share the work.
     """
 
     particle: Particle = field(default_factory=Particle)
@@ -60,7 +59,7 @@ class Method(ABC):
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
-        """The method with the settings that an object has under the fields' names."""
+        """Make the method from an object that has attributes with the names of the fields."""
         return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
 
     @classmethod
@@ -73,7 +72,7 @@ class Method(ABC):
         """Whether ``n_classes`` must be given.
 
         Args:
-            chosen: whether first references are chosen from the particles rather than given.
+            chosen: whether first references are chosen from the particles, not given.
         """
         return False
 
@@ -82,94 +81,88 @@ class Method(ABC):
         """Refuse settings that do not fit each other or the prepared images.
 
         Args:
-            box: of the prepared images.
-            n: usable particles; None where they are not counted yet.
+            box: size and pixel size of the prepared images.
+            n: number of usable particles; None if not yet known.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: settings that do not fit.
         """
 
-    @abstractmethod
     def radius(self, box: Box) -> float:
-        """Radius of what is compared, in pixels of the prepared images."""
+        """Radius of the disc that is compared, in pixels of the prepared images."""
+        return self.particle.radius_or_part(box)
 
-    @abstractmethod
     def max_shift(self, box: Box) -> float:
-        """The largest shift that is looked for, in pixels of the prepared images."""
+        """Largest shift that is searched, in pixels of the prepared images."""
+        return self.particle.max_shift_in(box)
 
     @property
     def shift_key(self) -> str:
-        """The setting that allows larger shifts."""
+        """Dotted key of the setting that limits shifts."""
         return "particle.max_shift"
 
     @property
     def most_steps(self) -> int | None:
-        """Steps that there can be at most; None is not known."""
+        """Largest possible number of steps; None if not known."""
         return None
 
     @abstractmethod
     def start(self, particles: PreparedParticles) -> State:
-        """The state before the first step, or after it where starting is one."""
+        """Make the first state; its number of steps is above 0 if starting counts as a step."""
 
     @abstractmethod
     def step(self, particles: PreparedParticles, state: State) -> State:
-        """The state after one step more."""
+        """Do one step and return the new state."""
 
     def is_done(self, state: State) -> bool:
-        """Whether nothing is left to do."""
+        """Whether no step is left."""
         return state.done
 
     @abstractmethod
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        """The result."""
+        """Make the result from the last state."""
 
     @abstractmethod
     def line(self, row: Mapping[str, Any]) -> str:
-        """What a log says of a step, from its row of the history."""
+        """Line of the log for a step, from its row of the history."""
 
     def step_files(
         self, state: State, box: Box
     ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
-        """Stacks of images and tables, by file name, that a run writes after every step."""
+        """Image stacks and tables, by file name, that a run writes after every step."""
         return {}, {}
 
 
 def align(
-    method: Method,
-    particles: Stack | Array | PreparedParticles,
-    *,
-    images: Images | None = None,
-    optics: Optics | None = None,
-    device: str = "auto",
-    resume: State | None = None,
-    on_step: OnStep | None = None,
-    progress: Progress | None = None,
-) -> Alignment:
+    method: Method, particles: Stack | Array | PreparedParticles, *, images: Images | None = None,
+    optics: Optics | None = None, device: str = "auto", resume: State | None = None,
+    on_step: OnStep | None = None, progress: Progress | None = None,
+) -> Alignment:  # fmt: skip
     """Run a method to its end.
 
     Args:
-        method: with its settings.
+        method: the method with its settings.
         particles: a stack (`io.read_particles`), an array (n, size, size) of any library, or
-            particles that `prepare` made ready.
-        images: how particles are prepared, unless they are.
+            particles from `prepare`.
+        images: how particles are prepared, if they are not yet prepared.
         optics: CTFs of the particles of an array; those of a stack come from its STAR file.
-        device: auto, cpu or cuda, where particles are not prepared yet.
-        resume: go on from this state, of the same method, particles and settings.
+        device: auto, cpu or cuda, if particles are not yet prepared.
+        resume: state to continue from, of the same method, particles and settings.
         on_step: called with the state after every step.
-        progress: called now and then; None leaves the prepared particles' own.
+        progress: see `particles.prepare.Progress`; None keeps that of the prepared particles.
 
     Returns:
-        The `Alignment`, of the whole input on every process.
+        The `Alignment` of the whole input, on every process.
 
     Raises:
-        ValueError: settings that do not fit the particles or each other, before work starts; a
+        ValueError: settings that do not fit the particles or each other, before the work starts; a
             state of another method or of other particles.
     """
     if world_size() > 1 and not method.in_processes:
         raise ValueError(f"method={method.name} runs in one process: start it without torchrun")
     if not isinstance(particles, PreparedParticles):
         stack, images = as_stack(particles), images or Images()
-        if stack.shape[0] == stack.shape[1]:  # other images are refused by `prepare`
+        if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
             method.check(images.box_of(stack.shape[0], stack.pixel_size))
         particles = prepare(stack, images, optics=optics, device=device, progress=progress)
     elif progress is not None:
@@ -180,7 +173,7 @@ def align(
         if state.iteration and on_step is not None:
             on_step(state)
     else:
-        state = replace(resume, unsaved={})  # what other settings may have made
+        state = replace(resume, unsaved={})  # may have been made with other settings
         _refuse_other_particles(state, method, particles)
     while not method.is_done(state):
         state = method.step(particles, state)
@@ -192,10 +185,10 @@ def align(
 def align_with(
     method: type[Method], particles: Stack | Array | PreparedParticles, **settings: Any
 ) -> Alignment:
-    """`align` with a method that is made here of those settings which are its fields.
+    """Make a method from its settings and run it with `align`.
 
     Args:
-        method: its class.
+        method: the class of the method.
         particles: as in `align`.
         settings: fields of the method (None: the default), and arguments of `align`.
     """
@@ -206,8 +199,8 @@ def align_with(
 
 
 def shows_settings(method: type[Method]) -> Callable[[Function], Function]:
-    """Decorator: help and notebooks list a function's settings, the fields of a method and the
-    arguments of `align`, in place of ``**settings``."""
+    """Decorator of a function with ``**settings``: its signature, which help and notebooks show,
+    lists the fields of the method and the arguments of `align` instead."""
 
     def decorate(function: Function) -> Function:
         own = signature(function)
@@ -226,7 +219,7 @@ def _refuse_other_particles(state: State, method: Method, particles: PreparedPar
     if state.method != method.name:
         raise ValueError(
             f"the checkpoint is of method={state.method}, not {method.name}: resume with the "
-            "settings of that run, or start another one"
+            "settings of that run, or start another run"
         )
     n = len(state["label"])
     if n != len(particles) or state.fingerprint != particles.fingerprint:

@@ -1,9 +1,7 @@
-"""All particles against all classes, and what an `Assignment` makes of the scores."""
+"""Compare all particles with all classes, and assign them by one of the rules of `assignment`."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,24 +16,22 @@ from cryoalign.methods.assignment import (
     noise_temperature,
     soft_weights,
 )
-from cryoalign.methods.references import AlignAndAverage, find_all
+from cryoalign.methods.references import AlignAndAverage, find_all, over_batches
 from cryoalign.pose import Found, Pose
 from cryoalign.results.averages import ClassSums, sum_parts
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
-from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.match import Target, log_evidence, match_all, refine_match
 
-Outcome = TypeVar("Outcome")
-LEAST_WEIGHT = 0.01  # smaller ones are left out of soft averages
+LEAST_WEIGHT = 0.01  # soft averages leave out smaller weights, which would only take time
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Every particle with every class.
+    """Scores and poses of every particle with every class.
 
     Attributes:
         scores: (n, k) of all particles, on their device.
-        pose: (m, k) of the m particles that are this process's.
+        pose: (m, k) of the m particles of this process.
     """
 
     scores: Tensor
@@ -43,7 +39,10 @@ class Matched:
 
 
 def match_particles(work: AlignAndAverage, target: Target) -> Matched:
-    """Scores and poses of all pairs: 4 bytes a pair for all, 13 for this process's own."""
+    """Compare all particles with the references of ``target``.
+
+    The scores take 4 bytes a pair, and the poses 13 bytes a pair of this process.
+    """
 
     def one(members: Tensor) -> tuple[Tensor, Pose]:
         found = match_all(work.particles.read(members), target)
@@ -51,21 +50,21 @@ def match_particles(work: AlignAndAverage, target: Target) -> Matched:
 
     k, device = len(target.templates), work.particles.device
     none = (torch.zeros(0, k, device=device), Pose.identity(0, k, device=device))
-    scores, poses = zip(none, *_batches(work, one), strict=True)
+    scores, poses = zip(none, *over_batches(work.particles, one), strict=True)
     return Matched(gather_over_ranks(torch.cat(scores)), Pose.cat(poses))
 
 
 def assign_particles(
     work: AlignAndAverage, target: Target, how: Assignment, label: Tensor, seed: int
 ) -> Found:
-    """Classes of all particles by a strategy other than `best` and `soft`, and their poses.
+    """Assign all particles by a strategy other than ``best`` and ``soft``, and refine their poses.
 
     Args:
         work: the particles, and how they are aligned.
-        target: `search.prepare` of the references.
+        target: `search.match.prepare_target` of the references.
         how: the strategy.
-        label: (n,) the class each particle is in, or -1.
-        seed: of random orders.
+        label: (n,) present class of each particle, or -1.
+        seed: seed of the random orders of ``stochastic``.
     """
     matched = match_particles(work, target)
     if how.strategy == "equal":
@@ -82,7 +81,7 @@ def assign_particles(
 
 
 def refined(work: AlignAndAverage, target: Target, matched: Matched, label: Tensor) -> Found:
-    """Poses of all particles on the classes (n,) they were given."""
+    """Refine the poses of all particles on their classes ``label`` (n,)."""
     start = shard(len(work.particles)).start
 
     def one(members: Tensor) -> Found:
@@ -95,8 +94,8 @@ def refined(work: AlignAndAverage, target: Target, matched: Matched, label: Tens
 
 
 def weigh(work: AlignAndAverage, target: Target, matched: Matched, cooling: float) -> Tensor:
-    """(n, k) posterior of the classes of all particles, poses summed over, at the temperature of
-    the noise times ``cooling``."""
+    """(n, k) probabilities of the classes of all particles, summed over poses, at ``cooling`` times
+    the temperature of the noise."""
     rings = target.rings if target.screen is None else target.screen.rings
     typical = float(matched.scores.amax(1).mean())
     temperature = cooling * noise_temperature(typical, math.pi * rings.last_ring**2)
@@ -105,24 +104,25 @@ def weigh(work: AlignAndAverage, target: Target, matched: Matched, cooling: floa
         evidence = log_evidence(work.particles.read(members), target, temperature)
         return soft_weights(evidence, temperature)
 
-    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(work, one)]))
+    return gather_over_ranks(torch.cat([matched.scores[:0], *over_batches(work.particles, one)]))
 
 
 def soft_sums(
     work: AlignAndAverage, matched: Matched, weights: Tensor, label: Tensor, fine: Pose, k: int
 ) -> ClassSums:
-    """Class sums with every particle in every class that it may belong to, by its weight.
+    """Class sums in which every particle is added to all classes, weighted by its probabilities.
 
-    Weights are scaled to a mean of 1 in each class and half, so that sums over members are
-    weighted means. A particle whose label is not its likeliest class was moved (re-seeding), and
-    counts there alone.
+    Weights are scaled to a mean of 1 in each class and half-set, so that averages are weighted
+    means. A particle whose label is not its likeliest class was moved to give a small class new
+    members, and is added to that class only.
 
     Args:
         work: the particles, and how they are aligned.
-        matched: their poses.
-        weights: (n, k') posteriors of the classes that were searched.
-        label: (n,) hard labels; fine: (n,) poses on the likeliest classes.
-        k: classes to sum, k' or more.
+        matched: their poses on the search's grid.
+        weights: (n, k') probabilities of the classes that were searched.
+        label: (n,) class of each particle.
+        fine: (n,) refined poses on the likeliest classes.
+        k: number of classes to sum, k' or more.
     """
     particles, start = work.particles, shard(len(work.particles)).start
     label, likeliest = label.to(weights.device), weights.argmax(1)
@@ -153,8 +153,9 @@ def soft_sums(
 
 
 def _correntropies(work: AlignAndAverage, target: Target, matched: Matched) -> Tensor:
-    """(n, k) mean of exp(-d^2 / 2 s^2) over the pixels under the mask, d being particle less
-    reference, s^2 twice the background's variance (Sorzano et al. 2010)."""
+    """(n, k) correntropies: means of exp(-d^2 / 2 s^2) over the pixels under the mask, where d is
+    particle minus reference and s^2 twice the variance of the background, which is 1 (Sorzano et
+    al. 2010)."""
     start, mask = shard(len(work.particles)).start, work.mask()
     inside = mask > 0.5
     references = target.templates[:, 0][:, inside]  # (k, p)
@@ -168,11 +169,4 @@ def _correntropies(work: AlignAndAverage, target: Target, matched: Matched) -> T
             found.append(torch.exp(-0.25 * (aligned - reference).square()).mean(1))
         return torch.stack(found, 1)
 
-    return gather_over_ranks(torch.cat([matched.scores[:0], *_batches(work, one)]))
-
-
-def _batches(work: AlignAndAverage, function: Callable[[Tensor], Outcome]) -> list[Outcome]:
-    """What a function makes of every batch of this process, on all cores."""
-    return list(
-        map_in_order(function, work.particles.parts("align"), workers_for(work.particles.device))
-    )
+    return gather_over_ranks(torch.cat([matched.scores[:0], *over_batches(work.particles, one)]))

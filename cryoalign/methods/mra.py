@@ -1,8 +1,8 @@
-"""Multi-reference alignment (MRA): references become class averages, over and over.
+"""Multi-reference alignment (MRA).
 
-Chung et al. 2020, Algorithm 1: every particle is searched against every reference over shifts,
-hands and in-plane angles, joins the best, and the averages of what joined, filtered, masked and
-centred, are the next references.
+Every iteration compares every particle with every reference over shifts, hands and in-plane
+angles, and adds it to the class of the best one. The averages of the classes are filtered, masked
+and centred, and are the references of the next iteration (Chung et al. 2020, Algorithm 1).
 """
 
 import time
@@ -40,26 +40,26 @@ from cryoalign.search.match import prepare_target
 from cryoalign.search.settings import SearchSettings
 
 Soft = Callable[[Tensor, int], ClassSums]
-"""Makes soft class sums of so many classes, given the hard labels (n,)."""
+"""Makes soft class sums from the labels (n,) and the number of classes."""
 
 
 @dataclass(frozen=True)
 class MultiReference(Method):
     """Multi-reference alignment.
 
-    A class that ends an iteration with fewer members than ``min_class_share`` of the mean size is
-    given half of the largest class: those members that fit there worst. The last iteration does
-    not do so, and an empty class then has an average of zeros and no resolution.
+    A class with fewer members than ``min_class_share`` of the mean size after an iteration is
+    given half of the largest class, the members that fit there worst. The last iteration does not
+    do this; an empty class then has an average of zeros and no resolution.
 
     Attributes:
         references: as for `align_multi_reference`.
-        n_classes: number of classes, or None where the references say it.
-        iterations: iterations at most.
+        n_classes: number of classes; None takes the number of references.
+        iterations: largest number of iterations.
         search: how poses are searched.
         assign: which class a particle joins.
         averaging: how averages become references.
         min_class_share: see above; 0 never gives a class new members.
-        settle: stop when no larger share of the particles changes class.
+        settle: the run stops when at most this share of the particles changes class.
     """
 
     name = "mra"
@@ -94,7 +94,7 @@ class MultiReference(Method):
 
     @property
     def _chosen(self) -> bool:
-        """Whether first references are chosen from the particles."""
+        """Whether the first references are chosen from the particles."""
         return isinstance(self.references, str) and self.references in SEEDINGS
 
     @property
@@ -103,9 +103,6 @@ class MultiReference(Method):
 
     def radius(self, box: Box) -> float:
         return self.search.on(self.particle, box).rings(box.size).last_ring
-
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
 
     def start(self, particles: PreparedParticles) -> State:
         if self._chosen:
@@ -117,12 +114,12 @@ class MultiReference(Method):
             if self.n_classes is not None and self.n_classes != len(images):
                 raise ValueError(
                     f"n_classes is {self.n_classes} but there are {len(images)} references: leave "
-                    "n_classes out, or make them agree"
+                    "n_classes out, or give the number of references"
                 )
             self._warn_of_contrast(particles, images)
         n, k = len(particles), len(images)
         work = self._work(particles)
-        # With assign.start_classes there are fewer at first, which are split later.
+        # With assign.start_classes there are fewer references at first, which are split later.
         references = masked(images, work.mask())[: min(self.assign.start_classes or k, k)]
         tensors = {
             "references": references,
@@ -193,7 +190,7 @@ class MultiReference(Method):
         return AlignAndAverage(particles, self.averaging, search, search.rings(particles.size))
 
     def _assigned(self, work: AlignAndAverage, state: State) -> tuple[Found, Soft | None]:
-        """Where particles belong, and how their averages are made where that is soft."""
+        """Class, pose and score of all particles, and for soft assignment how to sum classes."""
         how, references = self.assign, state["references"].to(work.particles.device)
         if how.strategy == "soft" and how.resolution(state.iteration) < 0.5:
             curve = low_pass_curve(work.particles.size, how.resolution(state.iteration))
@@ -210,22 +207,22 @@ class MultiReference(Method):
         return found, lambda label, k: soft_sums(work, matched, weights, label, found.pose, k)
 
     def _may_settle(self, state: State, wanted: int) -> bool:
-        """Whether all classes are there, and soft assignment has reached its temperature."""
+        """Whether there are all classes, and soft assignment is at its last temperature."""
         annealing = self.assign.strategy == "soft" and (
             state.iteration < self.assign.anneal_iterations
         )
         return len(state["references"]) == wanted and not annealing
 
     def _warn_of_contrast(self, particles: PreparedParticles, references: Tensor) -> None:
-        """Say so where particles and references look like each other's negatives."""
+        """Warn if the contrast of the references seems to be the reverse of the particles'."""
         few = particles.read(torch.arange(min(len(particles), 512)))
         last = int(self.radius(particles.box))
         pair = torch.stack([radial_mean(x.mean(0))[: last + 1] for x in (few, references)])
         if pair.shape[1] > 4 and float(torch.corrcoef(pair)[0, 1]) < -0.7:
             warnings.warn(
                 "the references' contrast looks reversed to the particles': density must be "
-                "bright in both; images.invert turns the particles round, references are taken as "
-                "they are",
+                "bright in both. Use images.invert=true to invert the particles, or invert the "
+                "references' file",
                 stacklevel=2,
             )
 
@@ -236,49 +233,48 @@ def align_multi_reference(
     references: Array | str | Path = "random",
     **settings: Any,
 ) -> Alignment:
-    """Align particles to references and the references to what they gathered, until it settles.
+    """Align particles to references, which become class averages, until the classes settle.
 
     Args:
-        particles: a stack (`io.read_particles`), an array (n, size, size), or particles that
-            `prepare` made ready.
+        particles: a stack (`io.read_particles`), an array (n, size, size), or particles from
+            `prepare`.
         references: (k, size, size), the path of such a stack, or a way to choose them
             (`references.SEEDINGS`).
         settings: those of `MultiReference`, and the arguments of `base.align`.
 
     Returns:
-        The `Alignment`, of the whole input on every process.
+        The `Alignment` of the whole input, on every process.
 
     Raises:
-        ValueError: anything that does not fit, before the first iteration.
+        ValueError: settings or references that do not fit, before the first iteration.
     """
     return align_with(MultiReference, particles, references=references, **settings)
 
 
 def split_largest(label: Tensor, score: Tensor, k: int, least: float) -> tuple[Tensor, int]:
-    """Give each class of fewer than ``least`` members half of the largest class.
+    """Give each class with fewer than ``least`` members half of the largest class.
 
-    The half that fits there worst moves (as in CL2D, Sorzano et al. 2010): it keeps its poses,
-    which hold on the new class as on the old. What members the small class has stay.
+    The members with the lowest scores move and keep their poses (as in CL2D, Sorzano et al. 2010).
+    The present members of the small class stay.
 
     Args:
-        label: (n,) class index; score: (n,).
+        label: (n,) class index.
+        score: (n,).
         k: number of classes.
-        least: smallest size that is left alone.
+        least: smallest size of a class that is not given new members.
 
     Returns:
-        New labels (n,) and how many classes were given new members.
+        New labels (n,), and how many classes were given new members.
     """
     label = label.clone()
     sizes = torch.bincount(label, minlength=k)
     small = [int(c) for c in sizes.argsort() if sizes[c] < least]
-    done = 0
-    for c in small:
+    for done, c in enumerate(small):
         largest = int(sizes.argmax())
         if sizes[largest] < max(2 * least, 2):
-            break
+            return label, done
         members = (label == largest).nonzero().squeeze(1)
         worst = members[score[members].argsort(stable=True)[: len(members) // 2]]
         label[worst] = c
         sizes = torch.bincount(label, minlength=k)
-        done += 1
-    return label, done
+    return label, len(small)

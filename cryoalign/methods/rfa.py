@@ -1,8 +1,9 @@
 """Reference-free alignment (RFA): particles of one view, aligned to their own average.
 
-The average of the stack as it comes is the first reference. Then, in the steps of a `Schedule`,
-from wide and coarse shifts to narrow and fine ones, every particle is aligned to the average, and
-the average made again, until poses come to rest (Penczek et al. 1992; SPARX's ``ali2d``).
+The first reference is the average of the particles without any alignment. In every iteration the
+particles are aligned to the average, and a new average is made. The steps of a `Schedule` go from
+large shifts and coarse trial shifts to small and fine ones; each step ends when the poses settle
+(Penczek et al. 1992; SPARX's ``ali2d``).
 """
 
 import math
@@ -24,6 +25,7 @@ from cryoalign.methods.references import (
     AlignAndAverage,
     find_all,
     given_references,
+    random_poses,
 )
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.operators.correlation import correlation_at
@@ -37,20 +39,20 @@ from cryoalign.runtime.arrays import Array
 from cryoalign.search.match import prepare_target
 from cryoalign.search.settings import Schedule, Search, SearchSettings
 
-STEADY_HANDS = 0.01  # share of hands that may still change where poses are at rest
+STEADY_HANDS = 0.01  # poses have settled if at most this share of particles changes its hand
 
 
 @dataclass(frozen=True)
 class ReferenceFree(Method):
     """Reference-free alignment of particles of one view.
 
-    Every step of the schedule is run, for one iteration at least.
+    Every step of the schedule has at least one iteration.
 
     Attributes:
-        references: as for `align_reference_free`; ``random`` is ``average`` too.
+        references: as for `align_reference_free`; ``random`` means ``average``.
         n_classes: 1 or None.
-        iterations: iterations of a step of the schedule, at most.
-        schedule: the steps; its shifts are those of the search.
+        iterations: largest number of iterations of a step of the schedule.
+        schedule: the steps, with the trial shifts of each.
         search: how poses are searched.
         averaging: how averages become references.
     """
@@ -157,18 +159,16 @@ class ReferenceFree(Method):
     ) -> tuple[dict[str, Tensor], dict[str, pd.DataFrame]]:
         curves = state["frc_iterations"]
         iterations, shells = curves.shape
-        table = pd.DataFrame(
-            {
-                "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
-                "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
-                "frc": curves.flatten(),
-            }
-        )
+        columns = {
+            "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
+            "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
+            "frc": curves.flatten(),
+        }
         stacks = {"average_iterations.mrcs": state["average_iterations"]}
-        return stacks, {"frc_iterations.csv": table}
+        return stacks, {"frc_iterations.csv": pd.DataFrame(columns)}
 
     def _search(self, box: Box) -> Search:
-        """The search with the largest shifts of any step, which rings and box must allow."""
+        """The search of the step with the largest shifts, if the box has room for it."""
         search = self.search.on(replace(self.particle, max_shift="0 px"), box)
         search = self.schedule.widest(search)
         search.rings(box.size)
@@ -179,25 +179,22 @@ class ReferenceFree(Method):
         return AlignAndAverage(particles, self.averaging, search, search.rings(particles.size))
 
     def _first_references(self, work: AlignAndAverage) -> list[Tensor]:
-        """(1, size, size) of each start: the template, or averages of the particles, as they come
-        and then turned at random."""
+        """(1, size, size) first reference of each start: the template; or averages of the particles
+        without alignment for the first start, and at random angles for the others."""
         n, starts = len(work.particles), self.schedule.starts
-        label, still = torch.zeros(n, dtype=torch.int64), Pose.identity(n)
         chosen = isinstance(self.references, str) and self.references in ("average", *SEEDINGS)
         if not chosen:
             template = given_references(work.particles, self.references)
             if len(template) != 1 or starts > 1:
                 raise ValueError(
                     f"{len(template)} references and {starts} starts: reference-free alignment "
-                    "takes one template, and starts from it once"
+                    "takes one template and schedule.starts=1"
                 )
             return [template]
         generator = torch.Generator().manual_seed(self.seed)
-        poses = [still]
-        for _ in range(starts - 1):
-            angle = 360 * torch.rand(n, generator=generator) - 180
-            mirror = (torch.rand(n, generator=generator) < 0.5) & self.particle.mirror
-            poses.append(Pose(angle, still.shift, mirror))
+        turned = [random_poses(n, self.particle.mirror, generator) for _ in range(starts - 1)]
+        label = torch.zeros(n, dtype=torch.int64)
+        poses = [Pose.identity(n), *turned]
         return [work.sum_classes(label, pose, 1).averages() for pose in poses]
 
     def _begin(self, work: AlignAndAverage, image: Tensor) -> State:
@@ -213,28 +210,28 @@ class ReferenceFree(Method):
         return State(self.name, work.particles.fingerprint, tensors=tensors)
 
     def _next_step(self, state: State) -> int:
-        """Index of the step that the next iteration belongs to; past the last: there is none."""
+        """Index of the schedule's step for the next iteration; their number if none is left."""
         if not state.history:
             return 0
         row = state.history[-1]
         step = int(row["step"]) - 1
         done = sum(each["step"] == row["step"] for each in state.history)
-        rests = (
+        settled = (
             not row["kicked"]
             and state.iteration > 1
             and row["pose_change_px"] <= self.schedule.settle
             and row["hand_changed"] <= STEADY_HANDS
         )
-        return step + 1 if rests or done >= self.iterations else step
+        return step + 1 if settled or done >= self.iterations else step
 
     def _align(self, work: AlignAndAverage, state: State, step: int) -> Found:
-        """Every particle's pose on the reference, about its own shift."""
+        """Every particle's pose on the reference, with trial shifts about its present shift."""
         reach, last_ring = self.schedule.max_shift[step], work.rings.last_ring
         search = replace(
             work.search,
             max_shift=reach,
             shift_step=self.schedule.shift_step[step],
-            last_ring=last_ring,  # of the widest step, whatever room a narrower one leaves
+            last_ring=last_ring,  # the same in all steps
         )
         room = (work.particles.size - 1) // 2 - last_ring - math.ceil(reach)
         about = state.pose.shift.round().clamp(-room, room)
@@ -242,7 +239,7 @@ class ReferenceFree(Method):
         return work.align(prepare_target(references, search), about)
 
     def _kick(self, work: AlignAndAverage, state: State) -> Found:
-        """Every particle's best pose at its own shift and multiples of the kicks' angle."""
+        """Every particle's best pose among multiples of the kick angle, at its present shift."""
         particles, rings, device = work.particles, work.rings, work.particles.device
         reference = state["references"].to(device)
         turned = torch.arange(0, 360, self.schedule.kick_angle, device=device)
@@ -272,21 +269,21 @@ def align_reference_free(
     references: Array | str | Path = "average",
     **settings: Any,
 ) -> Alignment:
-    """Align particles of one view to their own average, until they come to rest.
+    """Align particles of one view to their own average, until poses settle.
 
-    The history says of each iteration its step, the mean score, how far poses moved, the share of
-    hands that changed and the resolution of the average.
+    The history has, for each iteration, its step, the mean score, how much poses changed, the share
+    of hands that changed and the resolution of the average.
 
     Args:
         particles: as for `align_multi_reference`.
-        references: "average" begins with that of the particles as they come; or a template, a
-            stack of one image or its path.
+        references: "average" starts from the average of the particles without alignment; or a
+            template, as a stack of one image or its path.
         settings: those of `ReferenceFree`, and the arguments of `base.align`.
 
     Returns:
         The `Alignment`, with one class.
 
     Raises:
-        ValueError: anything that does not fit, before the first iteration.
+        ValueError: settings or a template that do not fit, before the first iteration.
     """
     return align_with(ReferenceFree, particles, references=references, **settings)

@@ -1,36 +1,35 @@
-"""Where a method stands between two steps: one class and one file for every method."""
+"""The state of a method between two steps, which is also its checkpoint."""
 
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cryoalign.pose import Found, Pose
-from cryoalign.runtime.files import replacing
+from cryoalign.results.alignment import part_of, read_arrays, write_arrays
 
-TENSOR = "tensor."  # before a tensor's name in the file
+TENSOR = "tensor."  # comes before the name of a tensor in the file
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Enough to go on from: what a checkpoint holds.
+    """All that a method needs in order to continue.
 
     Attributes:
         method: name of the method.
-        fingerprint: of the particles' pixels (`PreparedParticles.fingerprint`).
-        iteration: steps done.
-        done: whether the method has come to rest.
+        fingerprint: identifies the particles (`PreparedParticles.fingerprint`).
+        iteration: number of steps done.
+        done: whether the method has settled.
         history: a row per step.
-        tensors: by name, on the CPU. ``label``, ``angle``, ``shift``, ``mirror`` and ``score``
-            (n,) of the usable particles mean the same in every method that has them.
-        unsaved: what the next step or the end can use, and otherwise makes again.
+        tensors: tensors by name, on the CPU. ``label``, ``angle`` (degrees), ``shift`` (pixels),
+            ``mirror`` and ``score`` of the n usable particles mean the same in every method.
+        unsaved: values that the next step or the end uses if they are there, and computes again
+            otherwise.
     """
 
     method: str
@@ -55,22 +54,17 @@ class State:
         return Found(self["label"], self.pose, self["score"])
 
     def next(
-        self,
-        row: dict[str, Any],
-        *,
-        done: bool = False,
-        pose: Pose | None = None,
-        unsaved: dict[str, Any] | None = None,
-        **tensors: Tensor,
-    ) -> State:
-        """The state after one step more.
+        self, row: dict[str, Any], *, done: bool = False, pose: Pose | None = None,
+        unsaved: dict[str, Any] | None = None, **tensors: Tensor,
+    ) -> State:  # fmt: skip
+        """The state after one more step.
 
         Args:
-            row: of the history.
+            row: row of the history for this step.
             done: whether this was the last step.
-            pose: (n,) new poses.
-            unsaved: replaces what was there.
-            tensors: those that changed, by name.
+            pose: (n,) new poses; None keeps the old ones.
+            unsaved: replaces the present ``unsaved``.
+            tensors: tensors that changed, by name.
         """
         if pose is not None:
             tensors |= pose_tensors(pose)
@@ -84,45 +78,32 @@ class State:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to one ``.npz`` file (no pickles), all or nothing."""
-        with replacing(path) as beside, beside.open("wb") as file:
-            np.savez(
-                file,  # not a name: NumPy would add a suffix of its own to that
-                allow_pickle=False,
-                method=self.method,
-                fingerprint=self.fingerprint,
-                iteration=self.iteration,
-                done=self.done,
-                history=json.dumps(self.history),
-                **{TENSOR + name: tensor.cpu().numpy() for name, tensor in self.tensors.items()},
-            )
+        """Write the state without ``unsaved`` to one ``.npz`` file."""
+        scalars = {
+            "method": self.method, "fingerprint": self.fingerprint, "iteration": self.iteration,
+            "done": self.done, "history": json.dumps(self.history),
+        }  # fmt: skip
+        tensors = {TENSOR + name: tensor.cpu().numpy() for name, tensor in self.tensors.items()}
+        write_arrays(path, scalars | tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> State:
-        """Read what `save` wrote.
+        """Read a state that `save` wrote.
 
         Raises:
             ValueError: the file is not such a state.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                data = {name: archive[name] for name in archive.files}
+        with read_arrays(path, "a checkpoint of cryoalign") as data:
             return cls(
                 str(data["method"]),
                 str(data["fingerprint"]),
                 int(data["iteration"]),
                 bool(data["done"]),
                 json.loads(str(data["history"])),
-                {
-                    name.removeprefix(TENSOR): torch.from_numpy(value)
-                    for name, value in data.items()
-                    if name.startswith(TENSOR)
-                },
+                {name: torch.from_numpy(value) for name, value in part_of(data, TENSOR).items()},
             )
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not a checkpoint of cryoalign ({error})") from error
 
 
 def pose_tensors(pose: Pose) -> dict[str, Tensor]:
-    """Poses as a state has them."""
+    """Poses as tensors with the names that a state uses."""
     return {"angle": pose.angle, "shift": pose.shift, "mirror": pose.mirror}

@@ -1,4 +1,4 @@
-"""Particles made ready for alignment: the usable ones, normalised, resized, in batches."""
+"""Prepare particles for alignment: set unusable ones aside, normalise and resize the others."""
 
 from __future__ import annotations
 
@@ -23,87 +23,76 @@ from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard
 from cryoalign.runtime.threads import available_memory
 
 Progress = Callable[[str, int, int], None]
-"""Called now and then with what is being done, how much of it is done, and how much there is."""
+"""Called from time to time with the name of the present work, the amount done, and the total."""
 
-CPU_BATCH = 64
-CUDA_BATCH_BYTES = 2**29  # of the images of a batch: a GPU wants many at a time
-CACHE_SHARE = 0.25  # of the free memory, that prepared images may take
+CPU_BATCH = 64  # particles; the arrays of a batch then fit a CPU's cache
+CUDA_BATCH_BYTES = 2**29  # bytes of the images of a batch; a GPU needs many particles at a time
+CACHE_SHARE = 0.25  # largest share of the free memory for prepared images
 
 
 def prepare(
-    particles: Stack | Array,
-    images: Images | None = None,
-    *,
-    optics: Optics | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-    max_rejected: float = 0.1,
+    particles: Stack | Array, images: Images | None = None, *, optics: Optics | None = None,
+    device: str = "auto", batch_size: int | None = None, max_rejected: float = 0.1,
     progress: Progress | None = None,
-) -> PreparedParticles:
-    """Look through a stack for unusable images and make the others ready for any method.
+) -> PreparedParticles:  # fmt: skip
+    """Find the unusable images of a stack, and prepare the others for any method.
 
     Args:
         particles: a stack (`io.read_particles`) or an array (n, size, size) of any library.
         images: how particles are prepared.
         optics: CTFs of the particles of an array; those of a stack come from its STAR file.
         device: auto, cpu or cuda.
-        batch_size: particles that are worked on at a time; None chooses for the device.
-        max_rejected: largest share of unusable particles (NaN, constant) that is set aside.
-        progress: called now and then, here and in the methods that take the particles.
+        batch_size: particles per batch; None chooses for the device.
+        max_rejected: largest share of unusable particles (NaN, constant) that may be set aside.
+        progress: see `Progress`; called here and by the methods that use the particles.
 
     Raises:
-        ValueError: images that are not square; a box above theirs; no background; CTFs of
-            another number; more unusable particles than allowed.
+        ValueError: images that are not square, or smaller than ``images.box``; no background; a
+            number of CTFs that differs from the particles'; too many unusable particles.
     """
     return PreparedParticles(
-        as_stack(particles),
-        images or Images(),
-        choose_device(device),
-        max_rejected,
-        batch_size,
-        progress,
-        optics,
-    )
+        as_stack(particles), images or Images(), choose_device(device), max_rejected, batch_size,
+        progress, optics,
+    )  # fmt: skip
 
 
 class PreparedParticles:
     """The usable particles of a stack, prepared batch by batch.
 
-    Prepared images are kept in memory once they are made, if all of them take no more than a
-    quarter of what is free (of the GPU's memory, where that is the device).
+    Prepared images are kept in memory after they are made, if all of them take at most a quarter
+    of the free memory (of the GPU, if that is the device).
 
     Attributes:
         rows: (n,) rows of the stack that are used.
-        half: (n,) 0 or 1, the half-set of each, by its row: it does not depend on which rows
-            are used.
-        rejected: table (index, reason) of the rows that are not.
-        size: box of the prepared images, pixels.
+        half: (n,) half-set of each particle, 0 or 1 for even or odd rows.
+        rejected: table (index, reason) of the rows that are not used.
+        size: side of the prepared images, pixels.
         scale: pixels of the input per pixel of the prepared images.
-        pixel_size: Å of the prepared images, or None.
-        fingerprint: of the stack's pixels, by a few of its images, and of the box.
-        progress: called now and then by the methods; None is silent.
+        pixel_size: pixel size of the prepared images in Å, or None.
+        fingerprint: identifies the particles, by their number, some of their pixels and ``size``.
+        progress: see `Progress`; None reports nothing.
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        images: Images,
-        device: torch.device,
-        max_rejected: float = 0.1,
-        batch_size: int | None = None,
-        progress: Progress | None = None,
+        self, stack: Stack, images: Images, device: torch.device, max_rejected: float = 0.1,
+        batch_size: int | None = None, progress: Progress | None = None,
         optics: Optics | None = None,
-    ) -> None:
-        """See `prepare`, which has the arguments' meaning and what is raised."""
+    ) -> None:  # fmt: skip
+        """See `prepare`, which describes the arguments and errors."""
         height, width = stack.shape
         if height != width:
             raise ValueError(f"particles of {height} x {width} px: alignment needs square images")
         if images.box is not None and images.box > width:
-            raise ValueError(f"images.box {images.box} px is larger than the particles ({width})")
+            raise ValueError(
+                f"images.box {images.box} px is larger than the particles ({width} px): use at "
+                f"most {width}"
+            )
         if optics is not None and len(optics) != len(stack):
-            raise ValueError(f"{len(optics)} CTFs do not fit {len(stack)} particles")
+            raise ValueError(
+                f"{len(optics)} CTFs do not fit {len(stack)} particles: give one for each particle"
+            )
         self.background_radius = images.background_radius or width / 2
-        background(width, self.background_radius)  # refused before any image is read
+        background(width, self.background_radius)  # raises errors before any image is read
         self.stack, self.images, self.device, self.progress = stack, images, device, progress
         self.rejected = _screened(stack, progress)
         refuse_above(self.rejected, len(stack), max_rejected)
@@ -113,20 +102,21 @@ class PreparedParticles:
         self.size, self.pixel_size = images.box_of(width, stack.pixel_size)
         self.scale = width / self.size
         self.fingerprint = f"{_fingerprint(stack)}-{self.size}"
-        few = CPU_BATCH
+        usual = CPU_BATCH
         if device.type == "cuda":
-            few = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
-        self.batch_size = batch_size or few
+            usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
+        self.batch_size = batch_size or usual
         self._given_optics, self._flips = optics, False
         self._cache = _Cache(len(self), self.size, device)
-        self._whole: tuple[PreparedParticles, Tensor] | None = None  # of which these are a part
+        # Particles from which these were chosen by `only`, and the indices of these.
+        self._whole: tuple[PreparedParticles, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def half(self) -> Tensor:
-        """(n,) half-set of every particle."""
+        """(n,) half-set of every particle, 0 or 1."""
         return self.rows % 2
 
     @property
@@ -136,16 +126,16 @@ class PreparedParticles:
 
     @cached_property
     def optics(self) -> Optics | None:
-        """(n,) CTFs in the prepared images' pixels; None where nothing says them.
+        """(n,) CTFs in pixels of the prepared images; None if not known.
 
         Raises:
-            ValueError: the STAR file has a defocus but not all that a CTF needs.
+            ValueError: the STAR file has a defocus, but other values that a CTF needs are missing.
         """
         optics = self._given_optics or optics_of(self.stack)
         return None if optics is None else optics[self.rows].scaled(self.scale)
 
     def phase_flipped(self) -> PreparedParticles:
-        """The same particles with the signs of their CTFs undone; as they are without a CTF."""
+        """The same particles with phases flipped where the CTF is negative; itself without CTFs."""
         if self.optics is None:
             return self
         other = copy.copy(self)
@@ -156,24 +146,24 @@ class PreparedParticles:
         return other
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
-        """The same particles, of which the methods report their progress there."""
+        """The same particles with another function for the progress."""
         other = copy.copy(self)
         other.progress = progress
         return other
 
     def only(self, members: Tensor, reasons: str | Sequence[str]) -> PreparedParticles:
-        """Some of the particles.
+        """Some of the particles; the others are added to ``rejected``.
 
         Args:
-            members: (m,) indices, in order.
-            reasons: why the others are rejected: one for all, or one for each.
+            members: (m,) indices of the particles, in ascending order.
+            reasons: why the others are rejected, one reason for all or one for each.
         """
         others = torch.ones(len(self), dtype=torch.bool)
         others[members] = False
         left = pd.DataFrame({"index": self.rows[others].numpy()})
         left["reason"] = pd.array([reasons] * len(left) if isinstance(reasons, str) else reasons)
         other = copy.copy(self)
-        other.__dict__.pop("optics", None)  # is cached for these rows
+        other.__dict__.pop("optics", None)  # cached for the present rows
         if len(left):
             tables = [self.rejected, left] if len(self.rejected) else [left]
             table = pd.concat(tables, ignore_index=True)
@@ -183,7 +173,7 @@ class PreparedParticles:
         return other
 
     def read(self, members: Tensor) -> Tensor:
-        """(b, size, size) prepared images of some of the usable particles (indices into rows)."""
+        """(b, size, size) prepared images of the particles with indices ``members`` (b,)."""
         if self._whole is not None:
             whole, own = self._whole
             return whole.read(own[members])
@@ -199,10 +189,10 @@ class PreparedParticles:
         return images
 
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
-        """Members (b,) of this process's batches, in order.
+        """Indices (b,) of the particles of each batch of this process, in order.
 
         Args:
-            doing: reported as progress while the batches are taken; None is silent.
+            doing: name of the work for the progress; None reports nothing.
         """
         done = 0
         for part in torch.arange(len(self))[shard(len(self))].split(self.batch_size):
@@ -213,13 +203,13 @@ class PreparedParticles:
                     self.report(doing, done, len(self))
 
     def report(self, doing: str, done: int, total: int) -> None:
-        """Tell the caller's ``progress``, if there is one."""
+        """Call ``progress``, if there is one."""
         if self.progress is not None:
             self.progress(doing, done, total)
 
 
 class _Cache:
-    """Prepared images in memory; one that has no room keeps nothing. Threads may share it."""
+    """Prepared images in memory, or nothing if there is too little memory. Threads may share it."""
 
     def __init__(self, n: int, size: int, device: torch.device) -> None:
         self.shape, self.device = (n, size, size), device
@@ -229,7 +219,7 @@ class _Cache:
         self.has_room = 4 * n * size**2 <= CACHE_SHARE * available_memory(device)
 
     def get(self, members: Tensor) -> Tensor | None:
-        """(b, size, size) images, or None if one of them has not been made."""
+        """(b, size, size) images, or None if one of them is not here."""
         if self.images is None or not (self.complete or self.there[members].all()):
             return None
         index = members.numpy()  # many times faster than PyTorch on so few numbers
@@ -238,7 +228,7 @@ class _Cache:
         return self.images[members.to(self.device)]
 
     def put(self, members: Tensor, images: Tensor) -> None:
-        """Keep images (b, size, size), if there is room for all."""
+        """Keep images (b, size, size), if there is enough memory for all particles."""
         if self.has_room and len(members):
             with self.lock:
                 if self.images is None:
@@ -249,7 +239,7 @@ class _Cache:
 
 
 def _screened(stack: Stack, progress: Progress | None) -> pd.DataFrame:
-    """`screen.screen` of the whole stack, on every process."""
+    """`particles.screen.screen` of the whole stack, with the result on every process."""
     rows = torch.arange(len(stack))[shard(len(stack))]
     done = 0
 
@@ -262,7 +252,7 @@ def _screened(stack: Stack, progress: Progress | None) -> pd.DataFrame:
     found = screen(stack, progress=report, rows=rows)
     bad = torch.tensor(found["index"].tolist(), dtype=torch.int64)
     everyone = gather_over_ranks(bad)
-    # The few of other processes are looked at again, for their reasons.
+    # The reasons are not gathered: the few bad images of other processes are read again.
     return found if len(everyone) == len(bad) else screen(stack, rows=everyone)
 
 

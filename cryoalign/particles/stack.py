@@ -1,4 +1,4 @@
-"""Where particles come from: files and arrays, read a few rows at a time."""
+"""Stacks from which particles are read, a few rows at a time: files and arrays."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from cryoalign.runtime.arrays import Array, as_tensor
 
 @runtime_checkable
 class Stack(Protocol):
-    """Anything particles can be read from; `io.ParticleStack` is one."""
+    """Anything that particles can be read from, for example `io.stack.ParticleStack`."""
 
     shape: tuple[int, int]
     pixel_size: float | None
@@ -19,20 +19,21 @@ class Stack(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: Tensor) -> Tensor:
-        """(b, h, w) float32 images."""
+        """(b, h, w) float32 images of the rows (b,)."""
         ...
 
 
 class TensorStack:
-    """Particles (n, h, w) in memory, read as from a file.
+    """Particles (n, h, w) in memory as a stack.
 
-    They stay where and as they are (`interop.as_tensor`), a batch at a time becomes float32.
+    The array is neither copied nor converted (`runtime.arrays.as_tensor`); what is read becomes
+    float32.
     """
 
     def __init__(self, images: Array, pixel_size: float | None = None) -> None:
         images = as_tensor(images)
         if images.ndim != 3:
-            raise ValueError(f"particles must be (n, h, w), got {tuple(images.shape)}")
+            raise ValueError(f"particles must be an array (n, h, w), got {tuple(images.shape)}")
         self.images, self.pixel_size = images.detach(), pixel_size
         self.shape: tuple[int, int] = (images.shape[1], images.shape[2])
 
@@ -40,15 +41,14 @@ class TensorStack:
         return len(self.images)
 
     def read(self, rows: Tensor | slice) -> Tensor:
-        """(b, h, w) float32 images."""
         return self.images[rows].float()
 
 
 def as_stack(particles: Stack | Array) -> Stack:
-    """A stack as it is; images in memory, of whatever library, as one.
+    """Return a stack unchanged; make a stack of an array of any library.
 
     Raises:
-        TypeError: neither; a path and a `ParticleDataset` are told what to give.
+        TypeError: neither a stack nor an array.
     """
     if isinstance(particles, str | Path):
         raise TypeError(
@@ -57,13 +57,13 @@ def as_stack(particles: Stack | Array) -> Stack:
     if isinstance(getattr(particles, "stack", None), Stack):
         raise TypeError(
             f"particles are a {type(particles).__name__}: give the stack that it reads, "
-            "dataset.stack (all its rows, without the dataset's transforms)"
+            "dataset.stack (with all rows, without the dataset's transforms)"
         )
     return particles if isinstance(particles, Stack) else TensorStack(particles)
 
 
 def optics_of(stack: Stack) -> Optics | None:
-    """The optics that a stack's STAR file tells, or None."""
+    """The CTFs in a stack's STAR file, or None if there are none."""
     table = getattr(stack, "table", None)
     if table is None or stack.pixel_size is None:
         return None

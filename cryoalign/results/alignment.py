@@ -1,11 +1,14 @@
-"""`Alignment`: the one result type."""
+"""`Alignment`: the result of every method, and how arrays are saved."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,27 +21,30 @@ from cryoalign.results.averages import TRUSTED, class_filters
 from cryoalign.runtime.arrays import to_numpy
 from cryoalign.runtime.files import replacing
 
+TENSORS = ("class_number", "score", "averages", "frc", "resolution", "class_sizes")
+TABLES = ("history", "rejected", "particle_quality", "class_quality")
+
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Poses and classes of n input particles, and the class averages they make.
+    """Poses and classes of the n input particles, and the averages of the k classes.
 
     Attributes:
         pose: (n,) particle onto its class average, pixels of the *input*; NaN where set aside.
         class_number: (n,) int64, from 1; 0 = set aside.
         score: (n,) correlation coefficient with the reference; NaN where set aside.
-        averages: (k, size, size) plain means of the aligned, normalised members; zero if empty.
-        frc: (k, shells) half-set Fourier ring correlation of the averages under the mask; shell
-            i is i / size per pixel.
-        resolution: (k,) where the FRC falls below 0.143, in Å (pixels if the size is unknown).
-        class_sizes: (k,) members.
-        history: one row per iteration.
-        rejected: table of the particles set aside: index (0-based row), reason.
-        pixel_size: Å of the averages' pixels, or None.
+        averages: (k, size, size) means of the aligned, normalised members; zero if empty.
+        frc: (k, shells) Fourier ring correlation of the half-set averages under the mask; shell i
+            is the frequency i / size per pixel.
+        resolution: (k,) where the FRC falls below 0.143, in Å (pixels if their size is unknown).
+        class_sizes: (k,) numbers of members.
+        history: a row per iteration.
+        rejected: table of the particles set aside: index (row of the input, from 0), reason.
+        pixel_size: pixel size of the averages in Å, or None.
         scale: pixels of the input per pixel of the averages.
-        particle_quality: n rows of what else is known of particles (`quality.conclude`); a column
-            is missing where the method has nothing to say. NaN where set aside.
-        class_quality: k rows of what else is known of classes, likewise.
+        particle_quality: n rows of further columns about the particles (`quality.conclude`), which
+            depend on the method; NaN where set aside.
+        class_quality: k rows of further columns about the classes.
         tables: further tables by name that the method makes; a run writes each as CSV.
         figures: further numbers by name, for the report.
     """
@@ -82,43 +88,32 @@ class Alignment:
             )
 
     def filtered_averages(self) -> Tensor:
-        """(k, size, size) averages weighted by their own FRC, as references are (`average`)."""
-        # Without members in one half the FRC is zero from shell 1 on.
+        """(k, size, size) averages filtered as `averages.filtered_averages` does."""
+        # The FRC is zero from shell 1 on if one half has no members.
         trusted = (self.class_sizes >= 2 * TRUSTED) & (self.frc[:, 1:] != 0).any(1)
         return filter_shells(self.averages, class_filters(self.frc, trusted))
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """The tensors by name (angle, shift, mirror; class_number … class_sizes) as arrays, which
-        share their memory where it is the host's."""
-        tensors = {
-            "angle": self.pose.angle,
-            "shift": self.pose.shift,
-            "mirror": self.pose.mirror,
-            "class_number": self.class_number,
-            "score": self.score,
-            "averages": self.averages,
-            "frc": self.frc,
-            "resolution": self.resolution,
-            "class_sizes": self.class_sizes,
-        }
+        """The tensors by name (angle, shift, mirror; class_number … class_sizes) as arrays. Arrays
+        of tensors on the CPU share their memory."""
+        pose = {"angle": self.pose.angle, "shift": self.pose.shift, "mirror": self.pose.mirror}
+        tensors = pose | {name: getattr(self, name) for name in TENSORS}
         return {name: to_numpy(tensor) for name, tensor in tensors.items()}
 
     def to_frame(self) -> pd.DataFrame:
         """One row per input particle: index, class_number, angle (degrees), shift_x, shift_y
         (input pixels), mirror (0/1), score, and the columns of `particle_quality`."""
         array = self.to_numpy()
-        frame = pd.DataFrame(
-            {
-                "index": np.arange(len(self.pose)),
-                "class_number": array["class_number"],
-                "angle": array["angle"],
-                "shift_x": array["shift"][:, 0],
-                "shift_y": array["shift"][:, 1],
-                "mirror": array["mirror"].astype(np.int64),
-                "score": array["score"],
-            }
-        )
-        return pd.concat([frame, self.particle_quality], axis=1)
+        columns = {
+            "index": np.arange(len(self.pose)),
+            "class_number": array["class_number"],
+            "angle": array["angle"],
+            "shift_x": array["shift"][:, 0],
+            "shift_y": array["shift"][:, 1],
+            "mirror": array["mirror"].astype(np.int64),
+            "score": array["score"],
+        }
+        return pd.concat([pd.DataFrame(columns), self.particle_quality], axis=1)
 
     def class_frame(self) -> pd.DataFrame:
         """One row per class: class_number, size, resolution, mean_score, and the columns of
@@ -126,95 +121,63 @@ class Alignment:
         k = len(self.averages)
         array = self.to_numpy()
         score = pd.Series(array["score"]).groupby(array["class_number"]).mean()
-        frame = pd.DataFrame(
-            {
-                "class_number": np.arange(1, k + 1),
-                "size": array["class_sizes"],
-                "resolution": array["resolution"],
-                "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
-            }
-        )
-        return pd.concat([frame, self.class_quality], axis=1)
+        columns = {
+            "class_number": np.arange(1, k + 1),
+            "size": array["class_sizes"],
+            "resolution": array["resolution"],
+            "mean_score": score.reindex(range(1, k + 1)).to_numpy(),
+        }
+        return pd.concat([pd.DataFrame(columns), self.class_quality], axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one ``.npz`` file (NumPy arrays, no pickles)."""
-        with replacing(path) as beside, beside.open("wb") as file:
-            np.savez(
-                file,  # not a name: NumPy would add a suffix of its own to that
-                allow_pickle=False,
-                **self.to_numpy(),
-                **_columns("history", self.history),
-                **_columns("rejected", self.rejected),
-                **_columns("particle_quality", self.particle_quality),
-                **_columns("class_quality", self.class_quality),
-                **{f"figure.{name}": value for name, value in self.figures.items()},
-                **{
-                    key: column
-                    for name, table in self.tables.items()
-                    for key, column in _columns(f"table.{name}", table).items()
-                },
-                pixel_size=np.nan if self.pixel_size is None else self.pixel_size,
-                scale=self.scale,
-            )
+        """Write the alignment to one ``.npz`` file, without pickles."""
+        tables = {name: getattr(self, name) for name in TABLES}
+        tables |= {f"table.{name}": table for name, table in self.tables.items()}
+        arrays = self.to_numpy()
+        for name, table in tables.items():
+            arrays |= _columns(name, table)
+        numbers = {f"figure.{name}": value for name, value in self.figures.items()}
+        numbers["pixel_size"] = np.nan if self.pixel_size is None else self.pixel_size
+        write_arrays(path, arrays | numbers | {"scale": self.scale})
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
-        """Read what `save` wrote.
+        """Read an alignment that `save` wrote.
 
         Raises:
-            ValueError: the file is not such an archive.
+            ValueError: the file is not such an alignment.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                data = {name: archive[name] for name in archive.files}
-            tensor = {
-                name: torch.from_numpy(value) for name, value in data.items() if "." not in name
-            }
+        with read_arrays(path, "an alignment that cryoalign saved") as data:
+            pose = [torch.from_numpy(data[name]) for name in ("angle", "shift", "mirror")]
+            further = sorted({key.split(".")[0] for key in part_of(data, "table.")})
+            named: dict[str, Any] = {name: torch.from_numpy(data[name]) for name in TENSORS}
+            named |= {name: pd.DataFrame(part_of(data, f"{name}.")) for name in TABLES}
             return cls(
-                pose=Pose(tensor["angle"], tensor["shift"], tensor["mirror"]),
-                **{
-                    name: tensor[name]
-                    for name in (
-                        "class_number",
-                        "score",
-                        "averages",
-                        "frc",
-                        "resolution",
-                        "class_sizes",
-                    )
-                },
-                history=_table("history", data),
-                rejected=_table("rejected", data),
-                particle_quality=_table("particle_quality", data),
-                class_quality=_table("class_quality", data),
-                tables={
-                    name: _table(f"table.{name}", data)
-                    for name in sorted({k.split(".")[1] for k in data if k.startswith("table.")})
-                },
-                figures={
-                    k.removeprefix("figure."): float(v)
-                    for k, v in data.items()
-                    if k.startswith("figure.")
-                },
+                pose=Pose(*pose),
+                **named,
+                tables={name: pd.DataFrame(part_of(data, f"table.{name}.")) for name in further},
+                figures={name: float(value) for name, value in part_of(data, "figure.").items()},
                 pixel_size=None if np.isnan(data["pixel_size"]) else float(data["pixel_size"]),
                 scale=float(data["scale"]),
             )
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not an alignment that cryoalign saved ({error})") from error
 
 
 def over_all_rows(
     n: int, rows: Tensor, label: Tensor, pose: Pose, score: Tensor, scale: float
 ) -> tuple[Pose, Tensor, Tensor]:
-    """What was found for the usable particles, as an `Alignment` has it for all n of the input.
+    """Extend the results for the u usable particles to all n particles of the input.
 
     Args:
-        n: particles of the input; rows: (u,) the usable ones among them.
-        label: (u,) class index; pose: (u,) in prepared pixels; score: (u,).
+        n: number of particles of the input.
+        rows: (u,) rows of the usable particles.
+        label: (u,) class index, from 0.
+        pose: (u,) poses, in prepared pixels.
+        score: (u,).
         scale: pixels of the input per prepared pixel.
 
     Returns:
-        pose (n,), class_number (n,) and score (n,); NaN and 0 where a particle was set aside.
+        pose (n,) in pixels of the input, class_number (n,) from 1 and score (n,). Particles that
+        are set aside have NaN, class number 0 and NaN.
     """
     angle, scored = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
     shift, mirror = torch.full((n, 2), torch.nan), torch.zeros(n, dtype=torch.bool)
@@ -226,7 +189,7 @@ def over_all_rows(
 
 
 def _columns(name: str, table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Columns of a table as arrays ``name.column``: unlike CSV, that keeps every bit and text."""
+    """Columns of a table as arrays ``name.column``, which unlike CSV keep every bit and type."""
     texts = {column for column in table if pd.api.types.is_string_dtype(table[column])}
     return {
         f"{name}.{column}": table[column].to_numpy(np.str_ if column in texts else None)
@@ -234,7 +197,32 @@ def _columns(name: str, table: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
-def _table(name: str, data: dict[str, np.ndarray]) -> pd.DataFrame:
-    """The table of which ``_columns`` made arrays."""
-    start = f"{name}."
-    return pd.DataFrame({k.removeprefix(start): v for k, v in data.items() if k.startswith(start)})
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays, numbers and texts to one ``.npz`` file, completely or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        # An open file, because NumPy would add a suffix to a name.
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+@contextmanager
+def read_arrays(path: str | Path, what: str) -> Iterator[dict[str, np.ndarray]]:
+    """Read the arrays that `write_arrays` wrote.
+
+    Errors of reading, and those of the ``with`` block that uses the arrays, become a ValueError
+    which says that the file is not ``what``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        yield arrays
+    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not {what} ({error})") from error
+
+
+def part_of(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with ``prefix``, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }

@@ -1,4 +1,4 @@
-"""Class averages in half-sets, what they resolve, and the references made from them."""
+"""Class averages with half-sets and FRC, and the references that are made from them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cryoalign.runtime.settings import settings
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
-TRUSTED = 4  # members of each half from which a class's own FRC counts
-LOW_PASS = 0.1  # 1/px: what a few noisy particles have to say
+TRUSTED = 4  # members of each half-set that a class needs for its own FRC to be used
+LOW_PASS = 0.1  # 1/px; averages of a few particles are mostly noise at higher frequencies
 
 
 @settings
@@ -34,12 +34,13 @@ class Averaging:
         default=4.0, ge=0, description="width of the mask's soft edge beyond the radius, px"
     )
     filter: Literal["wiener", "none"] = Field(
-        default="wiener", description="wiener: each class by its own half-set FRC; none"
+        default="wiener",
+        description="wiener: by the FRC of each average's half-sets; none: no filter",
     )
     centre: Centre = Field(
         default="members",
-        description="members: by the mean shift of the members' boxes; mass: by the centre of "
-        "mass; none; members' poses are moved along",
+        description="how averages are centred: members: by the mean shift of the members; mass: by "
+        "the centre of mass; none: not; the members' poses change with the average",
     )
 
 
@@ -48,8 +49,8 @@ class ClassSums:
     """Sums of aligned particles by class and half-set.
 
     Attributes:
-        total: (2, k, size, size) float64.
-        count: (2, k) int64 members.
+        total: (2, k, size, size) float64 sums.
+        count: (2, k) int64 numbers of members.
     """
 
     total: Tensor
@@ -57,15 +58,15 @@ class ClassSums:
 
     @property
     def sizes(self) -> Tensor:
-        """(k,) members."""
+        """(k,) numbers of members."""
         return self.count.sum(0)
 
     def ordered(self, order: Tensor) -> ClassSums:
-        """The sums of the same classes in another order (k,)."""
+        """The same sums, with the classes in the order of the indices ``order`` (k,)."""
         return ClassSums(self.total[:, order], self.count[:, order])
 
     def averages(self) -> Tensor:
-        """(k, size, size) float32 means over both halves; zero where a class is empty."""
+        """(k, size, size) float32 means over both halves; zero if a class is empty."""
         return _mean(self.total.sum(0), self.sizes)
 
     def half_averages(self) -> Tensor:
@@ -75,7 +76,8 @@ class ClassSums:
     def frc(self, mask: Tensor | None = None) -> Tensor:
         """(k, shells) FRC of the half-averages, under a mask (size, size) if given.
 
-        Their means under the mask are removed before: the mask itself must not correlate.
+        The means under the mask are subtracted first, because otherwise the shape of the mask
+        would correlate.
         """
         halves = self.half_averages()
         if mask is not None:
@@ -88,19 +90,17 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def class_sums(
-    particles: PreparedParticles,
-    pose: Pose,
-    label: Tensor,
-    n_classes: int,
+    particles: PreparedParticles, pose: Pose, label: Tensor, n_classes: int,
     doing: str | None = None,
-) -> ClassSums:
+) -> ClassSums:  # fmt: skip
     """Sum prepared particles by class and half-set, over all processes.
 
     Args:
-        particles: all of them; every process adds its share.
-        pose: (n,); label: (n,) class index.
-        n_classes: classes to sum.
-        doing: reported as progress; None is silent.
+        particles: all particles; every process adds its share.
+        pose: (n,) pose on the class average.
+        label: (n,) class index.
+        n_classes: number of classes.
+        doing: name of this work for the progress; None reports none.
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
@@ -109,31 +109,28 @@ def class_sums(
 
 
 def sum_parts(
-    parts: Iterable[Tensor],
-    read: Callable[[Tensor], Tensor],
-    pose: Pose,
-    label: Tensor,
-    half: Tensor,
-    n_classes: int,
-    size: int,
-    device: torch.device,
-) -> ClassSums:
+    parts: Iterable[Tensor], read: Callable[[Tensor], Tensor], pose: Pose, label: Tensor,
+    half: Tensor, n_classes: int, size: int, device: torch.device,
+) -> ClassSums:  # fmt: skip
     """Sum aligned particles by class and half-set, over all processes.
 
-    Images are moved by bicubic interpolation and added by a matrix product in a fixed order: the
-    result does not depend on thread timing. Sums are float64, whose rounding is far below what
-    the float32 averages keep: neither batch size nor the number of processes shows in them.
+    Images are moved by bicubic interpolation and added by a matrix product in a fixed order, so
+    that the result does not depend on the timing of threads. Sums are float64, whose rounding error
+    is far below the precision of the float32 averages, so that these do not depend on batch size or
+    number of processes.
 
     Args:
-        parts: rows (b,) into the following tensors, a batch at a time.
-        read: makes images (b, size, size) of such rows; called by several threads.
-        pose: (n,).
+        parts: batches of indices (b,) into the n particles, those of this process.
+        read: reads the images (b, size, size) of such indices; called by several threads.
+        pose: (n,) pose on the class average.
         label: (n,) class index.
-        half: (n,) 0 or 1.
-        n_classes, size, device: of the sums.
+        half: (n,) half-set, 0 or 1.
+        n_classes: number of classes.
+        size: side of the images, pixels.
+        device: device of the sums.
 
     Returns:
-        The sums over every process's parts.
+        The sums over the parts of all processes.
     """
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
     count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
@@ -141,7 +138,7 @@ def sum_parts(
     def sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = read(rows)
         moved = pose[rows].to(device)
-        # Only the groups that are there: a small result whatever their number is.
+        # Only the groups that occur in this batch, so that the result is small.
         group = half[rows] * n_classes + label[rows]
         there, member, members = group.unique(return_inverse=True, return_counts=True)
         return (
@@ -163,32 +160,30 @@ def sum_parts(
 
 
 def displacement(pose: Pose) -> Tensor:
-    """(n, 2) where a pose puts the centre of the particle's box, on the reference."""
+    """(n, 2) position of the centre of the particle's box on the reference, pixels."""
     return (pose.linear() @ pose.shift.unsqueeze(-1)).squeeze(-1)
 
 
 def centring(averages: Tensor, pose: Pose, label: Tensor, centre: Centre, mask: Tensor) -> Tensor:
-    """(k, 2) the shifts that centre class averages.
+    """(k, 2) shifts (x, y) in pixels that centre class averages.
 
     Args:
         averages: (k, size, size).
-        pose: (n,) of the members, label: (n,) their class.
-        centre: see `Averaging`.
-        mask: (size, size) where mass is looked for.
-
-    Returns:
-        xy pixels to move each average by; at most a quarter of the box for `mass`.
+        pose: (n,) poses of the members.
+        label: (n,) class index.
+        centre: see `Averaging`; shifts for ``mass`` are at most a quarter of the box.
+        mask: (size, size) region in which the centre of mass is computed.
     """
     k, size = averages.shape[0], averages.shape[-1]
     if centre == "none":
         return averages.new_zeros(k, 2)
     if centre == "members":
-        # On the CPU, where sums have one order; particles' poses are there anyway.
+        # On the CPU, where sums have a fixed order.
         moved, label = displacement(pose).cpu(), label.cpu()
         total = moved.new_zeros(k, 2).index_add(0, label, moved)
         count = torch.bincount(label, minlength=k)
         return (-total / count.clamp(min=1)[:, None]).to(averages)
-    # Density above the background's spread, whichever way round the contrast is.
+    # Density well above the background, for either contrast.
     weight = (averages * mask).abs()
     peak = weight.flatten(1).amax(1)[:, None, None]
     weight = (weight - 0.3 * peak).clamp(min=0)
@@ -199,17 +194,17 @@ def centring(averages: Tensor, pose: Pose, label: Tensor, centre: Centre, mask: 
 
 
 def move(pose: Pose, shift: Tensor) -> Pose:
-    """Poses followed by a shift (n, 2) of the reference: what members of a moved average need."""
+    """Poses (n,) on references that were moved by shifts (n, 2), pixels."""
     zero = torch.zeros_like(pose.angle)
     return compose(pose, Pose(zero, shift.to(pose.shift), torch.zeros_like(pose.mirror)))
 
 
 def filtered_averages(sums: ClassSums, averaging: Averaging, mask: Tensor) -> Tensor:
-    """(k, size, size) class averages weighted by their FRC under a mask (size, size).
+    """(k, size, size) class averages, filtered by their FRC under a mask (size, size).
 
-    The FRC of a class with fewer than `TRUSTED` members in either half says little (with none in
-    one of them, nothing): it is filtered by the mean curve of the others, or, if there are none,
-    by a low-pass at `LOW_PASS`.
+    The FRC of a class with fewer than `TRUSTED` members in a half is too noisy. Such an average is
+    filtered by the mean curve of the other classes or, if there are none, by a low-pass at
+    `LOW_PASS`.
     """
     averages = sums.averages()
     if averaging.filter == "none":
@@ -219,7 +214,8 @@ def filtered_averages(sums: ClassSums, averaging: Averaging, mask: Tensor) -> Te
 
 
 def class_filters(curves: Tensor, trusted: Tensor) -> Tensor:
-    """(k, shells) Wiener filters from the FRC curves (k, shells) of which some are trusted (k,)."""
+    """(k, shells) filters for `filtered_averages` from FRC curves (k, shells); ``trusted`` (k,)
+    marks the curves of classes with enough members."""
     size = 2 * (curves.shape[1] - 1)
     if trusted.any():
         common = curves[trusted].mean(0, keepdim=True)

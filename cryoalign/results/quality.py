@@ -1,4 +1,4 @@
-"""How good a result is: what is known of every particle, every class, and the run."""
+"""The quality of a result: of every particle, of every class, and of the run."""
 
 from typing import Any, Literal
 
@@ -19,37 +19,33 @@ from cryoalign.runtime.settings import settings
 
 @settings
 class Quality:
-    """What becomes of particles that are judged junk."""
+    """What happens to particles that are recognised as junk."""
 
     junk: Literal["mark", "set_aside"] = Field(
-        default="mark", description="mark: keep junk, marked, in its classes; set_aside: leave out"
+        default="mark",
+        description="mark: keep junk in its classes, with a junk score above 0; set_aside: leave "
+        "junk out of the classes",
     )
 
 
 def conclude(
-    particles: PreparedParticles,
-    found: Found,
-    sums: ClassSums,
-    scope: Scope,
-    history: list[dict[str, Any]],
-    quality: Quality | None = None,
-    *,
-    known: dict[str, Tensor] | None = None,
-    by_class: pd.DataFrame | None = None,
+    particles: PreparedParticles, found: Found, sums: ClassSums, scope: Scope,
+    history: list[dict[str, Any]], quality: Quality | None = None, *,
+    known: dict[str, Tensor] | None = None, by_class: pd.DataFrame | None = None,
     by_row: pd.DataFrame | None = None,
-) -> Alignment:
-    """The result of every method: judged, with error bars, classes sorted by size.
+) -> Alignment:  # fmt: skip
+    """Make the result of any method: scores for junk, error bars, and classes sorted by size.
 
     Args:
-        particles: those that were aligned.
+        particles: the n particles that were aligned.
         found: (n,) their classes, poses and scores.
-        sums: of the classes that they make.
+        sums: sums of their classes.
         scope: which poses were tried.
         history: a row per step.
-        quality: what becomes of junk; None marks it.
-        known: columns (n,) that the method knows of the particles besides.
-        by_class: k rows that it knows of the classes.
-        by_row: columns that it knows of all rows of the input.
+        quality: what happens to junk; None marks it.
+        known: further columns (n,) about the particles.
+        by_class: k rows of further columns about the classes.
+        by_row: further columns about all rows of the input.
 
     Returns:
         The `Alignment`. Class 1 is the largest.
@@ -91,20 +87,21 @@ def conclude(
 
 
 def _reasons(judged: dict[str, Tensor], those: Tensor) -> list[str]:
-    """Why each of the particles marked in ``those`` (n,) is junk."""
+    """The reason why each of the particles marked in ``those`` (n,) is junk."""
     noise = judged["evidence"][those] < LEAST_EVIDENCE
     return ["junk: no more than noise" if n else "junk: unlike the others" for n in noise.tolist()]
 
 
 def posterior_and_margin(share: Tensor, runner_up: Tensor) -> dict[str, Tensor]:
-    """How sure a soft assignment is.
+    """How certain the likeliest class of each particle is.
 
     Args:
-        share: (n,) posterior of the likeliest class; runner_up: (n,) of the second.
+        share: (n,) posterior of the likeliest class.
+        runner_up: (n,) posterior of the second likeliest class.
 
     Returns:
-        ``posterior`` of the likeliest class and ``margin``, its log-odds against the second, in
-        nats; 87 stands for all that float32 has no number for.
+        ``posterior``, that of the likeliest class, and ``margin``, its log-odds against the second
+        class in nats; at most 87, the limit of float32.
     """
     return {"posterior": share, "margin": share.log() - runner_up.clamp(min=1e-38).log()}
 
@@ -112,9 +109,9 @@ def posterior_and_margin(share: Tensor, runner_up: Tensor) -> dict[str, Tensor]:
 def compactness(sums: ClassSums, mask: Tensor) -> Tensor:
     """(k,) intraclass correlation (Fisher 1925) of aligned members under a mask (size, size).
 
-    The share of a member's variance there that all members have in common: the covariance of the
-    half-averages over itself plus the noise of one member. NaN with an empty half, or one member
-    in each.
+    This is the share of a member's variance under the mask that all members have in common: the
+    covariance of the half-averages, divided by itself plus the noise variance of one member. It is
+    NaN if a half is empty or if there are no more than two members.
     """
     halves = torch.stack([masked(each, mask) for each in sums.half_averages()]).double()
     common = (halves[0] * halves[1]).sum((1, 2)).clamp(min=0)  # (k,)
@@ -126,14 +123,16 @@ def compactness(sums: ClassSums, mask: Tensor) -> Tensor:
 
 
 def judge_classes(compact: Tensor, label: Tensor, junk: Tensor) -> pd.DataFrame:
-    """What there is to know of k classes.
+    """Compactness, share of junk and rank of k classes.
 
     Args:
-        compact: (k,) `compactness`; label: (n,) class index; junk: (n,) junk score.
+        compact: (k,) `compactness`.
+        label: (n,) class index.
+        junk: (n,) junk score.
 
     Returns:
         One row per class: compactness; junk_share, the share of members with a junk score above
-        zero; rank, 1 for the best, by compactness times the share that is no junk.
+        zero; rank, 1 for the best class, by compactness times the share of members without junk.
     """
     k = len(compact)
     marked = torch.bincount(label, (junk > 0).double(), minlength=k)
@@ -147,6 +146,7 @@ def judge_classes(compact: Tensor, label: Tensor, junk: Tensor) -> pd.DataFrame:
 
 
 def effective_classes(sizes: Tensor) -> float:
-    """exp of the entropy of class sizes (k,): k if all are equal, 1 if one has everything."""
+    """exp of the entropy of class sizes (k,): k if all sizes are equal, 1 if one class has all
+    particles."""
     share = sizes.double() / sizes.sum().clamp(min=1)
     return float(torch.special.entr(share).sum().exp())

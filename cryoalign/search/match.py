@@ -1,4 +1,4 @@
-"""Search: the best pose of every particle on every reference, and its refinement off the grid."""
+"""Search for the best pose of every particle on every reference, and its refinement."""
 
 from dataclasses import dataclass as plain_dataclass
 
@@ -9,10 +9,7 @@ from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.geometry import sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.images.templates import templates_of
-from cryoalign.operators.correlation import (
-    correlation_logsumexp,
-    unravel_place,
-)
+from cryoalign.operators.correlation import correlation_logsumexp, unravel_place
 from cryoalign.operators.image_search import CPU_CHUNK, CUDA_CHUNK, image_peaks
 from cryoalign.pose import Found, Pose, wrap_degrees
 from cryoalign.runtime.arrays import Array, as_tensor
@@ -27,25 +24,25 @@ from cryoalign.search.coarse_to_fine import (
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
 
-# References of a particle that a GPU scores in full precision after its half-precision search,
-# whose best four have the exact choice among them.
+# Number of references per particle that a GPU scores in full precision after its half-precision
+# search; the best reference is always among the best four.
 CANDIDATES = 4
 
 
 @plain_dataclass(frozen=True, eq=False)
 class Match:
-    """What a search found: for every particle and reference the best score and its pose.
+    """The best score and its pose for every particle and reference.
 
     Attributes:
         score: (n, k) correlation coefficients.
-        pose: (n, k) on the search's grid.
+        pose: (n, k) poses on the grid of the search.
     """
 
     score: Tensor
     pose: Pose
 
     def best(self) -> Found:
-        """Every particle's best reference (n,), the pose on it and the score there."""
+        """The best reference (n,) of every particle, with pose and score."""
         score, label = self.score.max(1)
         row = torch.arange(len(label), device=label.device)
         return Found(label, self.pose[row, label], score)
@@ -55,16 +52,16 @@ def match(images: Array, references: Array, search: Search) -> Match:
     """Search all shifts, hands and angles of every particle against every reference.
 
     Args:
-        images: (n, size, size), background zero; a tensor or another array (`interop.Array`).
+        images: (n, size, size), background zero; a tensor or another array (`runtime.arrays`).
         references: (k, size, size), likewise.
-        search: the grid.
+        search: the poses that are tried.
 
     Returns:
         A `Match` of (n, k).
 
     Raises:
-        ValueError: no images or references; boxes, dtypes or devices that do not fit; rings and
-            shifts that leave the box.
+        ValueError: no images or references; boxes, dtypes or devices that differ; rings and shifts
+            that do not fit the box.
     """
     images, references = as_tensor(images), as_tensor(references)
     _check_references(references)
@@ -75,19 +72,20 @@ def match(images: Array, references: Array, search: Search) -> Match:
 
 
 def match_spectra(images: Tensor, references: Tensor, search: Search, rings: Rings) -> Match:
-    """`match` with the references' ring spectra (k, r, m) at hand."""
+    """`match` for references that are given by their ring spectra (k, r, m)."""
     score, place, shifts = _peaks(images, references, search, rings, None)
     return Match(score, _pose(place, score, shifts, search, rings))
 
 
 def best_match(images: Tensor, references: Tensor, search: Search, rings: Rings) -> Found:
-    """What ``match_spectra(...).best()`` gives, for less: only the `CANDIDATES` best references of
-    a particle are scored exactly.
+    """The same as ``match_spectra(...).best()``, but faster: only the `CANDIDATES` best references
+    of a particle are scored exactly.
 
     Args:
         images: (n, size, size), background zero.
         references: (k, r, m) ring spectra.
-        search: the grid; rings: its rings.
+        search: the poses that are tried.
+        rings: rings of the search.
     """
     score, place, shifts = _peaks(images, references, search, rings, CANDIDATES)
     score, label = score.max(1)
@@ -97,13 +95,14 @@ def best_match(images: Tensor, references: Tensor, search: Search, rings: Rings)
 
 @plain_dataclass(frozen=True, eq=False)
 class Target:
-    """References made ready to be searched by any number of particles.
+    """References prepared for the search with any number of particles.
 
     Attributes:
-        search: the grid; rings: in the references' box.
-        templates: (k, 3, size, size) for refinement.
-        spectra: (k, r, m) ring spectra of an exhaustive search.
-        screen: of an adaptive one.
+        search: the poses that are tried.
+        rings: rings of the search in the references' box.
+        templates: (k, 3, size, size) images and derivatives, for refinement.
+        spectra: (k, r, m) ring spectra, for an exhaustive search; otherwise None.
+        screen: coarse references, for an adaptive search; otherwise None.
     """
 
     search: Search
@@ -114,13 +113,13 @@ class Target:
 
 
 def prepare_target(references: Tensor, search: Search) -> Target:
-    """Make references (k, size, size) ready for `best_poses`.
+    """Prepare references (k, size, size) for `best_poses`.
 
     Raises:
-        ValueError: no references, or not square; rings and shifts that leave the box.
+        ValueError: no references, or not square; rings and shifts that do not fit the box.
     """
     _check_references(references)
-    references = references.detach()  # what is chosen has no gradient
+    references = references.detach()  # the choice of a pose has no gradient
     rings = search.rings(references.shape[-1])
     templates = templates_of(references)
     if search.is_adaptive(references.device):
@@ -130,18 +129,18 @@ def prepare_target(references: Tensor, search: Search) -> Target:
 
 
 def best_poses(images: Tensor, target: Target) -> Found:
-    """Every particle's best reference and pose: what alignment calls.
+    """The best reference, pose and score of every particle.
 
     Args:
         images: (n, size, size), background zero.
         target: `prepare_target` of the references.
 
     Returns:
-        A `Found` of (n,). Where the search refines, the score is that of `refine`, else the
-        grid's.
+        A `Found` of (n,). Scores are those of `search.refine.refine`, or those on the grid if the
+        search does not refine.
 
     Raises:
-        ValueError: no images; a box, dtype or device that is not the references'.
+        ValueError: no images; a box, dtype or device other than that of the references.
     """
     _check_images(images, target.templates[:, 0])
     keep_freed_memory()
@@ -157,8 +156,8 @@ def best_poses(images: Tensor, target: Target) -> Found:
 
 
 def match_all(images: Tensor, target: Target) -> Match:
-    """Scores and poses of every particle with every reference, as far as the search looks before
-    it refines: the whole grid, or the screen of an adaptive search."""
+    """Scores and poses of every particle with every reference before refinement: on the whole grid,
+    or on the coarse grid of an adaptive search."""
     if target.screen is not None:
         return Match(*coarse_poses(images.detach(), target.screen))
     assert target.spectra is not None
@@ -166,16 +165,17 @@ def match_all(images: Tensor, target: Target) -> Match:
 
 
 def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> tuple[Pose, Tensor]:
-    """Refine what `match_all` found on chosen references.
+    """Refine the poses that `match_all` found, each on a chosen reference.
 
     Args:
         images: (n, size, size).
         target: `prepare_target` of the references.
-        label: (n,) the chosen reference; pose: (n,) `match_all`'s on it.
+        label: (n,) index of the chosen reference.
+        pose: (n,) pose on it from `match_all`.
 
     Returns:
-        Poses (n,) and scores (n,), the correlation coefficient as `refine` gives it, even where
-        the search does not refine.
+        Poses (n,) and scores (n,) of `search.refine.refine`. If the search does not refine, poses
+        are unchanged and scores are computed in the same way.
     """
     images = images.detach()
     if target.screen is not None:
@@ -185,7 +185,7 @@ def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> t
 
 
 def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
-    """(n, k) T log sum exp(score / T) over all poses that `match_all` looks at."""
+    """(n, k) T log sum exp(score / T) over all poses that `match_all` tries, T the temperature."""
     mirror, screen = target.search.mirror, target.screen
     if screen is not None:
         rings, shifts, spectra = screen.rings, screen.shifts, screen.spectra
@@ -194,19 +194,10 @@ def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
         assert target.spectra is not None
         rings, shifts, spectra = target.rings, target.search.shifts(images.device), target.spectra
     places = sampling_places(shifted_rings(images, rings, shifts), *images.shape[-2:])
-    few = max(
-        1,
-        (CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK)
-        // (8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2),
-    )
-    return torch.cat(
-        [
-            correlation_logsumexp(
-                normalised_spectra(sample_at(part, places), rings), spectra, temperature, mirror
-            )
-            for part in images.split(few)
-        ]
-    )
+    chunk = CPU_CHUNK if images.device.type == "cpu" else CUDA_CHUNK  # bytes
+    few = max(1, chunk // (8 * len(shifts) * len(rings.radii()) * rings.n_angles // 2))
+    parts = (normalised_spectra(sample_at(part, places), rings) for part in images.split(few))
+    return torch.cat([correlation_logsumexp(x, spectra, temperature, mirror) for x in parts])
 
 
 def _check_references(references: Tensor) -> None:
@@ -216,10 +207,10 @@ def _check_references(references: Tensor) -> None:
         raise ValueError("no references to match with")
     if references.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"references are {references.dtype}: use .float()")
-    # On a GPU this would have to be waited for: there a reference with NaN takes all particles.
+    # On a GPU the check would have to wait for the device, and is left out.
     if references.device.type == "cpu" and not references.isfinite().all():
         bad = (~references.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-        raise ValueError(f"references {bad[:10]} hold NaN or infinity: leave them out")
+        raise ValueError(f"references {bad[:10]} contain NaN or infinity: leave them out")
 
 
 def _check_images(images: Tensor, references: Tensor) -> None:
@@ -229,12 +220,12 @@ def _check_images(images: Tensor, references: Tensor) -> None:
     if images.ndim != 3 or images.shape[1:] != references.shape[1:]:
         raise ValueError(
             f"images {tuple(images.shape)} do not have the references' box of {size} px: give "
-            f"(n, {size}, {size}), or resize one"
+            f"(n, {size}, {size}), or resize images or references"
         )
     if (images.dtype, images.device) != (references.dtype, references.device):
         raise ValueError(
             f"images are {images.dtype} on {images.device}, references {references.dtype} on "
-            f"{references.device}: use .to() on one"
+            f"{references.device}: convert one of them with .to()"
         )
 
 
@@ -243,7 +234,7 @@ def _peaks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not len(images):
         raise ValueError("no images to match")
-    shifts = search.shifts()  # on the CPU: nothing waits to look at them
+    shifts = search.shifts()  # on the CPU, where reading them does not wait for a GPU
     score, place = image_peaks(
         images, references, shifts, rings.first_ring, rings.ring_step, rings.last_ring,
         rings.n_angles, search.mirror, candidates,

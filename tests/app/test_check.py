@@ -132,7 +132,7 @@ def test_what_each_method_cannot_use(tmp_path: Path, make_stack: MakeStack) -> N
         (MultiReference(n_classes=30), "from 1 to the 20 usable particles"),
         (Classification(n_classes=11), "from 1 to half of the 20"),
         (Classification(n_classes=2, particle=Particle(radius="16 px")), "leaves no background"),
-        (StableClassification(), "make no group of isac.images_per_group 200"),
+        (StableClassification(), "fewer than a class needs, isac.images_per_group 200"),
         (ReferenceFree(n_classes=2), "makes one average"),
     ):
         (problem,) = check_stack(tmp_path / "a.mrcs", made).problems

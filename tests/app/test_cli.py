@@ -55,7 +55,7 @@ def test_users_errors_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypa
     for words, message in (
         (["run", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["run", "particles=nowhere.star", "n_classes=2"], "nowhere.star: no such file"),
-        (["run", "particle=nowhere.star", "n_classes=2"], "particle: should hold keys of its own"),
+        (["run", "particle=nowhere.star", "n_classes=2"], "particle: should be a section"),
         (["run", "particlse=nowhere.star", "n_classes=2"], "did you mean particles?"),
         (["check", str(tmp_path / "nowhere.star")], "no such file"),
         (["simulate", str(tmp_path / "x"), "n=-4"], "n: should be greater than or equal to 1"),

@@ -214,9 +214,9 @@ def test_a_run_in_the_way_is_kept_unless_told(star, tmp_path):
 def test_a_folder_that_no_run_wrote_is_never_overwritten(star, tmp_path, name):
     (tmp_path / name).write_text("precious: 1\n")
     for more in ("overwrite=true", "overwrite=false"):
-        with pytest.raises(FileExistsError, match="no run of cryoalign"):
+        with pytest.raises(FileExistsError, match="not of a cryoalign run"):
             run(settings(star, tmp_path, more))
-    with pytest.raises(FileNotFoundError, match="start it without resume"):
+    with pytest.raises(FileNotFoundError, match="start a run without resume"):
         run(settings(star, tmp_path, "resume=true"))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "precious: 1\n"

@@ -405,7 +405,9 @@ def test_lengths_are_in_pixels_of_the_prepared_images(name: str) -> None:
     reach: Callable[[Box], float] = made.max_shift
     assert reach(box) == (4 if name == "rfa" else 2)  # rfa's shifts are its schedule's
     assert made.radius(Box(32, 4.0)) == 10
-    with pytest.raises(ValueError, match=r"particle\.(radius|max_shift) is 40? A, but the input"):
+    with pytest.raises(
+        ValueError, match=r"particle\.(radius|max_shift) is 40? A, but the pixel size of the input"
+    ):
         made.check(Box(64, None))
 
 

@@ -128,7 +128,9 @@ def test_box_scales_pixels_and_shifts(box: int):
 def test_errors_say_what_and_why():
     with pytest.raises(ValueError, match="32 x 30 px: alignment needs square"):
         prepared(torch.randn(4, 32, 30))
-    with pytest.raises(ValueError, match=r"images.box 40 px is larger than the particles \(32\)"):
+    with pytest.raises(
+        ValueError, match=r"images.box 40 px is larger than the particles \(32 px\)"
+    ):
         prepared(noise(), Images(box=40))
     with pytest.raises(ValueError, match="n, h, w"):
         TensorStack(torch.zeros(8, 8))

@@ -64,9 +64,11 @@ def test_a_length_without_a_number_or_its_unit_is_refused(wrong: object) -> None
 
 
 def test_angstrom_need_a_pixel_size() -> None:
-    with pytest.raises(ValueError, match=r"particle\.radius is 130 A, but the input does not say"):
+    with pytest.raises(
+        ValueError, match=r"particle\.radius is 130 A, but the pixel size of the input is not known"
+    ):
         Particle(radius="130 A").radius_in(UNKNOWN)
-    with pytest.raises(ValueError, match=r"give particle\.max_shift in pixels, as in 36 px"):
+    with pytest.raises(ValueError, match=r"give particle\.max_shift in pixels, for example 36 px"):
         Particle(max_shift="4 Å").max_shift_in(UNKNOWN)
     assert Particle(radius="36 px").radius_in(UNKNOWN) == 36
     assert in_pixels("4 A", Box(64, 2.0), "some") == 2

@@ -82,7 +82,7 @@ def test_two_processes_find_the_classes_that_one_finds(star, tmp_path):
     ("words", "message"),
     [
         ("n_classes=100", "a whole number from 1 to the 99 usable particles"),  # in all
-        ("n_classes=3 output={star.parent}", "no run of cryoalign"),  # in process 0 only
+        ("n_classes=3 output={star.parent}", "not of a cryoalign run"),  # in process 0 only
     ],
 )
 def test_an_error_ends_all_processes_and_is_told_once(star, tmp_path, words, message):

@@ -1,7 +1,7 @@
-"""Classification from nothing: particles and a number of classes in, classes out.
+"""Classification of particles without references, by likelihood.
 
-The classes are found on Fourier rings by likelihood (`split_and_merge`); poses are then refined
-against the averages.
+The classes are found on Fourier rings (`split_and_merge`); then poses are refined against the class
+averages.
 """
 
 from collections.abc import Mapping
@@ -9,27 +9,23 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-from torch import Tensor
-
-from cryoalign.images.masks import masked, soft_mask
+from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import observe
-from cryoalign.methods.references import find_all
+from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
-from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, class_sums, filtered_averages
+from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import shard, world_size
-from cryoalign.search.refine import refine
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Classification(Method):
 
     Attributes:
         n_classes: number of classes.
-        likelihood: how they are found.
+        likelihood: how classes are found.
         averaging: how averages become the references of the last refinement.
     """
 
@@ -66,14 +62,9 @@ class Classification(Method):
             )
         if n < world_size():
             raise ValueError(
-                f"{n} usable particles are fewer than {world_size()} processes: start fewer"
+                f"{n} usable particles are fewer than {world_size()} processes: start fewer "
+                "processes"
             )
-
-    def radius(self, box: Box) -> float:
-        return self.particle.radius_or_part(box)
-
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
 
     def start(self, particles: PreparedParticles) -> State:
         return self._work(particles).begin()
@@ -84,7 +75,6 @@ class Classification(Method):
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        """Poses refined against the averages, and everything the result says."""
         self._refuse_other_classes(state)
         if self.particle.ctf:
             particles = particles.phase_flipped()
@@ -92,24 +82,12 @@ class Classification(Method):
         k, label = plan.n_classes, state["label"]
         mask = soft_mask(size, plan.radius, self.averaging.mask_edge, device)
         rings = Rings(last_ring=min(round(plan.radius), (size - 1) // 2))
-        sums = class_sums(particles, state.pose, label, k)
-        references = masked(filtered_averages(sums, self.averaging, mask), mask)
-
-        def refined(rows: Tensor) -> Found:
-            own, start = label[rows].to(device), state.pose[rows].to(device)
-            return Found(own, *refine(particles.read(rows), references, own, start, rings))
-
-        found = find_all(particles, refined)
+        found, _ = refine_on_averages(particles, label, state.pose, k, self.averaging, mask, rings)
         trials = trials_of(k, plan.max_shift, rings.last_ring, plan.mirror)
-        return conclude(
-            particles,
-            found,
-            class_sums(particles, found.pose, label, k),
-            Scope(mask, rings, trials),
-            state.history,
-            self.quality,
-            known=posterior_and_margin(state["posterior"], state["runner_up"]),
-        )
+        sums = class_sums(particles, found.pose, label, k)
+        known = posterior_and_margin(state["posterior"], state["runner_up"])
+        scope = Scope(mask, rings, trials)
+        return conclude(particles, found, sums, scope, state.history, self.quality, known=known)
 
     def line(self, row: Mapping[str, Any]) -> str:
         return (
@@ -152,13 +130,13 @@ def classify(
         particles: as for `align_multi_reference`.
         n_classes: number of classes.
         settings: those of `Classification`, and the arguments of `base.align`. A step is the
-            start, a cycle of splitting and merging, or a rise of the resolution.
+            start, a cycle of splitting and merging, or a change to a higher resolution.
 
     Returns:
-        The `Alignment`, of the whole input on every process; its averages are of phase-flipped
-        particles where there is a CTF.
+        The `Alignment` of the whole input, on every process. With CTFs, its averages are made of
+        phase-flipped particles.
 
     Raises:
-        ValueError: anything that does not fit, before work starts.
+        ValueError: settings that do not fit, before the work starts.
     """
     return align_with(Classification, particles, n_classes=n_classes, **settings)

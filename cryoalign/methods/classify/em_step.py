@@ -1,16 +1,16 @@
 """One step of expectation maximisation on Fourier rings (Sigworth 1998; Scheres 2005, 2012).
 
-Particles are assigned softly to all classes, hands, angles and shifts. In the model, a whitened
-particle is its CTF times the moved class image, plus white noise of variance 1. With X the
-features of the particle, already multiplied by its CTF over the noise (`fourier_rings`), q the
-ring means of CTF^2 / noise and Y_k the features of class image k,
+Particles are assigned to all classes, hands, angles and shifts with their probabilities. In the
+model, a whitened particle is its CTF times the moved class image, plus white noise of variance 1.
+With X the features of the particle, already multiplied by CTF / noise (`fourier_rings`), q the ring
+means of CTF^2 / noise and Y_k the features of class image k,
 
     log p(particle | k, pose) = <X at pose, Y_k> - sum_r q_r P_k(r) / 2 + constant,
 
 where P_k(r) is the power of Y_k on ring r. The sums of particles with their posterior weights are
-the gradient of the log-sum-exp with respect to the products: the same matrices, transposed.
+the gradient of the log-sum-exp with respect to the products, and use the same matrices transposed.
 
-Shape letters: n particles, s shifts, k classes, h hands, a angles, r rings, m frequencies.
+Letters of shapes: n particles, s shifts, k classes, h hands, a angles, r rings, m frequencies.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from cryoalign.images.fourier import rfft_weights
 from cryoalign.images.frc import wiener_factors
 from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
 
-# Entries of a block of the table: few enough for a CPU's cache, enough for few launches on a GPU.
+# Entries of a block of the table: fits a CPU's cache, and keeps the number of GPU launches small.
 BLOCK = {"cpu": 2**21, "cuda": 2**27}
-HIGHEST_FRC = 0.999  # assumed in the filter of class images: none is free of noise
-NEGLIGIBLE = -25.0  # logarithm of a weight, relative to the particle's largest, that is left out
+HIGHEST_FRC = 0.999  # larger FRCs count as this in the filter, as every class image has noise
+NEGLIGIBLE = -25.0  # smallest log of weight / largest weight of a particle; exp(-25) is 1e-11
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ class Features:
     Attributes:
         rows: (m, n, s, 2 r) float32, real and imaginary part of each ring next to each other.
         weight: (n, r) ring means of CTF^2 / noise.
-        shifts: (s, 2) trial shifts, pixels, added to each particle's own.
-        rings: of the features.
+        shifts: (s, 2) trial shifts, added to each particle's own shift, pixels.
+        rings: rings of the features.
     """
 
     rows: Tensor
@@ -54,7 +54,7 @@ class Features:
         return len(self.weight)
 
     def take(self, members: Tensor) -> Features:
-        """The features of some particles (b,)."""
+        """The features of the particles with indices ``members`` (b,)."""
         return Features(self.rows[:, members], self.weight[members], self.shifts, self.rings)
 
 
@@ -64,11 +64,11 @@ def features(
     """Features of particles at each particle's own shift plus every trial shift.
 
     Args:
-        polar: (n, r', a // 2) `half_circle` transforms, multiplied by CTF over noise.
+        polar: (n, r', a // 2) `half_circle` transforms, multiplied by CTF / noise.
         weight: (n, r') ring means of CTF^2 / noise.
-        own: (n, 2) pixels.
-        shifts: (s, 2) pixels.
-        rings: of the features, at most r'.
+        own: (n, 2) own shifts, pixels.
+        shifts: (s, 2) trial shifts, pixels.
+        rings: rings of the features, at most r'.
     """
     rows = torch.empty(
         rings.n_frequencies, len(polar), len(shifts), 2 * rings.last, device=polar.device
@@ -102,9 +102,9 @@ class Sums(NamedTuple):
     """Sums of aligned particles, weighted by their posteriors, for each half-set.
 
     Attributes:
-        signal: (2, k, r, m) complex, of features.
-        weight: (2, k, r) of the ring means of CTF^2 / noise.
-        size: (2, k) of the posteriors alone.
+        signal: (2, k, r, m) complex sums of the features.
+        weight: (2, k, r) sums of the ring means of CTF^2 / noise.
+        size: (2, k) sums of the posteriors.
     """
 
     signal: Tensor
@@ -113,28 +113,20 @@ class Sums(NamedTuple):
 
 
 def expect(
-    data: Features,
-    classes: Tensor,
-    *,
-    half: Tensor | None = None,
-    log_prior: Tensor | None = None,
-    mirror: bool = False,
-    temperature: float = 1.0,
+    data: Features, classes: Tensor, *, half: Tensor | None = None, mirror: bool = False
 ) -> tuple[Posterior, Sums]:
-    """One E-step, with the sums that the M-step needs.
+    """One E-step: posteriors, and the sums that the M-step needs.
 
     Args:
         data: the particles.
         classes: (k, r, m) complex features of the class images.
         half: (n,) 0 or 1, the half-set of every particle; None alternates.
-        log_prior: (k,) added to the logits.
-        mirror: whether to try mirrored particles.
-        temperature: divides the log-likelihood; above 1, posteriors are more even.
+        mirror: whether mirrored particles are tried.
     """
     device = classes.device
     half = torch.arange(len(data), device=device) % 2 if half is None else half.to(device)
     order = half.argsort(stable=True)
-    model = _model(data, classes, log_prior, mirror, temperature)
+    model = _model(data.rings, classes, mirror)
     gradient = torch.zeros(2, *model.columns.shape, device=device)
     n_block = max(1, BLOCK[device.type] // (model.per_shift * len(data.shifts)))
     n_even = len(data) - int(half.sum())
@@ -156,34 +148,29 @@ def expect(
 
 @dataclass(frozen=True, eq=False)
 class _Model:
-    """What is the same for all blocks of particles of an E-step."""
+    """What all blocks of particles of an E-step use."""
 
-    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes over the temperature
-    power: Tensor  # (k, r) `class_power` over twice the temperature
-    log_prior: Tensor  # (k,)
+    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes
+    power: Tensor  # (k, r) half of `class_power`
     inverse: Tensor  # (a, 2 m) `_inverse_transform`
     first: list[int]  # index of the first row of each frequency's first ring
     hands: int
 
     @property
     def per_shift(self) -> int:
-        """Entries of the table for a particle and shift."""
+        """Entries of the table for one particle and shift."""
         return self.columns.shape[-1] * len(self.inverse)
 
 
-def _model(
-    data: Features, classes: Tensor, log_prior: Tensor | None, mirror: bool, temperature: float
-) -> _Model:
-    rings, k = data.rings, len(classes)
+def _model(rings: FourierRings, classes: Tensor, mirror: bool) -> _Model:
     if classes.shape[1:] != (rings.last, rings.n_frequencies):
         raise ValueError(
             f"class features {tuple(classes.shape)} do not fit rings x frequencies "
             f"{(rings.last, rings.n_frequencies)} of the particles"
         )
     return _Model(
-        _columns(classes / temperature, mirror),
-        class_power(classes, rings) / (2 * temperature),
-        classes.real.new_zeros(k) if log_prior is None else log_prior,
+        _columns(classes, mirror),
+        class_power(classes, rings) / 2,
         _inverse_transform(rings.n_frequencies, rings.n_angles, classes.device),
         [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)],
         1 + mirror,
@@ -193,8 +180,8 @@ def _model(
 def _expect_block(
     data: Features, some: Tensor, model: _Model, gradient: Tensor
 ) -> tuple[Tensor, ...]:
-    """The fields of `Posterior` for particles ``some`` (b,); their sums are added to
-    ``gradient``."""
+    """The fields of `Posterior` for the particles with indices ``some`` (b,). Their sums are added
+    to ``gradient``."""
     x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
     angles, hands, columns = len(model.inverse), model.hands, model.columns
     b, s, kh = len(some), len(data.shifts), columns.shape[-1]
@@ -202,7 +189,7 @@ def _expect_block(
     for m, first in enumerate(model.first):
         for part in (0, 1):
             torch.mm(x[m][:, first:], columns[m, part, first:], out=spectrum[m, part])
-    constant = model.log_prior - data.weight[some] @ model.power.T  # (b, k)
+    constant = -(data.weight[some] @ model.power.T)  # (b, k)
     spectrum[0, 0].view(b, s, -1, hands).add_(angles * constant[:, None, :, None])
     table = (model.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
     peak = table.amax(0)  # (b, s, k, h)
@@ -226,14 +213,14 @@ def _expect_block(
 def _weights(table: Tensor, peak: Tensor, top: Tensor, model: _Model, out: Tensor) -> Tensor:
     """(m, 2, b s, k h) Fourier sums over angles of the weights exp(table - top).
 
-    They are computed only for those (particle, shift, class, hand) that have weights above
-    `NEGLIGIBLE`: few, once the classes have settled.
+    They are computed only for combinations of particle, shift, class and hand with weights above
+    `NEGLIGIBLE`, which are few once the classes have settled.
 
     Args:
         table: (a, b, s, k, h) logits, overwritten.
         peak: (b, s, k, h) maxima over angles.
-        top: (b,) maxima over everything.
-        model: for its inverse transform.
+        top: (b,) maxima over angles, shifts, classes and hands.
+        model: has the inverse transform.
         out: (m, 2, b s, k h), overwritten and returned.
     """
     below = top[:, None, None, None]
@@ -242,9 +229,9 @@ def _weights(table: Tensor, peak: Tensor, top: Tensor, model: _Model, out: Tenso
     if 2 * len(counts) > flat.shape[1]:
         weights = table.sub_(below).flatten(1)
     else:
-        # Only these columns have weights; the others become zero.
+        # Only these columns have weights; the others are set to zero below.
         weights = flat[:, counts] - below.expand_as(peak).flatten()[counts]
-    # Smaller weights have no effect, and denormal numbers would take ten times as long.
+    # Smaller weights have no effect, and arithmetic with denormal numbers is ten times slower.
     weights.clamp_(min=2 * NEGLIGIBLE).exp_()
     waves = out.flatten(0, 1).flatten(1)  # (2 m, b s k h)
     if weights.shape[1] == flat.shape[1]:
@@ -255,14 +242,14 @@ def _weights(table: Tensor, peak: Tensor, top: Tensor, model: _Model, out: Tenso
 
 
 def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
-    """(k, r) power of features (k, r, m) on every ring: their product with themselves."""
+    """(k, r) power of features (k, r, m) on every ring, their inner product with themselves."""
     twice = rings.frequency_weights(classes.real)
     return (torch.view_as_real(classes).square().sum(-1) * twice).sum(-1) / rings.n_angles
 
 
 def _columns(classes: Tensor, mirror: bool) -> Tensor:
-    """Classes (k, r, m) complex as real matrices (m, 2, 2 r, k h): particles' rows times them are
-    the real and the imaginary part of the products with each class in each hand."""
+    """Real matrices (m, 2, 2 r, k h) of complex classes (k, r, m). The rows of a particle times
+    these are the real and the imaginary part of the products with each class in each hand."""
     y = classes.permute(2, 1, 0)  # (m, r, k)
     re, im = y.real, y.imag
     hands = [torch.stack([torch.stack([re, im], 2), torch.stack([im, -re], 2)], 1)]
@@ -282,14 +269,14 @@ def _signal(gradient: Tensor, hands: int, angles: int) -> Tensor:
         sign = (1 - 2 * (torch.arange(len(g), device=g.device) % 2))[:, None, None]
         re = re + sign * (g[:, 0, :, 0, :, 1] - g[:, 1, :, 1, :, 1])
         im = im - sign * (g[:, 0, :, 1, :, 1] + g[:, 1, :, 0, :, 1])
-    # irfft multiplies by the weights over a: undone, these are plain sums over angles.
+    # Undo the factor weights / a of irfft, so that these are plain sums over angles.
     scale = angles / rfft_weights(angles, g)[: len(g)]
     return (torch.complex(re, im) * scale[:, None, None]).permute(2, 1, 0)
 
 
 def _inverse_transform(frequencies: int, angles: int, device: torch.device) -> Tensor:
-    """(a, 2 m) matrix of irfft with a angles, from real and imaginary parts of m < a / 2
-    frequencies."""
+    """(a, 2 m) matrix of irfft, from real and imaginary parts of m < a / 2 frequencies to a
+    angles."""
     turn = torch.arange(angles, device=device)[:, None] * torch.arange(frequencies, device=device)
     turn = turn % angles * (2 * math.pi / angles)
     scale = rfft_weights(angles, turn)[:frequencies] / angles
@@ -308,22 +295,26 @@ def add_sums(parts: Sequence[Sums]) -> Sums:
 
 
 def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
-    """Weighted mean of sums, ``momentum`` for the old and 1 - momentum for the new; the old are
-    first scaled to the number of particles of the new."""
+    """Weighted mean of sums: ``momentum`` times the old, scaled to the number of particles of the
+    new, plus 1 - ``momentum`` times the new."""
     per = new.size.sum() / old.size.sum()
     return Sums(*(momentum * per * a + (1 - momentum) * b for a, b in zip(old, new, strict=True)))
 
 
 def join_classes(parts: Sequence[Sums]) -> Sums:
-    """The sums of several sets of classes as those of one set."""
+    """Join the sums of several sets of classes into those of one set."""
     return Sums(*(torch.cat(of, 1) for of in zip(*parts, strict=True)))
 
 
 def maximise(sums: Sums, rings: FourierRings) -> Tensor:
     """Class images from their sums, filtered by the FRC of their half-sets.
 
-    The least-squares image is signal / weight; each ring is then multiplied by `wiener_factors`
-    of the Fourier ring correlation of the half-sets' images.
+    The least-squares image is signal / weight. Each ring is multiplied by `wiener_factors` of the
+    Fourier ring correlation of the half-sets' images.
+
+    Args:
+        sums: sums of k classes.
+        rings: rings of the sums.
 
     Returns:
         (k, r, m) complex features; zero for an empty class.
@@ -338,7 +329,7 @@ def maximise(sums: Sums, rings: FourierRings) -> Tensor:
 
 
 def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
-    """Class features (k, r, m) on few rings as features on more rings, zero on the new ones."""
+    """Class features (k, r, m) on the ``new`` rings, which are zero beyond the ``old`` rings."""
     longer = classes.new_zeros(len(classes), new.last, new.n_frequencies)
     longer[:, : old.last, : old.n_frequencies] = classes
     return longer * math.sqrt(new.n_angles / old.n_angles)

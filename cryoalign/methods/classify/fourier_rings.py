@@ -1,12 +1,12 @@
 """Features of images on rings in Fourier space, where shifts are phases and the CTF is a factor.
 
-The inner product of two images that are zero outside a disc is an integral over Fourier space,
-here a sum over rings of integer radius (in 1/box) and angular frequencies m:
+The inner product of two images that are zero outside a disc is an integral over Fourier space.
+Here it is a sum over rings of integer radius (in 1/box) and angular frequencies m:
 
     <x, y> = irfft_m( sum_r conj(X[r, m]) Y[r, m] )   at angle zero.
 
-At other angles, and for mirrored particles, the features X, Y obey the formula of
-`correlation.correlation_table`. Unlike the spectra of `polar` they are not normalised: products
+For other angles and mirrored particles, the formula of `correlation.correlation_table` holds for
+the features X, Y. Unlike the spectra of `images.polar` they are not normalised, so that products
 are in units of the log-likelihood.
 """
 
@@ -23,12 +23,12 @@ from cryoalign.images.fourier import rfft_weights
 
 @dataclass(frozen=True)
 class FourierRings:
-    """Rings 1 … last of the Fourier transform of a box.
+    """Rings 1 … last of the Fourier transform of an image.
 
     Attributes:
-        size: box, pixels.
+        size: side of the box, pixels.
         last: outermost ring, 1/box; the resolution limit is size / last pixels.
-        radius: pixels, beyond which images are zero; ring r then has no angular frequency above
+        radius: pixels; images are zero beyond it, so that ring r has no angular frequency above
             2 pi r radius / size.
     """
 
@@ -39,22 +39,23 @@ class FourierRings:
     def __post_init__(self) -> None:
         if not 1 <= self.last <= self.size // 2:
             raise ValueError(
-                f"rings to {self.last}/box do not fit a box of {self.size} px: at most "
-                f"{self.size // 2}"
+                f"rings to {self.last}/box do not fit a box of {self.size} px: use at most "
+                f"{self.size // 2}/box"
             )
 
     @property
     def n_frequencies(self) -> int:
-        """Number of angular frequencies kept, m = 0 … n_frequencies - 1."""
+        """Number of angular frequencies that are used, m = 0 … n_frequencies - 1."""
         return math.ceil(2 * math.pi * self.last * self.radius / self.size) + 2
 
     @property
     def n_angles(self) -> int:
-        """Angles of the full circle, a multiple of 16: more than two per period of any m kept."""
+        """Number of angles on a full circle: a multiple of 16, and more than two per period of the
+        highest angular frequency."""
         return 16 * math.ceil(2 * self.n_frequencies / 16)
 
     def frequency_weights(self, like: Tensor) -> Tensor:
-        """(m,) `rfft_weights` of the angular frequencies kept; dtype and device as ``like``."""
+        """(m,) `rfft_weights` of the angular frequencies; dtype and device as ``like``."""
         return rfft_weights(self.n_angles, like)[: self.n_frequencies]
 
     def first_ring(self, m: int) -> int:
@@ -62,17 +63,17 @@ class FourierRings:
         return max(1, math.ceil((m - 2) * self.size / (2 * math.pi * self.radius)))
 
     def to(self, last: int) -> FourierRings:
-        """The same rings with another outermost one."""
+        """Rings 1 … ``last`` of the same images."""
         return FourierRings(self.size, last, self.radius)
 
 
 def half_circle(images: Tensor, rings: FourierRings) -> Tensor:
-    """The Fourier transform of images on half circles, computed exactly, without interpolation.
+    """The exact Fourier transform of images on half circles, without interpolation.
 
     Args:
-        images: (n, box, box) real. The box may be smaller than ``rings.size`` if images were
-            cropped in Fourier space: their pixels are then larger.
-        rings: the half circles.
+        images: (n, box, box) real. The box is smaller than ``rings.size`` if images were cropped
+            in Fourier space; their pixels are then larger.
+        rings: radii and number of angles of the half circles.
 
     Returns:
         (n, r, a // 2) complex, sum over pixels v of x(v) exp(-2 pi i k v / size), with v in pixels
@@ -96,9 +97,9 @@ def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
     """Features of particles moved by trial shifts.
 
     Args:
-        polar: (n, r', a // 2) of `half_circle`, r' >= rings.last, at these or more angles.
+        polar: (n, r', a' // 2) of `half_circle`, with r' >= rings.last and a' >= rings.n_angles.
         shifts: (s, 2) or (n, s, 2) pixels by which the particle is moved.
-        rings: of the features.
+        rings: rings of the features.
 
     Returns:
         (n, s, r, m) complex, scaled so that inner products are those of images.
@@ -134,7 +135,7 @@ def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
     spectrum[:, 1::2] = 1j * torch.view_as_complex((flat.imag @ odd).unflatten(1, (-1, 2)))
     spectrum = spectrum.reshape(*moved.shape[:-1], len(m))
     ring = torch.arange(1, rings.last + 1, device=moved.device)
-    # From the mean over the circle, the ring's area in Fourier pixels, and irfft's 1 / n_angles.
+    # Factors: mean over the circle, area of the ring in Fourier pixels, and irfft's 1 / n_angles.
     scale = (2 * math.pi * ring * rings.n_angles).sqrt() * (2 / angles) / rings.size
     turn = torch.tensor([1, 1j, -1, -1j], device=moved.device)[m % 4]
     first = torch.tensor([rings.first_ring(f) for f in m.tolist()], device=moved.device)
@@ -159,14 +160,14 @@ def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:
 def move_features(
     features: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, rings: FourierRings
 ) -> Tensor:
-    """Features of images moved as by a `Pose`: shifted, rotated, mirrored.
+    """Features of images that are shifted, rotated and mirrored, in this order as by a `Pose`.
 
     Args:
         features: (n, r, m).
         angle: (n,) radians.
         shift: (n, 2) pixels.
         mirror: (n,) bool.
-        rings: of the features.
+        rings: rings of the features.
     """
     polar = half_circle_of(features, rings)
     moved = ring_features(polar, shift[:, None], rings)[:, 0]  # (n, r, m)

@@ -1,11 +1,10 @@
-"""Features of particles that do not change when they are rotated, and groups found from them.
+"""Rotation-invariant features of particles, and groups of particles with similar features.
 
 The bispectrum of the steerable coefficients a_i (`steerable`) is a_i a_j conj(a_k) for all triples
-with m_i + m_j = m_k. A rotation of the particle does not change it, and the mirror image has its
+with m_i + m_j = m_k. A rotation of the particle does not change it, and mirroring gives its complex
 conjugate: real parts are even, imaginary parts odd (Zhao & Singer 2014). Particles are centred
-before, by `steerable.centre`. The moduli of the coefficients are raised to a power below 1, so
-that a few large ones do not prevail. The features are principal components of the even and the
-odd parts.
+first, by `steerable.centre`. The moduli of the coefficients are raised to a power below 1, so that
+a few large ones do not dominate. The features are principal components of the even and odd parts.
 """
 
 import warnings
@@ -21,12 +20,12 @@ from cryoalign.methods.classify.fourier_rings import FourierRings
 from cryoalign.methods.classify.steerable import centre, coefficients, fit_model, spectra_about
 from cryoalign.methods.classify.whitening import Observations
 
-POWER = 0.6  # to which the coefficients' moduli are raised
-TRIPLES = 1500  # products kept, those with the largest expected modulus
-FEATURES = 200  # principal components kept
-NEIGHBOURS = 10  # of every particle in the graph
-CHUNK = 1024  # rows of the similarity matrix at a time
-SAMPLE = 10_000  # particles that are grouped, at most
+POWER = 0.6  # exponent of the coefficients' moduli
+TRIPLES = 1500  # largest number of products, those with the largest expected modulus
+FEATURES = 200  # largest number of principal components
+NEIGHBOURS = 10  # neighbours of every particle in the graph
+CHUNK = 1024  # rows of the similarity matrix that are computed at a time; limits the memory
+SAMPLE = 10_000  # largest number of particles that are grouped; the time grows with its square
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +34,8 @@ class Invariants:
 
     Attributes:
         values: (n, d) unit vectors.
-        odd: (d,) bool: features that change their sign when the particle is mirrored.
-        shift: (n, 2) pixels, by which the particles were moved to centre them.
+        odd: (d,) bool, features that change their sign when the particle is mirrored.
+        shift: (n, 2) shifts that centre the particles, pixels.
     """
 
     values: Tensor
@@ -54,7 +53,7 @@ class Seeds(NamedTuple):
     Attributes:
         label: (n,) int64 group of every particle; -1 if it was not in the sample.
         member: (k,) int64 the particle of each group that is most similar to the others.
-        shift: (n, 2) pixels, by which particles were moved to centre them; 0 outside the sample.
+        shift: (n, 2) shifts that centre the particles, pixels; 0 outside the sample.
     """
 
     label: Tensor
@@ -66,9 +65,9 @@ def triples(frequency: Tensor, variance: Tensor, most: int) -> Tensor:
     """(t, 3) indices i, j, k of coefficients with m_i <= m_j and m_i + m_j = m_k, without repeats.
 
     Args:
-        frequency: (p,) int64.
-        variance: (p,).
-        most: triples kept at most, those with the largest product of variances.
+        frequency: (p,) int64 angular frequencies m of the coefficients.
+        variance: (p,) variances of the coefficients.
+        most: largest number of triples; those with the largest product of variances are kept.
     """
     order = torch.arange(len(frequency))
     i, j = torch.meshgrid(order, order, indexing="ij")
@@ -85,8 +84,8 @@ def triples(frequency: Tensor, variance: Tensor, most: int) -> Tensor:
 
 
 def bispectrum(coefficients: Tensor, index: Tensor) -> Tensor:
-    """(n, t) products a_i a_j conj(a_k) of coefficients (n, p) for triples ``index`` (t, 3), with
-    moduli raised to `POWER`."""
+    """(n, t) products a_i a_j conj(a_k) of coefficients (n, p), whose moduli are raised to `POWER`,
+    for the triples ``index`` (t, 3)."""
     tiny = torch.finfo(coefficients.real.dtype).tiny
     a = coefficients * coefficients.abs().clamp(min=tiny) ** (POWER - 1)
     i, j, k = index.T
@@ -100,13 +99,13 @@ def invariants(
 
     Args:
         observations: the particles.
-        rings: rings used, at most those of the observations; the last should be where the signal
-            of single particles ends.
+        rings: rings that are used, at most those of the observations; the last one should be where
+            the signal of single particles ends.
         shifts: (s, 2) trial shifts of the centring, pixels.
-        seed: of the randomised decomposition.
+        seed: seed of the randomised decomposition.
 
     Raises:
-        ValueError: the particles differ by no more than noise.
+        ValueError: the particles differ only by noise.
     """
     own = centre(observations, rings, shifts)
     spectra, weight = spectra_about(observations, rings, own)
@@ -115,7 +114,7 @@ def invariants(
     if not len(index):
         raise ValueError(
             f"{len(own)} particles differ by no more than noise on {rings.last} rings, so that "
-            "they cannot be grouped; give more particles"
+            "they cannot be grouped: give more particles, or use likelihood.start=singles"
         )
     products = bispectrum(coefficients(spectra, weight, model), index.to(own.device))
     values, odd = _principal(products, seed)
@@ -125,8 +124,8 @@ def invariants(
 
 def _principal(products: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Scores (n, d) of products (n, t) on the principal components of their even and odd parts,
-    and (d,) whether each is odd."""
-    from sklearn.utils.extmath import randomized_svd  # here, because the import takes long
+    and (d,) bool, whether each component is odd."""
+    from sklearn.utils.extmath import randomized_svd  # imported here because this is slow
 
     scores, powers, odd = [], [], []
     for part, values in enumerate((products.real - products.real.mean(0), products.imag)):
@@ -140,12 +139,13 @@ def _principal(products: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def neighbours(features: Invariants, count: int, mirror: bool) -> tuple[Tensor, Tensor]:
-    """The particles most similar to each: cosines (n, count) and rows (n, count), best first.
+    """The most similar particles of each particle: cosines (n, count) and indices (n, count), best
+    first.
 
     Args:
-        features: of n > count particles.
-        count: how many neighbours.
-        mirror: whether the mirror image of a similar particle is similar.
+        features: features of n particles, n > count.
+        count: number of neighbours.
+        mirror: whether a particle is also compared with the mirror images of the others.
     """
     values, other = features.values, features.mirrored() if mirror else None
     cosines, rows = [], []
@@ -166,54 +166,49 @@ def _similarity(some: Tensor, values: Tensor, mirrored: Tensor | None) -> Tensor
 
 
 def communities(cosines: Tensor, rows: Tensor, n_groups: int, seed: int = 0) -> Tensor:
-    """(n,) groups of a neighbour graph by spectral clustering (Shi & Malik 2000).
+    """(n,) groups of a neighbour graph, found by spectral clustering (Shi & Malik 2000).
 
     Args:
-        cosines: (n, count) similarities of neighbours; negative ones are set to 1e-6.
-        rows: (n, count) int64 the neighbours.
-        n_groups: how many groups.
-        seed: of eigenvectors and k-means.
+        cosines: (n, count) similarities of neighbours; negative ones count as 1e-6.
+        rows: (n, count) int64 indices of the neighbours.
+        n_groups: number of groups.
+        seed: seed of eigenvectors and k-means.
     """
     n, count = rows.shape
     weight = cosines.clamp(min=1e-6).cpu().double().numpy().ravel()
-    from sklearn.cluster import SpectralClustering  # here, because the import takes long
+    from sklearn.cluster import SpectralClustering  # imported here because this is slow
 
-    # scikit-learn takes no other type than int32.
+    # scikit-learn accepts only int32.
     source = np.repeat(np.arange(n, dtype=np.int32), count)
     target = rows.cpu().numpy().astype(np.int32).ravel()
     graph = csr_array((weight, (source, target)), shape=(n, n))
     method = SpectralClustering(n_groups, affinity="precomputed", random_state=seed)
     with warnings.catch_warnings():
-        # Views should not be connected.
+        # Groups of different views need not be connected.
         warnings.filterwarnings("ignore", "Graph is not fully connected")
         found = method.fit_predict(graph.maximum(graph.T))
     return torch.from_numpy(found).long()
 
 
 def seeds_from_invariants(
-    observations: Observations,
-    rings: FourierRings,
-    shifts: Tensor,
-    n_groups: int,
-    *,
-    mirror: bool = True,
-    seed: int = 0,
-) -> Seeds:
-    """Groups of similar particles, found without aligning any.
+    observations: Observations, rings: FourierRings, shifts: Tensor, n_groups: int, *,
+    mirror: bool = True, seed: int = 0,
+) -> Seeds:  # fmt: skip
+    """Groups of similar particles, found without aligning them.
 
     At most `SAMPLE` particles, chosen at random, are grouped.
 
     Args:
-        observations, rings, shifts: see `invariants`.
-        n_groups: how many groups.
-        mirror: whether a particle and its mirror image belong to one group.
-        seed: of the random choices.
+        observations, rings, shifts: as for `invariants`.
+        n_groups: number of groups.
+        mirror: whether a particle and its mirror image belong to the same group.
+        seed: seed of the random choices.
 
     Returns:
         The groups; each has at least one member.
 
     Raises:
-        ValueError: no more particles than neighbours or groups; they differ by no more than noise.
+        ValueError: particles that are not more than neighbours or groups, or differ only by noise.
     """
     n = len(observations)
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +216,7 @@ def seeds_from_invariants(
     if len(rows) <= max(NEIGHBOURS, n_groups):
         raise ValueError(
             f"{n} particles are too few for {n_groups} groups of a graph with {NEIGHBOURS} "
-            "neighbours each: ask for fewer, or start from random particles"
+            "neighbours each: use a smaller n_classes, or likelihood.start=singles"
         )
     here = rows.to(observations.polar.device)
     some = Observations(observations.polar[here], observations.weight[here], observations.rings)
@@ -233,7 +228,7 @@ def seeds_from_invariants(
 
 
 def _medoids(features: Invariants, label: Tensor, mirror: bool) -> Tensor:
-    """(k,) the particle of every group with the largest sum of cosines with the others."""
+    """(k,) the particle of every group that has the largest sum of cosines with the others."""
     chosen = []
     for group in range(int(label.max()) + 1):
         members = (label == group).nonzero().squeeze(1)[:CHUNK]

@@ -1,12 +1,12 @@
-"""Merging classes of the same view by Ward's (1963) criterion, with alignment of the classes.
+"""Merge classes of the same view by Ward's (1963) criterion, after aligning them.
 
-Two classes a and b have sums N (signal) and D (weight). If they are merged, the log-likelihood of
-their members falls by
+Two classes a and b have sums N (signal) and D (weight). Merging them lowers the log-likelihood of
+their members by
 
     loss(a, b) = L(N_a, D_a) + L(N_b, D_b) - max over poses L(N_a + moved N_b, D_a + D_b),
 
-where L(N, D) = sum_r |N|^2_r / (2 D_r) is the log-likelihood that the best class image gains. The
-maximum over poses makes the loss independent of rotation, shift and hand of the classes.
+where L(N, D) = sum_r |N|^2_r / (2 D_r) is the log-likelihood of the members with the best class
+image. The maximum over poses makes the loss independent of rotation, shift and hand of the classes.
 """
 
 from collections.abc import Sequence
@@ -24,28 +24,28 @@ from cryoalign.methods.classify.fourier_rings import (
 )
 from cryoalign.runtime.threads import map_in_order, workers_for
 
-FINER = 4  # angles tried per angle of the E-step: averages are sharper than particles
+FINER = 4  # trial angles per angle of the E-step, because averages have less noise than particles
 
 
 class Merger(NamedTuple):
-    """The best merger of one class with each of j others."""
+    """The best merger of one class with each of j others. The pose moves the other class."""
 
-    loss: Tensor  # (j,) of log-likelihood
-    angle: Tensor  # (j,) radians, of the pose that moves the *other* class onto this one
+    loss: Tensor  # (j,) loss of log-likelihood
+    angle: Tensor  # (j,) radians
     shift: Tensor  # (j, 2) pixels
-    mirror: Tensor  # (j,)
+    mirror: Tensor  # (j,) bool
 
 
 def merge_classes(
     sums: Sums, rings: FourierRings, shifts: Tensor, n_classes: int, mirror: bool
 ) -> tuple[Sums, Tensor]:
-    """Merge the pair of classes with the least loss, again and again, until ``n_classes`` are left.
+    """Merge the two classes with the least loss repeatedly, until ``n_classes`` are left.
 
     Args:
-        sums: of k classes.
-        rings: of the sums.
-        shifts: (s, 2) pixels by which the same view may differ in two classes.
-        n_classes: how many to keep.
+        sums: sums of k classes.
+        rings: rings of the sums.
+        shifts: (s, 2) trial shifts between two classes of the same view, pixels.
+        n_classes: number of classes to keep.
         mirror: whether a view and its mirror image may be merged.
 
     Returns:
@@ -62,7 +62,7 @@ def merge_classes(
     def row(a: int, others: Tensor) -> Merger:
         return best_mergers(signal.sum(0), weight.sum(0), moved, a, others, shifts, rings, mirror)
 
-    # (k, k) tables with every pair once, in the row of its first class.
+    # (k, k) tables in which every pair occurs once, in the row of its first class.
     later = [torch.arange(a + 1, k, device=signal.device) for a in range(k)]
     workers = workers_for(signal.device)
     rows = list(map_in_order(lambda a: row(a, later[a]), range(k - 1), workers))
@@ -89,7 +89,7 @@ def merge_classes(
 
 
 def _table_of(rows: Sequence[Tensor], columns: Sequence[Tensor], k: int) -> Tensor:
-    """(k, k, ...) table from rows that have some columns each; elsewhere infinity, or False."""
+    """(k, k, ...) table from rows with some columns each; infinity or False in the others."""
     nothing = False if rows[0].dtype == torch.bool else torch.inf
     table = rows[0].new_full((k, k, *rows[0].shape[1:]), nothing)
     for a, row in enumerate(rows):
@@ -104,8 +104,14 @@ def best_mergers(
     """The best mergers of class ``a`` with each of ``others`` (j,).
 
     Args:
-        signal, weight: (k, r, m) and (k, r) of all classes.
-        moved: (k, s, r, m) the signals moved by the shifts (s, 2).
+        signal: (k, r, m) signal of all classes.
+        weight: (k, r) weight of all classes.
+        moved: (k, s, r, m) signal moved by the shifts.
+        a: index of the class.
+        others: (j,) indices of the other classes.
+        shifts: (s, 2) trial shifts, pixels.
+        rings: rings of the signal.
+        mirror: whether a view and its mirror image may be merged.
     """
     power = class_power(signal, rings)
     weight = weight.clamp(min=1e-6)

@@ -1,9 +1,8 @@
-"""A level of resolution: particles on some Fourier rings about their own centres, and trial shifts.
+"""The E-step of all particles at one level of resolution.
 
-Each process keeps its shard of the particles; what is found of them is known to all.
+Each process has a shard of the particles; the results for all particles are on every process.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
@@ -26,32 +25,24 @@ from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.processes import gather_over_ranks, sum_over_ranks
 from cryoalign.runtime.threads import map_in_order, workers_for
 
-KEEP = 2**30  # bytes of features that are kept between iterations rather than made again
-CHUNK = {"cpu": 256, "cuda": 4096}  # particles of an E-step at a time
-POWER_SAMPLE = 2000  # particles that the signal's power is measured on
+KEEP = 2**30  # bytes; features that take less are kept in memory between iterations
+CHUNK = {"cpu": 256, "cuda": 4096}  # particles of an E-step at a time; a GPU needs more
+POWER_SAMPLE = 2000  # particles on which the signal's power is measured
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
 class Classified(NamedTuple):
-    """What an E-step found of n particles, on the CPU.
+    """The result of an E-step for n particles, on the CPU."""
 
-    Attributes:
-        log_evidence: (n,) log-sum-exp over classes and poses.
-        share: (n,) posterior of the likeliest class.
-        runner_up: (n,) posterior of the second class.
-        label: (n,) the likeliest class.
-        angle: (n,) degrees; shift: (n, 2) pixels; mirror: (n,) bool: its likeliest pose.
-    """
-
-    log_evidence: Tensor
-    share: Tensor
-    runner_up: Tensor
-    label: Tensor
-    angle: Tensor
-    shift: Tensor
-    mirror: Tensor
+    log_evidence: Tensor  # (n,) log-sum-exp over classes and poses
+    share: Tensor  # (n,) posterior of the likeliest class
+    runner_up: Tensor  # (n,) posterior of the second likeliest class
+    label: Tensor  # (n,) index of the likeliest class
+    angle: Tensor  # (n,) likeliest angle in that class, degrees
+    shift: Tensor  # (n, 2) likeliest shift, pixels
+    mirror: Tensor  # (n,) bool, likeliest hand
 
     @property
     def pose(self) -> Pose:
@@ -61,15 +52,16 @@ class Classified(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ResolutionLevel:
-    """This process's particles, some rings of them, and trial shifts.
+    """The particles of this process, on the rings of a level, with its trial shifts.
 
     Attributes:
-        observations: of this process's particles, (b,) of the n.
-        start: row of the first of them among all n.
-        own: (n, 2) pixels, the shift about which each particle is tried.
-        shifts: (s, 2) pixels, trial shifts beyond that.
-        rings: the rings used.
+        observations: the b particles of this process.
+        start: index of the first of these among all n particles.
+        own: (n, 2) centre of each particle's trial shifts, pixels.
+        shifts: (s, 2) trial shifts, added to ``own``, pixels.
+        rings: the rings that are used.
         mirror: whether mirrored particles are tried.
+        cache: features of batches by their first particle, as far as they are kept.
     """
 
     observations: Observations
@@ -85,30 +77,30 @@ class ResolutionLevel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the computation."""
         return self.observations.polar.device
 
     def is_here(self, rows: Tensor) -> Tensor:
-        """(b,) bool: which of all particles' rows (b,) are of this process."""
+        """(b,) bool: whether the particles with indices ``rows`` (b,) are on this process."""
         return (rows >= self.start) & (rows < self.start + len(self.observations))
 
     def of(self, rows: Tensor) -> Features:
-        """Features of some of this process's particles."""
+        """Features of the particles with indices ``rows``, all of this process."""
         here = (rows - self.start).to(self.device)
         polar, weight = self.observations.polar[here], self.observations.weight[here]
         own = self.own[rows].to(self.device)
         return features(polar, weight, own, self.shifts, self.rings)
 
     def fits(self, n: int) -> bool:
-        """Whether the features of n particles may be kept."""
+        """Whether the features of n particles are few enough to be kept."""
         return n * 8 * len(self.shifts) * self.rings.last * self.rings.n_frequencies <= KEEP
 
     def over(self, function: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[Outcome]:
-        """``function`` of each item, in order, on all cores."""
+        """Results of ``function`` for each item, in order, computed on all cores."""
         return map_in_order(function, items, workers_for(self.device))
 
     def expect(self, classes: Tensor) -> tuple[Classified, Sums]:
-        """An E-step of all particles, on every process.
+        """An E-step of all particles, whose results are on every process.
 
         Args:
             classes: (k, r, m) features of the class images.
@@ -131,7 +123,7 @@ class ResolutionLevel:
         return found, sums_over_ranks(add_sums([sums for _, sums in steps]))
 
     def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:
-        """An E-step of some particles, rows (b,) of all: their mean log-evidence and sums."""
+        """Mean log-evidence and sums of an E-step of the particles with indices ``rows`` (b,)."""
 
         def step(part: Tensor) -> tuple[Tensor, Sums]:
             posterior, sums = expect(self.of(part), classes, half=part % 2, mirror=self.mirror)
@@ -144,7 +136,7 @@ class ResolutionLevel:
         return float(evidence) / len(rows), sums_over_ranks(sums)
 
     def classified(self, rows: Tensor, posterior: Posterior) -> Classified:
-        """The likeliest class and pose of particles (b,)."""
+        """The likeliest class and pose of the particles with indices ``rows`` (b,)."""
         two = torch.nn.functional.pad(posterior.share, (0, 1)).topk(2, dim=1)
         label = two.indices[:, :1]
         angle, shift, hand = (
@@ -152,17 +144,17 @@ class ResolutionLevel:
             for each in (posterior.angle, posterior.shift, posterior.hand)
         )
         return Classified(
-            posterior.log_evidence.cpu(),
-            two.values[:, 0].cpu(),
-            two.values[:, 1].cpu(),
-            label.squeeze(1).cpu(),
-            wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)).cpu(),
-            self.own[rows] + self.shifts[shift].cpu(),
-            hand.bool().cpu(),
+            log_evidence=posterior.log_evidence.cpu(),
+            share=two.values[:, 0].cpu(),
+            runner_up=two.values[:, 1].cpu(),
+            label=label.squeeze(1).cpu(),
+            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)).cpu(),
+            shift=self.own[rows] + self.shifts[shift].cpu(),
+            mirror=hand.bool().cpu(),
         )
 
     def signal_power(self) -> Tensor:
-        """(r,) variance of a feature of class images: what particles have beyond their noise."""
+        """(r,) variance of a feature of class images: the variance of particles minus noise."""
         n = len(self)
         rows = torch.arange(0, n, max(1, n // POWER_SAMPLE))
         spectra, weight = self.centred(rows[self.is_here(rows)])
@@ -177,18 +169,19 @@ class ResolutionLevel:
             torch.stack([(power - noise).sum(0), weight.square().sum(0)])
         )
         signal = signal / scale / free
-        # At least a trace: a ring without signal here would stay without forever.
+        # Above zero, because class images could never get signal on a ring without it.
         return signal.clamp(min=1e-3 * float(signal.max()) + 1e-12)
 
     def centred(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (b, r, m) of particles about their own shifts, and their weights (b, r)."""
+        """Features (b, r, m) of particles moved by their own shifts, and their weights (b, r)."""
         centre = torch.zeros(1, 2, device=self.device)
         made = replace(self, shifts=centre, cache={}).of(rows)
         spectra = torch.view_as_complex(made.rows[:, :, 0].unflatten(-1, (-1, 2)).contiguous())
         return spectra.permute(1, 2, 0), made.weight
 
     def single_particles(self, rows: Tensor, prior: Tensor) -> Tensor:
-        """(b, r, m) class images from one particle each, shrunk by the signal's power (r,)."""
+        """(b, r, m) class images from one particle each, Wiener-filtered with the signal's power
+        ``prior`` (r,)."""
         images = torch.zeros(
             len(rows), self.rings.last, self.rings.n_frequencies, 2, device=self.device
         )
@@ -203,10 +196,3 @@ def sums_over_ranks(sums: Sums) -> Sums:
     """The sums over every process's particles."""
     signal = torch.view_as_complex(sum_over_ranks(torch.view_as_real(sums.signal)))
     return Sums(signal, sum_over_ranks(sums.weight), sum_over_ranks(sums.size))
-
-
-def shift_grid(max_shift: float, step: float, device: torch.device | str | None = None) -> Tensor:
-    """(s, 2) trial shifts: a square grid within ``max_shift``, symmetric about zero."""
-    reach = math.floor(max_shift / step + 1e-6)
-    axis = torch.arange(-reach, reach + 1, device=device) * step
-    return torch.cartesian_prod(axis, axis).float()

@@ -1,13 +1,13 @@
-"""From random particles to classes, by expectation maximisation with splitting and merging.
+"""Find classes by expectation maximisation with splitting and merging.
 
-Expectation maximisation with the full likelihood (classes, hands, angles and shifts weighted, CTF
-and noise spectrum in the model; `em_step`) finds most views from random single particles if it
-starts with more classes than asked, at a resolution where the table is small. Two kinds of error
-are left: views that have several classes, and classes that hold several views. Both are mended by
-moves that need no luck: *merging* the classes that explain their members as well together
-(`merging`), and *splitting* every class by an expectation maximisation of its own members alone.
-Merging back to the number asked then keeps what splitting found. Cycles of these are made while
-they raise the likelihood, then the resolution rises.
+Expectation maximisation with the full likelihood (`em_step`: classes, hands, angles and shifts are
+weighted, CTF and noise spectrum are in the model) starts from random single particles, at a low
+resolution, where it is fast. It finds most views if it starts with more classes than ``n_classes``.
+Two kinds of error are left: a view has several classes, or a class has several views. *Merging*
+joins classes that explain their members as well together as apart (`merging`). *Splitting* makes
+new classes by an expectation maximisation of the members of each class alone; merging then reduces
+their number to ``n_classes`` again. Cycles of splitting and merging are repeated as long as they
+raise the likelihood. Then the resolution is increased.
 """
 
 from __future__ import annotations
@@ -32,37 +32,34 @@ from cryoalign.methods.classify.em_step import (
 )
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import (
-    Classified,
-    ResolutionLevel,
-    shift_grid,
-    sums_over_ranks,
-)
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, sums_over_ranks
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
+from cryoalign.search.settings import shift_grid
 
-START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4  # of expectation maximisation, at most
-SETTLED = 1e-3  # gain of log-evidence in a step, as a share of it, below which it is at rest
-SUBSET, SUBSET_STEPS = 8, 5  # particles per class of the first subset; steps at a resolution
-COARSEST, RISES = 0.6, 3  # the first resolution as a share of the start's; resolutions
-MOMENTUM = 0.5  # share of the sums that a subset leaves of those before
-FEWEST = 8  # members per child of a class that is split
+# Largest numbers of steps of an expectation maximisation, which limit the time.
+START_STEPS, RELAX_STEPS, SPLIT_STEPS = 4, 8, 4
+SETTLED = 1e-3  # stop when a step raises the log-evidence by less than this share of it
+SUBSET, SUBSET_STEPS = 8, 5  # particles per class in the first subset; steps per resolution
+COARSEST, RISES = 0.6, 3  # first resolution over that of the level; number of resolutions
+MOMENTUM = 0.5  # weight of the earlier sums when those of a subset are added
+FEWEST = 8  # smallest number of members per part of a class that is split
 
 
-class _Rest(NamedTuple):
-    """Where an expectation maximisation came to rest."""
+class _Result(NamedTuple):
+    """The result of an expectation maximisation."""
 
     evidence: float  # mean log-evidence of a particle
-    classes: Tensor  # (k, r, m)
+    classes: Tensor  # (k, r, m) features of the class images
     found: Classified
     sums: Sums
 
 
 class SplitAndMerge:
-    """One process's particles on their way to classes, in step with the other processes'."""
+    """The classification of all particles, as done by one of the processes."""
 
     def __init__(
         self, plan: Plan, observations: Observations, particles: PreparedParticles, seed: int
@@ -70,8 +67,8 @@ class SplitAndMerge:
         """
         Args:
             plan: the settings.
-            observations: of this process's shard of the particles.
-            particles: all of them; their ``report`` is called after every step.
+            observations: this process's shard of the particles.
+            particles: all particles; their ``report`` is called after every step.
             seed: seed of the random choices, the same on all processes.
         """
         self.plan, self.observations, self.particles = plan, observations, particles
@@ -82,13 +79,14 @@ class SplitAndMerge:
         self._level: tuple[int, ResolutionLevel] | None = None
 
     def begin(self) -> State:
-        """The likeliest of the starts."""
+        """The state after the start with the highest likelihood."""
         level = self.level(0, torch.zeros(self.n, 2))
         found = [self.start(level) for _ in range(self.plan.likelihood.starts)]
         return self.state(0, 0, level, max(found, key=lambda each: each.evidence))
 
     def advance(self, state: State) -> State:
-        """A cycle of splitting and merging or, where that gains no more, a higher resolution."""
+        """Do a cycle of splitting and merging or, if it does not raise the likelihood, go on to
+        the next level of resolution."""
         self.history = list(state.history)
         self.generator.set_state(state["generator"])
         number, cycle = int(state["level"]), int(state["cycle"])
@@ -101,9 +99,9 @@ class SplitAndMerge:
         classes = extend(state["classes"].to(level.device), level.rings, finer.rings)
         return self.state(number + 1, 0, finer, self.relax(finer, classes, "relax"))
 
-    def state(self, number: int, cycle: int, level: ResolutionLevel, rest: _Rest) -> State:
-        """Where the classification stands, at a level and after so many cycles there."""
-        found = rest.found
+    def state(self, number: int, cycle: int, level: ResolutionLevel, result: _Result) -> State:
+        """The state at level ``number``, after ``cycle`` cycles at this level."""
+        found = result.found
         return State(
             "classify",
             self.particles.fingerprint,
@@ -114,8 +112,8 @@ class SplitAndMerge:
                 "n_classes": torch.tensor(self.plan.n_classes),
                 "level": torch.tensor(number),
                 "cycle": torch.tensor(cycle),
-                "evidence": torch.tensor(rest.evidence, dtype=torch.float64),
-                "classes": rest.classes.cpu(),
+                "evidence": torch.tensor(result.evidence, dtype=torch.float64),
+                "classes": result.classes.cpu(),
                 "own_shift": level.own,
                 "label": found.label,
                 **pose_tensors(found.pose),
@@ -127,7 +125,8 @@ class SplitAndMerge:
         )
 
     def level(self, number: int, own: Tensor) -> ResolutionLevel:
-        """A level of resolution; the last one asked for is kept, with its features."""
+        """Level ``number`` with centres ``own`` (n, 2), pixels. The last level is kept, with its
+        features."""
         if self._level is None or self._level[0] != number:
             last, reach, step = self.plan.levels[number]
             device = self.observations.polar.device
@@ -138,8 +137,8 @@ class SplitAndMerge:
             self._level = number, level
         return self._level[1]
 
-    def start(self, level: ResolutionLevel) -> _Rest:
-        """From random single particles, more than the classes asked, merged to as many."""
+    def start(self, level: ResolutionLevel) -> _Result:
+        """Make the first classes: more than ``n_classes``, which are then merged."""
         if self.plan.likelihood.start == "invariants":
             return self.relax(level, self.from_invariants(level), "start")
         many = math.ceil(self.plan.likelihood.surplus * self.plan.n_classes)
@@ -148,13 +147,14 @@ class SplitAndMerge:
             classes = self.from_subsets(level, rows)
         else:
             classes = level.single_particles(rows, level.signal_power())
-        rest = self.relax(level, classes, "start", START_STEPS)
-        return self.merge(level, rest.sums, "start")
+        result = self.relax(level, classes, "start", START_STEPS)
+        return self.merge(level, result.sums, "start")
 
     def from_invariants(self, level: ResolutionLevel) -> Tensor:
-        """Classes of particles that look alike before any is aligned (`invariants`).
+        """Classes from groups of particles with similar rotation-invariant features (`invariants`).
 
-        An expectation maximisation of every group's own members, from the one most like them.
+        Each class is made by an expectation maximisation of the members of a group, which starts
+        from the member that is most similar to the others.
         """
         rows = self.random(self.n)[:SAMPLE].sort().values
         here = (rows[level.is_here(rows)] - level.start).to(level.device)
@@ -175,12 +175,12 @@ class SplitAndMerge:
         return classes
 
     def from_subsets(self, level: ResolutionLevel, seeds: Tensor) -> Tensor:
-        """Classes by small steps on random subsets that grow, while rings are added.
+        """Classes from small steps on growing random subsets, while rings are added.
 
-        The sums of a subset are the gradient of its log-likelihood with respect to the classes;
-        mixed into those before they are a natural-gradient step with momentum (online expectation
-        maximisation: Cappé & Moulines 2009). What few particles know is soon forgotten, and early
-        wrong turns with it.
+        The sums of a subset are the gradient of its log-likelihood with respect to the classes.
+        Averaging them with the earlier sums is a natural-gradient step with momentum (online
+        expectation maximisation: Cappé & Moulines 2009). The weight of early subsets, and with it
+        the effect of early errors, falls quickly.
         """
         rise = torch.linspace(COARSEST, 1.0, RISES) * level.rings.last
         levels = [replace(level, rings=level.rings.to(max(3, round(r)))) for r in rise.tolist()]
@@ -200,16 +200,16 @@ class SplitAndMerge:
                 self.note("subset", now, len(classes), evidence)
         return classes
 
-    def merge(self, level: ResolutionLevel, sums: Sums, step: str) -> _Rest:
-        """Merged to the number of classes asked, and relaxed."""
+    def merge(self, level: ResolutionLevel, sums: Sums, step: str) -> _Result:
+        """Merge to ``n_classes`` classes, followed by expectation maximisation."""
         apart = shift_grid(self.plan.max_shift + 1, 1.0, level.device)
         merged, _ = merge_classes(sums, level.rings, apart, self.plan.n_classes, level.mirror)
         return self.relax(level, maximise(merged, level.rings), step)
 
     def relax(
         self, level: ResolutionLevel, classes: Tensor, step: str, steps: int = RELAX_STEPS
-    ) -> _Rest:
-        """Plain expectation maximisation, until it rests or for so many steps."""
+    ) -> _Result:
+        """Expectation maximisation until it settles, or for ``steps`` steps."""
         evidence = -math.inf
         for _ in range(steps):
             found, sums = level.expect(classes)
@@ -218,10 +218,10 @@ class SplitAndMerge:
             self.note(step, level, len(classes), evidence, found)
             if evidence - before < SETTLED * abs(evidence):
                 break
-        return _Rest(evidence, classes, found, sums)
+        return _Result(evidence, classes, found, sums)
 
     def split(self, level: ResolutionLevel, label: Tensor) -> Sums:
-        """Children of every class: an expectation maximisation of its members alone."""
+        """Split every class, by an expectation maximisation of its members alone."""
         members = [(label == c).nonzero().squeeze(1) for c in range(int(label.max()) + 1)]
         members = [each for each in members if len(each)]
         seeds = [each[self.seeds(len(each))] for each in members]
@@ -233,7 +233,13 @@ class SplitAndMerge:
     def expect_members(
         self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
     ) -> tuple[Sums, Tensor]:
-        """Sums and images of all classes, where each group's classes are made of its members."""
+        """Sums and images of all classes, where the classes of each group are made of its members.
+
+        Args:
+            level: the level of resolution.
+            groups: members of each group.
+            classes: (j, r, m) first class images of each group.
+        """
         children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
             pairs = zip(groups, classes, strict=True)
@@ -244,7 +250,7 @@ class SplitAndMerge:
         return sums, images
 
     def seeds(self, members: int) -> Tensor:
-        """Which of a class's members its children start from."""
+        """Indices among the members of a class of those from which its parts start."""
         children = max(1, min(self.plan.likelihood.split, members // FEWEST))
         return self.random(members)[:children].sort().values
 
@@ -253,41 +259,30 @@ class SplitAndMerge:
         return torch.randperm(n, generator=self.generator)
 
     def note(
-        self,
-        step: str,
-        level: ResolutionLevel,
-        k: int,
-        evidence: float,
+        self, step: str, level: ResolutionLevel, k: int, evidence: float,
         found: Classified | None = None,
-    ) -> None:
-        """A row of the history; steps on subsets know nothing of all particles."""
+    ) -> None:  # fmt: skip
+        """Add a row to the history; ``found`` is None for a step on a subset of the particles."""
+        sizes = torch.zeros(1) if found is None else torch.bincount(found.label, minlength=k)
         row = {
             "iteration": len(self.history) + 1,
             "step": step,
             "rings": level.rings.last,
             "classes": k,
             "log_evidence": evidence,
-            "certainty": math.nan,
-            "smallest_class": 0,
-            "largest_class": 0,
-            "empty_classes": 0,
+            "certainty": math.nan if found is None else float(found.share.mean()),
+            "smallest_class": int(sizes.min()),
+            "largest_class": int(sizes.max()),
+            "empty_classes": 0 if found is None else int((sizes == 0).sum()),
             "seconds": round(time.perf_counter() - self.clock, 3),
         }
-        if found is not None:
-            sizes = torch.bincount(found.label, minlength=k)
-            row |= {
-                "certainty": float(found.share.mean()),
-                "smallest_class": int(sizes.min()),
-                "largest_class": int(sizes.max()),
-                "empty_classes": int((sizes == 0).sum()),
-            }
         self.history.append(row)
         self.clock = time.perf_counter()
         self.particles.report(step, len(self.history), 0)
 
 
 class _Members:
-    """The members of a class, of which its children are made; this process's part of them."""
+    """The members of a class that is split, as far as they are on this process."""
 
     def __init__(self, level: ResolutionLevel, members: Tensor) -> None:
         here = level.is_here(members)
@@ -296,7 +291,7 @@ class _Members:
         self.kept: Features | None = None
 
     def expect(self, classes: Tensor) -> Sums:
-        """Sums of an E-step of these members over these classes alone."""
+        """Sums of an E-step of these members, with only these classes (j, r, m)."""
         if not len(self.rows):
             return no_sums(classes)
         made = self.kept or self.level.of(self.rows)

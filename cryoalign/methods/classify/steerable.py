@@ -2,15 +2,15 @@
 
 If particles are rotated (and mirrored) at random, the covariance of their Fourier rings consists
 of one real matrix over rings for every angular frequency m (Zhao, Shkolnisky & Singer 2016). Here
-it is estimated with CTF and noise in the model (Bhamre, Zhang & Singer 2016). With x = q y + noise
-of variance a q the features of a particle (`whitening`: q are the ring means of CTF^2 / noise, and
-a is the number of angles),
+it is estimated with CTF and noise in the model (Bhamre, Zhang & Singer 2016). The features of a
+particle are x = q y + noise of variance a q, where q are the ring means of CTF^2 / noise
+(`whitening`) and a is the number of angles. Then
 
     C_m = (sum x x^H - a diag(sum q)) / sum q q^T.
 
-The coefficients of a particle are the means of their posterior under this Gaussian model. The
-model also gives the likelihood of a trial shift without any reference: `centre` finds for every
-particle the shift at which it resembles the others, rotated at random, most.
+The coefficients of a particle are the means of their posterior under this Gaussian model. The model
+also gives the likelihood of a trial shift without any reference: `centre` finds, for every
+particle, the shift at which it is most similar to the other particles at any rotation.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ from torch import Tensor
 from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
 from cryoalign.methods.classify.whitening import Observations
 
-CHUNK = 128  # particles at a time whose features at all trial shifts are in memory
-ROUNDS = 2  # of fitting the model to centred particles and centring them by it
+CHUNK = 128  # particles with features at all trial shifts in memory at a time; limits the memory
+ROUNDS = 2  # rounds of fitting the model to the centred particles and centring them again
 
 
 class Components(NamedTuple):
     """The principal components of one angular frequency.
 
     Attributes:
-        frequency: m.
-        first: index, from 0, of the innermost ring that can have it.
-        variance: (p,) of the coefficients.
+        frequency: the angular frequency m.
+        first: index, from 0, of the innermost ring that can have this frequency.
+        variance: (p,) variance of the coefficients.
         vectors: (r - first, p) real features of the components, scaled so that the noise of a
             typical particle has variance 1 in each coefficient.
     """
@@ -45,12 +45,12 @@ class Components(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SteerableModel:
-    """A Gaussian model of particles on rings that rotations and mirroring do not change.
+    """A Gaussian model of particles on rings, which rotations and mirroring do not change.
 
     Attributes:
-        rings: its rings.
-        mean: (r,) real features of the mean, which has frequency 0 only.
-        components: of every frequency with a variance above that of noise.
+        rings: rings of the features.
+        mean: (r,) real features of the mean, which has only frequency 0.
+        components: components of every frequency with a variance above that of noise.
     """
 
     rings: FourierRings
@@ -79,17 +79,17 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
     """Mean and principal components of particles.
 
     Args:
-        spectra: (n, r, m) complex features x, already multiplied by their CTF over the noise.
+        spectra: (n, r, m) complex features x, already multiplied by CTF / noise.
         weight: (n, r) ring means q of CTF^2 / noise.
-        rings: of the features.
+        rings: rings of the features.
 
     Returns:
-        The model. Its components are those whose variance exceeds the largest that noise alone
-        would have in a sample of n (the edge of Marchenko & Pastur 1967).
+        The model. Its components are those with a variance above the largest one that noise alone
+        has in a sample of n (the edge of Marchenko & Pastur 1967).
     """
     noise = rings.n_angles
     mean = mean_only(spectra, weight, rings).mean
-    scale = (weight.mean(0) / noise).sqrt()  # (r,) features times this have noise of variance 1
+    scale = (weight.mean(0) / noise).sqrt()  # (r,); features times scale have noise of variance 1
     components = []
     for m in range(rings.n_frequencies):
         first = rings.first_ring(m) - 1
@@ -101,7 +101,7 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
         moment = (x.mH @ x).real - noise * torch.diag(q.sum(0))
         covariance = s[:, None] * (moment / (q.mT @ q)) * s
         variance, vectors = torch.linalg.eigh(covariance.double())
-        ratio = len(s) / (len(x) if m else len(x) / 2)  # frequency 0 is real: half as many numbers
+        ratio = len(s) / (len(x) if m else len(x) / 2)  # frequency 0 is real: half the numbers
         beyond = variance > 2 * ratio**0.5 + ratio
         if beyond.any():
             variance, vectors = variance[beyond].flip(0), vectors[:, beyond].flip(1)
@@ -112,12 +112,12 @@ def fit_model(spectra: Tensor, weight: Tensor, rings: FourierRings) -> Steerable
 def coefficients(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Tensor:
     """(n, p) complex posterior means of the coefficients of particles.
 
-    A rotation by phi multiplies those of frequency m by exp(-i m phi). Those of the mirrored
-    particle are (-1)^m times the conjugates.
+    A rotation by phi multiplies the coefficients of frequency m by exp(-i m phi). The coefficients
+    of the mirrored particle are (-1)^m times the conjugates.
 
     Args:
         spectra: (n, r, m) features.
-        weight: (n, r).
+        weight: (n, r) ring means of CTF^2 / noise.
         model: the model.
     """
     found = [_posterior(spectra[:, None], weight, model, each)[1] for each in model.components]
@@ -129,13 +129,13 @@ def log_likelihood(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Te
 
     Args:
         spectra: (n, s, r, m) features of the particle moved by every shift.
-        weight: (n, r).
+        weight: (n, r) ring means of CTF^2 / noise.
         model: the model.
     """
     total = (spectra[..., 0].real @ model.mean) / model.rings.n_angles
     for each in model.components:
         linear, mean = _posterior(spectra, weight, model, each)
-        # A frequency m above 0 stands for m and -m of the real image.
+        # A frequency m above 0 counts for m and -m of the real image.
         share = 1.0 if each.frequency else 0.5
         total = total + share * (linear.real * mean.real + linear.imag * mean.imag).sum(-1)
     return total
@@ -144,8 +144,8 @@ def log_likelihood(spectra: Tensor, weight: Tensor, model: SteerableModel) -> Te
 def _posterior(
     spectra: Tensor, weight: Tensor, model: SteerableModel, part: Components
 ) -> tuple[Tensor, Tensor]:
-    """Linear terms of the log-likelihood and posterior means of the coefficients of one frequency,
-    (n, s, p) complex each."""
+    """For the coefficients of one frequency: linear terms of the log-likelihood (n, s, p) and
+    posterior means (n, s, p), both complex."""
     noise = model.rings.n_angles
     q = weight[:, part.first :]
     x = spectra[:, :, part.first :, part.frequency]
@@ -161,15 +161,15 @@ def _posterior(
 
 
 def centre(observations: Observations, rings: FourierRings, shifts: Tensor) -> Tensor:
-    """(n, 2) the most likely trial shift of every particle under a model of all of them.
+    """(n, 2) the most likely trial shift of every particle under a model of all particles.
 
     The first model is the mean over all particles and rotations. Then, `ROUNDS` times, a model
-    with components is fitted to the particles as centred so far. The centre found is not the
-    particle's centre of mass, but a point on which the particles of a view agree.
+    with components is fitted to the particles as they are centred so far. The shift does not centre
+    the particle's mass, but a point that is the same in all particles of a view.
 
     Args:
         observations: the particles.
-        rings: the rings used, at most those of the observations.
+        rings: the rings that are used, at most those of the observations.
         shifts: (s, 2) trial shifts, pixels.
     """
     own = shifts.new_zeros(len(observations), 2)

@@ -1,4 +1,4 @@
-"""Particles for the likelihood: multiplied by their CTF and divided by the noise's power.
+"""Whitening: particles are multiplied by their CTF and divided by the power of the noise.
 
 With x a particle, H its CTF and N the noise's power spectrum, the log-likelihood of a class image
 y is <H x / N, y> - sum H^2 |y|^2 / (2 N), up to a constant. The first term needs H x / N, the
@@ -23,9 +23,9 @@ from cryoalign.images.masks import background, soft_mask
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
 from cryoalign.runtime.threads import map_in_order, workers_for
 
-NOISE_SAMPLE = 1000  # particles that the noise spectrum is measured on
-CHUNK = 256  # particles at a time
-EDGE = 4.0  # width of the masks' soft edge, px
+NOISE_SAMPLE = 1000  # particles for the noise spectrum, at least 10,000 values on a shell
+CHUNK = 256  # particles that are worked on at a time; limits the memory
+EDGE = 4.0  # width of the soft edge of masks, px
 
 Read = Callable[[Tensor], Tensor]
 """Reads the images (b, size, size) of rows (b,)."""
@@ -33,12 +33,12 @@ Read = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """n particles on Fourier rings, whitened; usable up to any ring of these.
+    """n whitened particles on Fourier rings.
 
     Attributes:
         polar: (n, r, a // 2) complex half circles of H x / N.
         weight: (n, r) means of H^2 / N on each ring.
-        rings: all of them.
+        rings: the r rings; fewer of them can be used.
     """
 
     polar: Tensor
@@ -50,11 +50,11 @@ class Observations:
 
 
 def noise_spectrum(images: Tensor, radius: float) -> Tensor:
-    """(shells,) power of the noise on every shell, from the images' background.
+    """(shells,) power of the noise on every shell, measured on the background of the images.
 
     Args:
         images: (n, size, size).
-        radius: pixels; all beyond it is background.
+        radius: pixels; the background is what lies beyond it.
 
     Returns:
         Mean of |transform|^2 / pixels over the components of each shell, 1 for white noise of
@@ -88,23 +88,23 @@ def observe(
     Args:
         read: reads images with a background of zero; called by several threads.
         n: number of particles; the noise is measured on a sample of all of them.
-        size: box of the images, pixels.
-        optics: of the n particles; None is a CTF of 1.
+        size: side of the box, pixels.
+        optics: CTFs of the n particles; None is a CTF of 1.
         last_ring: resolution limit, 1/box.
-        radius: of the particle, pixels.
+        radius: radius of the particle, pixels.
         max_shift: largest distance of a particle from the centre of its box, pixels.
-        rows: those of the n particles that are whitened.
+        rows: the particles that are whitened.
     """
     sample = read(torch.arange(0, n, max(1, n // NOISE_SAMPLE)))
     device = sample.device
-    room = size / 2 - 2  # leaves at least the corners as background
+    room = size / 2 - 2  # then at least the corners are background
     shell = shell_index(size, device)
     noise = noise_spectrum(sample, min(radius + EDGE, room))[shell]
     reach = min(radius + max_shift, size / 2 - EDGE)
     rings = FourierRings(size, last_ring, reach)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
     mask = soft_mask(box, reach * box / size, EDGE * box / size, device)
-    # Neither shell 0, the mean, nor shells beyond the last ring count.
+    # Shell 0, the mean, and shells beyond the last ring are not used.
     count = shell_sums(torch.ones_like(noise), shell, last_ring + 2)[1:-1]
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""The generations of ISAC: classes of equal size, and which of their members are stable.
+"""The generations of ISAC.
 
-In a generation, particles that no class accounts for yet are shared out to classes of equal size,
-so that none attracts what is not its own; every class is aligned several times from random poses;
-the particles whose poses come out alike are its stable members, and their average is the reference
-of the next pass. A class with enough stable members is accepted.
+In a generation, particles that are not yet in an accepted class are assigned to classes of equal
+size, because otherwise some classes attract particles that do not belong to them. The members of
+every class are aligned several times from random poses. Members whose poses agree are stable, and
+their average is the reference of the next pass. A class with enough stable members is accepted.
 """
 
 import time
@@ -27,7 +27,6 @@ from cryoalign.methods.isac.realignment import (
     realign_groups,
     references_of,
     refine_at,
-    scaled,
     scores_at,
 )
 from cryoalign.methods.isac.settings import Isac, Scale
@@ -39,21 +38,23 @@ from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
 from cryoalign.runtime.threads import map_in_order, workers_for
 
-SHARING = 8  # iterations of sharing out, at most, in a pass
-RESTED = 0.02  # share of particles that change class below which it is at rest
-AGREE, RISING = 0.5, 0.05  # stable members are found: so alike to the pass before, rising no more
-KICK, EVERY = 90.0, 4  # degrees that angles are rounded to, every so many iterations
+SHARING = 8  # largest number of iterations of the assignment in a pass; limits the time
+RESTED = 0.02  # iterations end when a smaller share of particles changes class (or shift)
+# Passes end when the stable members agree with those of the pass before by more than AGREE, and
+# this agreement has risen by less than RISING since the pass before.
+AGREE, RISING = 0.5, 0.05
+KICK, EVERY = 90.0, 4  # centring rounds angles to multiples of KICK degrees every EVERY iterations
 
 
 @plain_dataclass(frozen=True, eq=False)
 class Work:
-    """What stays the same from one generation to the next.
+    """What is the same in all generations.
 
     Attributes:
-        particles: all of them.
+        particles: all particles.
         isac, averaging: the settings.
         mirror: whether mirrored particles are tried.
-        scale: of the shrunk images.
+        scale: size of the shrunk images, and lengths in their pixels.
     """
 
     particles: PreparedParticles
@@ -63,7 +64,7 @@ class Work:
     scale: Scale
 
     def shrunk(self) -> Tensor:
-        """(n, size, size) the prepared particles, shrunk."""
+        """(n, size, size) shrunk images of all particles."""
         parts = map_in_order(
             lambda part: fourier_resize(self.particles.read(part), self.scale.size),
             self.particles.parts(),
@@ -80,13 +81,14 @@ class Work:
 
 
 def centre_particles(work: Work, images: Tensor) -> Pose:
-    """(n,) whole-pixel shifts that centre shrunk images (n, size, size)."""
+    """(n,) poses that centre shrunk images (n, size, size) by shifts of whole pixels."""
     shift = prealign(work.pyramid(images), work.isac.prealign, work.particles.report)
     return replace(Pose.identity(len(images)), shift=shift.round())
 
 
 def centred_pyramid(work: Work, images: Tensor, label: Tensor, pose: Pose) -> Pyramid:
-    """Shrunk images at two resolutions, those without a class (label -1) centred by their shift."""
+    """Shrunk images (n, size, size) at two resolutions. Particles that are in no class yet (label
+    -1) are centred by the shift of their pose (n,)."""
     centre = replace(
         Pose.identity(len(label)), shift=torch.where(label[:, None] < 0, pose.shift, 0.0)
     )
@@ -94,7 +96,7 @@ def centred_pyramid(work: Work, images: Tensor, label: Tensor, pose: Pose) -> Py
 
 
 def _moved(images: Tensor, pose: Pose) -> Tensor:
-    """Images (n, size, size) moved by whole pixels, which interpolates nothing."""
+    """Images (n, size, size) moved by whole pixels, without interpolation."""
 
     def moved(rows: Tensor) -> Tensor:
         return transform(images[rows.to(images.device)], pose[rows].to(images.device))
@@ -106,9 +108,9 @@ def _moved(images: Tensor, pose: Pose) -> Tensor:
 def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
     """(n, 2) shifts that centre particles, in pixels of the higher resolution.
 
-    All are aligned to their own average, over and over. Now and then angles are rounded to a
-    quarter turn, which shakes particles loose from what the average happened to show (as the
-    ``dst`` of SPARX's reference-free alignment).
+    All particles are aligned to their common average, at most ``iterations`` times. Every `EVERY`
+    iterations, angles are rounded to a quarter turn, so that particles do not stay at the first
+    features that the average happened to show (as ``dst`` in SPARX's reference-free alignment).
     """
     n = len(particles)
     label, pose = torch.zeros(n, dtype=torch.int64), Pose.identity(n)
@@ -128,28 +130,27 @@ def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
 
 
 class Generation(NamedTuple):
-    """What a generation found: class, pose, pixel error of its particles (n,), whether they are
-    stable; its classes and passes, and how far the last two passes agree."""
+    """The result of a generation for its n particles."""
 
-    label: Tensor
-    pose: Pose
-    error: Tensor
-    stable: Tensor
-    classes: int
-    passes: int
-    agreement: float
+    label: Tensor  # (n,) class index
+    pose: Pose  # (n,) on the class average, pixels of the shrunk images
+    error: Tensor  # (n,) pixel error, pixels of the shrunk images
+    stable: Tensor  # (n,) bool
+    classes: int  # number of classes
+    passes: int  # number of passes
+    agreement: float  # of the stable members in the last two passes, 0 to 1
 
 
 def generation(
     work: Work, particles: Pyramid, generator: torch.Generator, number: int
 ) -> Generation:
-    """Passes of assigning and realigning, until stable members are the same as before.
+    """Assign and realign particles in passes, until the stable members stay the same.
 
     Args:
-        work: what stays the same.
-        particles: those that no class accounts for yet.
-        generator: of the random choices.
-        number: of the generation, for the progress.
+        work: what is the same in all generations.
+        particles: the particles that are in no accepted class.
+        generator: random numbers.
+        number: number of the generation, for the progress.
     """
     isac, radius, report = work.isac, work.scale.last_ring, work.particles.report
     k = max(1, len(particles) // isac.images_per_group)
@@ -159,10 +160,10 @@ def generation(
         report(f"generation {number}: assigning", step * k, isac.passes * k)
         label = _share(particles, references, k, isac.slack)
 
-        def tell(done: int, step: int = step) -> None:
+        def on_class(done: int, step: int = step) -> None:
             report(f"generation {number}: realigning", step * k + done, isac.passes * k)
 
-        runs = realign_groups(particles, label, k, isac.runs, generator, tell)
+        runs = realign_groups(particles, label, k, isac.runs, generator, on_class)
         runs = common_frame(runs, label, k, radius, isac.threshold)
         error = pixel_errors(runs, radius)
         pose = mean_pose(runs).to(torch.float32)
@@ -177,7 +178,7 @@ def generation(
 
 
 def _start(work: Work, particles: Pyramid, k: int, generator: torch.Generator) -> Tensor:
-    """(k, t, t) first references at the lower resolution."""
+    """(k, t, t) first references at the lower resolution, t pixels wide."""
     low = particles.low
     if work.isac.start == "likelihood" and k > 1:
         particle = Particle(
@@ -198,7 +199,7 @@ def _start(work: Work, particles: Pyramid, k: int, generator: torch.Generator) -
 
 
 def _share(particles: Pyramid, references: Tensor, k: int, slack: float) -> Tensor:
-    """(n,) classes of equal size, whose averages have become their references."""
+    """(n,) classes of equal size, found by aligning to class averages until few labels change."""
     label = torch.full((len(particles),), -1)
     row = torch.arange(len(label))
     for _ in range(SHARING):
@@ -216,7 +217,7 @@ def _share(particles: Pyramid, references: Tensor, k: int, slack: float) -> Tens
 def _core(
     particles: Pyramid, label: Tensor, pose: Pose, stable: Tensor, k: int, deviations: float | None
 ) -> Tensor:
-    """Stable members (n,) that also fit the average which they make."""
+    """(n,) bool: stable members whose score with their average is not far below the median."""
     if deviations is None:
         return stable
     used = torch.where(stable, label, -1)
@@ -230,15 +231,15 @@ def _core(
 def _stable_references(
     particles: Pyramid, label: Tensor, stable: Tensor, pose: Pose, k: int
 ) -> Tensor:
-    """(k, t, t) averages of stable members, or of all where those are too few for half-sets."""
+    """(k, t, t) averages of the stable members; of all members if these are too few for an FRC."""
     enough = torch.bincount(label[stable], minlength=k) >= 4 * TRUSTED
     used = torch.where(stable | ~enough[label], label, -1)
-    low = scaled(pose, 1 / particles.coarse.factor)
+    low = pose.scaled(1 / particles.coarse.factor)
     return references_of(particles.low, particles.half, used, low, k, particles.averaging)[0]
 
 
 def _agreement(before: Tensor, now: Tensor, k: int) -> float:
-    """Mean over classes of the Jaccard index of their stable members before and now (-1: none)."""
+    """Agreement of two labels (n,) with -1 for no class: the Jaccard index, mean over classes."""
     common = torch.bincount(now[(now == before) & (now >= 0)], minlength=k)
     sizes = [torch.bincount(x[x >= 0], minlength=k) for x in (before, now)]
     either = sizes[0] + sizes[1] - common
@@ -249,9 +250,11 @@ def accept(work: Work, state: State, rest: Tensor, found: Generation, started: f
     """The state with the stable classes of a generation that are large enough.
 
     Args:
-        work: what stays the same; state: before the generation.
-        rest: (m,) the particles it was made of; found: what it found of them.
-        started: seconds on the clock when it began.
+        work: what is the same in all generations.
+        state: state before the generation.
+        rest: (m,) indices of the particles of the generation.
+        found: result of the generation for these.
+        started: time in seconds at which the generation began.
     """
     sizes = torch.bincount(found.label[found.stable], minlength=found.classes)
     good = sizes >= work.isac.least
@@ -278,12 +281,7 @@ def accept(work: Work, state: State, rest: Tensor, found: Generation, started: f
         "seconds": round(time.perf_counter() - started, 3),
     }
     left = len(label) - accounted
-    done = bool(not good.any() or left < 2 * work.isac.images_per_group)
     return state.next(
-        row,
-        done=done,
-        pose=Pose(angle, shift, mirror),
-        unsaved=state.unsaved,
-        label=label,
-        pixel_error=error,
-    )
+        row, done=bool(not good.any() or left < 2 * work.isac.images_per_group),
+        pose=Pose(angle, shift, mirror), unsaved=state.unsaved, label=label, pixel_error=error,
+    )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Iterative stable alignment and clustering (ISAC): classes whose members align alike every time.
+"""Iterative stable alignment and clustering (ISAC).
 
-Yang, Fang, Chittuluri, Asturias & Penczek 2012. Particles are shrunk and centred, classified in
-generations until what is left is not stable (`generations`), and the averages of stable members
-are made at full size and put into an order in which neighbours look alike.
+ISAC finds classes whose members get the same poses whenever they are aligned (Yang, Fang,
+Chittuluri, Asturias & Penczek 2012). Particles are shrunk, centred and classified in generations
+until the particles that are left make no stable class (`generations`). Then averages of the stable
+members are made at full size, and ordered so that neighbours are similar.
 """
 
 import math
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.masks import masked, soft_mask
+from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.isac.generations import (
@@ -28,57 +29,56 @@ from cryoalign.methods.isac.generations import (
 from cryoalign.methods.isac.ordering import order_averages
 from cryoalign.methods.isac.settings import Isac, scale_of
 from cryoalign.methods.isac.stability import match_classes, reproducibility
-from cryoalign.methods.references import find_all
+from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
 from cryoalign.pose import Found, compose
 from cryoalign.results.alignment import Alignment
-from cryoalign.results.averages import Averaging, class_sums, filtered_averages
+from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude
 from cryoalign.runtime.arrays import Array
-from cryoalign.search.refine import refine
 from cryoalign.search.settings import Search
 
-UNSTABLE = "in no stable class"
+UNSTABLE = "in no stable class"  # reason in the list of particles set aside
 
 
 @dataclass(frozen=True, eq=False)
 class StableClasses:
-    """What ISAC found.
+    """The result of ISAC.
 
     Attributes:
-        alignment: stable members of accepted classes; all other particles are set aside (class
-            number 0) and listed in ``rejected``, with the reason. ``class_quality`` has each
-            class's ``pixel_error``, the mean of its members', and ``order``, the place in an order
-            in which neighbours look alike.
+        alignment: stable members of accepted classes. All other particles are set aside (class
+            number 0) and listed in ``rejected``, with the reason. ``class_quality`` has the columns
+            ``pixel_error``, the mean of the class's members, and ``order``, the place of the class
+            in an order in which neighbours are similar.
     """
 
     alignment: Alignment
 
     @property
     def pixel_error(self) -> Tensor:
-        """(n,) between realignments, pixels of the shrunk images, of every particle of the input
-        when it was last measured; NaN where unusable, infinite where hands differ."""
+        """(n,) pixel error between realignments of every particle of the input, in pixels of the
+        shrunk images, when last measured; NaN if unusable, infinite if hands differ."""
         return torch.from_numpy(self.alignment.particle_quality["pixel_error"].to_numpy().copy())
 
     @property
     def generation(self) -> Tensor:
-        """(n,) in which a particle was accounted for; 0 = it was not."""
+        """(n,) generation in which the particle's class was accepted; 0 if it has no class."""
         return torch.from_numpy(self.alignment.particle_quality["generation"].to_numpy().copy())
 
     @property
     def matched(self) -> pd.DataFrame:
-        """A row per pair of a class and the one that it is in a repeated run (``repeat``;
-        `stability.match_classes`); empty without repeats."""
+        """A row per class and its partner in a repeated run (`stability.match_classes`, and the
+        column ``repeat``); empty without repeats."""
         return self.alignment.tables.get("reproducibility", _NO_MATCH)
 
     @property
     def reproduced(self) -> float:
-        """Share of the particles accounted for in the first run or a repeat that both have in
-        matched classes, the mean over repeats; NaN without."""
+        """Share of particles in matched classes among those that the first run or the repeat has in
+        a class, averaged over repeats; NaN without repeats."""
         return self.alignment.figures.get("reproduced", math.nan)
 
     def to_frame(self) -> pd.DataFrame:
@@ -95,14 +95,15 @@ _NO_MATCH = pd.DataFrame(
 
 @dataclass(frozen=True)
 class StableClassification(Method):
-    """ISAC.
+    """Iterative stable alignment and clustering (ISAC).
 
-    In its state, poses are in pixels of the shrunk images: of a particle accounted for its pose
-    in its class (``label``), of another (label -1) the shift that centres it.
+    Poses in its state are in pixels of the shrunk images. The pose of a particle in a class
+    (``label``) is that on the class average; the pose of another particle (label -1) is the shift
+    that centres it.
 
     Attributes:
-        iterations: generations at most.
-        isac: what a stable class is.
+        iterations: largest number of generations.
+        isac: what a stable class is, and how it is found.
         averaging: how averages become references.
     """
 
@@ -120,15 +121,9 @@ class StableClassification(Method):
         scale_of(self.isac, self.particle, box)
         if n is not None and n < self.isac.images_per_group:
             raise ValueError(
-                f"{n} usable particles make no group of isac.images_per_group "
-                f"{self.isac.images_per_group}: make it smaller; a class is one group"
+                f"{n} usable particles are fewer than a class needs, isac.images_per_group "
+                f"{self.isac.images_per_group}: use a smaller isac.images_per_group"
             )
-
-    def radius(self, box: Box) -> float:
-        return self.particle.radius_or_part(box)
-
-    def max_shift(self, box: Box) -> float:
-        return self.particle.max_shift_in(box)
 
     def start(self, particles: PreparedParticles) -> State:
         work = self._work(particles)
@@ -158,7 +153,6 @@ class StableClassification(Method):
         return accept(work, state, rest, found, started)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        """Averages at full size, and how much of them further runs find again."""
         first = self._conclude(particles, state)
         stability = first.to_frame()[["index", "class_number", "generation", "pixel_error"]]
         tables = {"stability": stability}
@@ -182,7 +176,7 @@ class StableClassification(Method):
         return (
             f"generation {row['iteration']:3d}: {row['accepted']} of {row['classes']} classes "
             f"accepted, {row['stable_share']:.1%} of {row['particles']} particles stable; "
-            f"{row['accounted']} accounted for ({row['accounted_share']:.1%}), "
+            f"{row['accounted']} in classes ({row['accounted_share']:.1%}), "
             f"{row['seconds']:.1f} s"
         )
 
@@ -193,11 +187,11 @@ class StableClassification(Method):
         return Work(particles, self.isac, self.averaging, self.particle.mirror, scale)
 
     def _conclude(self, particles: PreparedParticles, state: State) -> Alignment:
-        """Poses refined on averages at full size, which are put in order; the common conclusion."""
+        """Refine poses on averages at full size, order these, and make the `Alignment`."""
         members = (state["label"] >= 0).nonzero().squeeze(1)
         if not len(members):
             raise ValueError(
-                f"no class has {self.isac.least} stable members: allow a larger isac.threshold, a "
+                f"no class has {self.isac.least} stable members: use a larger isac.threshold, a "
                 "smaller isac.min_group_size, or a smaller isac.images_per_group "
                 f"(now {self.isac.images_per_group}, of {len(particles)} particles)"
             )
@@ -209,39 +203,24 @@ class StableClassification(Method):
                          self.averaging.mask_edge, device)  # fmt: skip
         rings = Rings(last_ring=min(round(radius), (size - 1) // 2 - 1))  # room for a shift
         pose = state.pose[members].scaled(work.scale.factor)
-        sums = class_sums(some, pose, label, k)
-        references = masked(filtered_averages(sums, self.averaging, mask), mask)
-
-        def refined(rows: Tensor) -> Found:
-            own, start = label[rows].to(device), pose[rows].to(device)
-            return Found(own, *refine(some.read(rows), references, own, start, rings))
-
-        found = find_all(some, refined)
+        found, references = refine_on_averages(some, label, pose, k, self.averaging, mask, rings)
         search = Search(max_shift=1, last_ring=rings.last_ring, mirror=self.particle.mirror)
         order, turn = order_averages(references, search)
         found = Found(label, compose(found.pose, turn[label]), found.score)
         trials = trials_of(
             k, self.particle.max_shift_in(some.box), rings.last_ring, self.particle.mirror
         )
+        error = _class_means(state["pixel_error"][members], label, k)
         by_class = pd.DataFrame(
-            {
-                "order": (order.argsort() + 1).numpy(),
-                "pixel_error": _class_means(state["pixel_error"][members], label, k).numpy(),
-            }
+            {"order": order.argsort().numpy() + 1, "pixel_error": error.numpy()}
         )
         return conclude(
-            some,
-            found,
-            class_sums(some, found.pose, label, k),
-            Scope(mask, rings, trials),
-            state.history,
-            self.quality,
-            by_class=by_class,
-            by_row=self._by_row(particles, state),
-        )
+            some, found, class_sums(some, found.pose, label, k), Scope(mask, rings, trials),
+            state.history, self.quality, by_class=by_class, by_row=self._by_row(particles, state),
+        )  # fmt: skip
 
     def _by_row(self, particles: PreparedParticles, state: State) -> pd.DataFrame:
-        """Pixel error and generation of all rows of the input."""
+        """Generation and pixel error of all rows of the input."""
         error = torch.full((len(particles.stack),), torch.nan)
         error[particles.rows] = state["pixel_error"]
         counts = [(row["iteration"], row["accepted"]) for row in state.history]
@@ -254,9 +233,9 @@ class StableClassification(Method):
 
 @shows_settings(StableClassification)
 def classify_stable(particles: Stack | Array | PreparedParticles, **settings: Any) -> StableClasses:
-    """Find classes whose members' poses are the same whenever they are aligned anew.
+    """Find classes whose members get the same poses whenever they are aligned.
 
-    The shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
+    Shrunk images are kept in memory, those of a generation twice: about 60 kB a particle.
 
     Args:
         particles: as for `align_multi_reference`.
@@ -264,13 +243,13 @@ def classify_stable(particles: Stack | Array | PreparedParticles, **settings: An
             generation.
 
     Raises:
-        ValueError: anything that does not fit, or several processes, before work starts; or no
+        ValueError: settings that do not fit, or several processes, before the work starts; or no
             class is stable.
     """
     return StableClasses(align_with(StableClassification, particles, **settings))
 
 
 def _class_means(values: Tensor, label: Tensor, k: int) -> Tensor:
-    """(k,) means of values (n,) over the members of classes, none of them empty."""
+    """(k,) means of values (n,) over the members of k classes, none of which is empty."""
     total = torch.bincount(label, values.double(), minlength=k)
     return (total / torch.bincount(label, minlength=k)).float()

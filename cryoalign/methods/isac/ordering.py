@@ -1,4 +1,4 @@
-"""Class averages in an order in which neighbours are similar, rotated onto each other."""
+"""Order class averages so that neighbours are similar, and rotate them onto each other."""
 
 import numpy as np
 import torch
@@ -12,18 +12,19 @@ from cryoalign.search.settings import Search
 
 
 def order_averages(averages: Tensor, search: Search) -> tuple[Tensor, Pose]:
-    """The order of the shortest path through all averages, and their poses on the first.
+    """The order of a short path through all averages, and their poses on its first average.
 
     The distance of two averages is 1 minus their largest correlation coefficient. Along the path,
-    each average is rotated and mirrored onto the one before. It is not moved, so that it stays
-    centred as its members are.
+    each average is rotated and mirrored onto the average before it. It is not shifted, so that it
+    stays centred.
 
     Args:
         averages: (k, size, size), masked.
-        search: the poses tried between two averages.
+        search: the poses that are tried between two averages.
 
     Returns:
-        order (k,), indices into averages; pose (k,) of each average, in the order given.
+        order: (k,) indices of the averages along the path.
+        pose: (k,) pose of each average, in the order of ``averages``.
     """
     k = len(averages)
     pose = Pose.identity(k)
@@ -47,20 +48,20 @@ def order_averages(averages: Tensor, search: Search) -> tuple[Tensor, Pose]:
 
 
 def shortest_path(distance: np.ndarray) -> np.ndarray:
-    """(k,) an order of k points with a short path through all of them.
+    """(k,) order of k points along a short path through all of them.
 
-    It starts as the best order of the leaves of a hierarchical tree (Bar-Joseph, Gifford & Jaakkola
-    2001). Then sections of the path are reversed as long as that makes it shorter (2-opt).
+    The first path is the best order of the leaves of a hierarchical tree (Bar-Joseph, Gifford &
+    Jaakkola 2001). Then sections of the path are reversed as long as this makes it shorter (2-opt).
 
     Args:
-        distance: (k, k) symmetric, not negative.
+        distance: (k, k) distances of the points, symmetric and not negative.
     """
     k = len(distance)
     if k < 3:
         return np.arange(k)
     condensed = squareform(np.asarray(distance, np.float64), checks=False)
     path = leaves_list(linkage(condensed, "average", optimal_ordering=True)).astype(np.int64)
-    # A further point, at distance 0 from all, closes the path to a circle.
+    # One more point, at distance 0 from all others, closes the path to a circle.
     padded = np.zeros((k + 1, k + 1))
     padded[:k, :k] = distance
     path = np.append(path, k)

@@ -1,7 +1,7 @@
-"""Particles at two resolutions, their search at the lower one, and realignments of groups.
+"""Independent realignments of the members of a class, on images at two resolutions.
 
-The independent realignments of a group compare the same particles with as many references as there
-are runs. The particles' ring spectra are computed once, for all runs and iterations.
+All realignments (runs) of a class compare the same particles, each with the reference of its run,
+so that the particles' ring spectra are computed once for all runs and iterations.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked, soft_mask
 from cryoalign.images.polar import Rings, reference_spectra, ring_spectra
+from cryoalign.methods.references import random_poses
 from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.operators.correlation import correlation_peaks
 from cryoalign.pose import Pose
@@ -25,8 +26,8 @@ from cryoalign.search.coarse_to_fine import CoarseReferences, prepare_coarse
 from cryoalign.search.match import Match
 from cryoalign.search.refine import grid_pose, refine
 
-BATCH = 64  # particles at a time
-SEARCHES = 6  # iterations of a realignment at the lower resolution
+BATCH = 64  # particles that are worked on at a time; limits the memory
+SEARCHES = 6  # iterations of a realignment at the lower resolution, before the refinement
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,8 @@ class Level:
 
     Attributes:
         images: (n, size, size).
-        rings: on which they are compared.
-        mask: (size, size) of references.
+        rings: rings on which images are compared.
+        mask: (size, size) mask of references.
     """
 
     images: Tensor
@@ -44,7 +45,7 @@ class Level:
     mask: Tensor
 
     def take(self, members: Tensor) -> Level:
-        """The same of some particles."""
+        """The images with indices ``members`` (b,)."""
         return Level(self.images[members.to(self.images.device)], self.rings, self.mask)
 
 
@@ -53,10 +54,10 @@ class Pyramid:
     """Particles at two resolutions.
 
     Attributes:
-        high, low: the particles.
+        high, low: images at the higher and the lower resolution.
         coarse: rings and trial shifts of the search at the lower resolution.
         half: (n,) half-set of every particle, 0 or 1.
-        averaging: how references are made.
+        averaging: how averages become references.
     """
 
     high: Level
@@ -69,7 +70,7 @@ class Pyramid:
         return len(self.half)
 
     def take(self, members: Tensor) -> Pyramid:
-        """The same of some particles."""
+        """The particles with indices ``members`` (b,)."""
         return Pyramid(
             self.high.take(members), self.low.take(members), self.coarse, self.half[members],
             self.averaging,
@@ -80,15 +81,15 @@ def build_pyramid(
     images: Tensor, half: Tensor, last_ring: int, max_shift: float, mirror: bool,
     averaging: Averaging,
 ) -> Pyramid:  # fmt: skip
-    """Particles at both resolutions.
+    """Make the images of the lower resolution, and the rings and masks of both.
 
     Args:
-        images: (n, size, size).
-        half: (n,) 0 or 1.
-        last_ring: radius of the particle, pixels.
-        max_shift: largest trial shift, pixels.
+        images: (n, size, size) at the higher resolution.
+        half: (n,) half-set, 0 or 1.
+        last_ring: radius of the particle, pixels of ``images``.
+        max_shift: largest trial shift, pixels of ``images``.
         mirror: whether mirrored particles are tried.
-        averaging: how references are made.
+        averaging: how averages become references.
     """
     size, device = images.shape[-1], images.device
     rings = Rings(last_ring=last_ring)
@@ -117,7 +118,7 @@ def search_low(spectra: Tensor, references: Tensor, coarse: CoarseReferences) ->
 
 
 def match_low(particles: Pyramid, references: Tensor) -> Match:
-    """`search_low` of all particles, on the CPU: scores and poses (n, k)."""
+    """`search_low` of all particles, in batches: scores and poses (n, k) on the CPU."""
     coarse = particles.coarse
 
     def matched(part: Tensor) -> Match:
@@ -130,19 +131,20 @@ def match_low(particles: Pyramid, references: Tensor) -> Match:
 
 
 def refine_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Pose:
-    """Poses (n,) refined on references ``label`` (n,), on the CPU."""
+    """(n,) poses refined on the references with indices ``label`` (n,), on the CPU."""
     return _refined(level, references, label, pose, steps=2)[0]
 
 
 def scores_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Tensor:
-    """(n,) correlation coefficients with references ``label`` (n,) at poses (n,), on the CPU."""
+    """(n,) correlation coefficients at given poses (n,) with the references with indices ``label``
+    (n,), on the CPU."""
     return _refined(level, references, label, pose, steps=0)[1]
 
 
 def _refined(
     level: Level, references: Tensor, label: Tensor, pose: Pose, steps: int
 ) -> tuple[Pose, Tensor]:
-    """`refine` of all particles in batches, on the CPU."""
+    """`search.refine.refine` of all particles in batches: poses and scores (n,) on the CPU."""
     device = level.images.device
 
     def refined(rows: Tensor) -> tuple[Pose, Tensor]:
@@ -161,10 +163,10 @@ def references_of(
     """Filtered, centred and masked class averages (k, size, size), and poses (n,) on them.
 
     Args:
-        level: n particles.
-        half: (n,) 0 or 1.
+        level: images of n particles.
+        half: (n,) half-set, 0 or 1.
         label: (n,) class index; -1 leaves a particle out.
-        pose: (n,).
+        pose: (n,), in pixels of ``level``.
         k: number of classes.
         averaging: how averages become references.
     """
@@ -180,7 +182,7 @@ def references_of(
             some, moved.angle, moved.shift, moved.mirror, member.to(images.device), len(there)
         )
 
-    parts = [rows for rows in used.split(BATCH) if len(rows)]  # none where no label is used
+    parts = [rows for rows in used.split(BATCH) if len(rows)]  # an empty tensor has one part
     for there, part in map_in_order(summed, parts, workers_for(images.device)):
         total.index_add_(0, there.to(images.device), part)
     count = torch.bincount(group[used], minlength=2 * k).to(images.device)
@@ -192,70 +194,53 @@ def references_of(
     return masked(references, level.mask), moved
 
 
-def scaled(pose: Pose, factor: float) -> Pose:
-    """Poses with shifts times ``factor``, for images with ``factor`` times as many pixels."""
-    return Pose(pose.angle, pose.shift * factor, pose.mirror)
-
-
-def random_poses(n: int, mirror: bool, generator: torch.Generator) -> Pose:
-    """(n,) poses with random angles and no shift, and with random hands if ``mirror``."""
-    angle = torch.rand(n, generator=generator) * 360 - 180
-    hand = torch.rand(n, generator=generator) < 0.5
-    return Pose(angle, torch.zeros(n, 2), hand if mirror else torch.zeros_like(hand))
-
-
 def realign(group: Pyramid, start: Pose) -> Pose:
-    """Align the particles of a group to their own averages, independently in every run.
+    """Align the particles of a class to their own average, independently in every run.
 
     Args:
-        group: n particles.
+        group: the n members of the class.
         start: (l, n) poses of l runs, in pixels of the lower resolution.
 
     Returns:
         (l, n) poses, in pixels of the higher resolution.
     """
     runs, n = start.angle.shape
-    run = torch.arange(runs).repeat_interleave(n)  # of each copy of each particle
+    run = torch.arange(runs).repeat_interleave(n)  # (l n,) run of each copy of each particle
     low, averaging = repeated(group.low, runs), group.averaging
     half = group.half.repeat(runs)
-    flat = _reshaped(start, runs * n)
+    flat = start.reshape(runs * n)
     spectra = ring_spectra(group.low.images, group.coarse.rings, group.coarse.shifts)
     for _ in range(SEARCHES):
         references, _ = references_of(low, half, run, flat, runs, averaging)
         pose = search_low(spectra, references, group.coarse).pose.to("cpu")  # (n, runs)
         flat = Pose.cat([pose[:, i] for i in range(runs)])
     for level, factor in ((low, 1.0), (repeated(group.high, runs), group.coarse.factor)):
-        flat = scaled(flat, factor)
-        references, flat = references_of(level, half, run, flat, runs, averaging)
+        references, flat = references_of(level, half, run, flat.scaled(factor), runs, averaging)
         flat = refine_at(level, references, run, flat)
-    return _reshaped(flat, runs, n)
-
-
-def _reshaped(pose: Pose, *shape: int) -> Pose:
-    return Pose(pose.angle.view(shape), pose.shift.view(*shape, 2), pose.mirror.view(shape))
+    return flat.reshape(runs, n)
 
 
 def repeated(level: Level, times: int) -> Level:
-    """``times`` copies of all particles, one set of copies after the other."""
+    """``times`` copies of all particles: the whole set, then the whole set again."""
     return Level(level.images.repeat(times, 1, 1), level.rings, level.mask)
 
 
 def realign_groups(
     particles: Pyramid, label: Tensor, k: int, runs: int, generator: torch.Generator,
-    tell: Callable[[int], None] | None = None,
+    on_class: Callable[[int], None] | None = None,
 ) -> Pose:  # fmt: skip
-    """Independent realignments of every class's members: (runs, n) poses, on the CPU.
+    """Independent realignments of the members of every class: (runs, n) poses, on the CPU.
 
     Args:
         particles: n particles.
         label: (n,) class index.
         k: number of classes.
         runs: number of realignments, each from random angles and hands.
-        generator: of the random numbers.
-        tell: called with the number of classes done.
+        generator: random numbers.
+        on_class: called with the number of classes done.
     """
     n = len(label)
-    start = _reshaped(random_poses(runs * n, particles.coarse.mirror, generator), runs, n)
+    start = random_poses(runs * n, particles.coarse.mirror, generator).reshape(runs, n)
     groups = [(label == c).nonzero().squeeze(1) for c in range(k)]
 
     def aligned(members: Tensor) -> Pose:
@@ -269,6 +254,6 @@ def realign_groups(
     ):
         angle[:, members], shift[:, members] = found.angle, found.shift
         mirror[:, members] = found.mirror
-        if tell is not None:
-            tell(done + 1)
+        if on_class is not None:
+            on_class(done + 1)
     return Pose(angle, shift, mirror)

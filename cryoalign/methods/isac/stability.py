@@ -1,9 +1,9 @@
 """The agreement of independent alignments (runs) of the same particles.
 
-Each run from a new start ends with the whole class rotated, moved or mirrored in its own way: its
-frame. Brought to one frame, runs differ by the uncertainty of each particle's pose, which is
-largest for particles that belong to another class (Yang, Fang, Chittuluri, Asturias & Penczek
-2012, ISAC).
+Each run starts from other poses and ends with the whole class rotated, shifted and mirrored in
+another way; this is the frame of the run. When all runs are transformed to one frame, the remaining
+differences show the uncertainty of each particle's pose, which is largest for particles that belong
+to another class (Yang, Fang, Chittuluri, Asturias & Penczek 2012, ISAC).
 """
 
 import math
@@ -17,26 +17,26 @@ from torch import Tensor
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import displacement
 
-ROUNDS = 10  # of re-weighting; frames do not change any more after a few
+ROUNDS = 10  # rounds of new weights; frames change only in the first few
 
 
 def common_frame(runs: Pose, label: Tensor, k: int, radius: float, threshold: float) -> Pose:
-    """Runs brought to one frame per class: that of the first run.
+    """Transform the runs of each class to one frame, that of the first run.
 
     Hands and angles are found by synchronisation (Singer 2011), from the leading eigenvector of
-    the matrix of agreements between runs, and shifts by least squares. Particles that differ
-    between runs should not determine the frame: each has the weight
-    1 / (threshold^2 + its squared pixel error), which is updated `ROUNDS` times.
+    the matrix of agreements between runs, and shifts by least squares. A particle has the weight
+    1 / (threshold^2 + its squared pixel error), updated `ROUNDS` times, because particles that
+    differ between runs should not determine the frame.
 
     Args:
         runs: (l, n) poses of n particles in l runs.
-        label: (n,) class index, 0 … k - 1; each class has a frame of its own.
+        label: (n,) class index, 0 … k - 1; each class has its own frame.
         k: number of classes.
-        radius: of the particle, pixels.
-        threshold: pixel error of a stable particle, pixels.
+        radius: radius of the particle, pixels.
+        threshold: largest pixel error of a stable particle, pixels.
 
     Returns:
-        (l, n) float64.
+        (l, n) poses in float64.
     """
     runs = _same_hand(runs.to(torch.float64), label, k)
     weight = consistent_hands(runs).double()
@@ -47,10 +47,10 @@ def common_frame(runs: Pose, label: Tensor, k: int, radius: float, threshold: fl
 
 
 def pixel_errors(runs: Pose, radius: float) -> Tensor:
-    """(n,) pixel error e of every particle: its spread over runs (l, n) of one frame, pixels.
+    """(n,) pixel error e of every particle, its spread over runs (l, n) of one frame, in pixels.
 
     e^2 = d^2 / 4 (1 - |sum over runs of exp(i angle)| / l) + var(x) + var(y), with d = 2 radius
-    and (x, y) the position of the particle's centre on the reference. Infinite where hands differ.
+    and (x, y) the position of the particle's centre on the reference. Infinite if hands differ.
     """
     together = torch.polar(torch.ones_like(runs.angle), torch.deg2rad(runs.angle)).mean(0).abs()
     spread = displacement(runs).var(0, correction=0).sum(-1)
@@ -59,12 +59,12 @@ def pixel_errors(runs: Pose, radius: float) -> Tensor:
 
 
 def consistent_hands(runs: Pose) -> Tensor:
-    """(n,) bool: all runs (l, n) of one frame give the particle the same hand."""
+    """(n,) bool: whether all runs (l, n) of one frame give the particle the same hand."""
     return (runs.mirror == runs.mirror[:1]).all(0)
 
 
 def mean_pose(runs: Pose) -> Pose:
-    """(n,) mean pose of runs (l, n) of one frame; the first run's where hands differ."""
+    """(n,) mean pose of runs (l, n) of one frame; the pose in the first run if hands differ."""
     mirror = runs.mirror[0]
     angle = torch.deg2rad(runs.angle)
     turn = torch.rad2deg(torch.atan2(angle.sin().mean(0), angle.cos().mean(0)))
@@ -81,14 +81,14 @@ def mean_pose(runs: Pose) -> Pose:
 def core_members(score: Tensor, label: Tensor, members: Tensor, deviations: float) -> Tensor:
     """(n,) bool: members whose score is not far below the median of their class.
 
-    In a class of real particles, images of noise align to the average as stably as particles do,
-    but with a lower score.
+    In a class of real particles, images of noise are aligned to the average as stably as
+    particles, but with a lower score.
 
     Args:
         score: (n,).
         label: (n,) class index.
-        members: (n,) bool.
-        deviations: largest distance below the median, in standard deviations, which are 1.4826
+        members: (n,) bool, the members of the classes.
+        deviations: largest distance below the median, in standard deviations, estimated as 1.4826
             times the median absolute deviation.
     """
     table = pd.DataFrame({"score": score.double().cpu(), "label": label.cpu()})
@@ -99,19 +99,17 @@ def core_members(score: Tensor, label: Tensor, members: Tensor, deviations: floa
 
 
 def match_classes(a: Tensor, b: Tensor) -> pd.DataFrame:
-    """Pairs of classes of two classifications that have most members in common.
-
-    The pairing maximises the number of common members (Kuhn-Munkres, "Hungarian", method).
+    """Pair the classes of two classifications so that pairs have most members in common.
 
     Args:
-        a, b: (n,) class numbers of the same particles, from 1; 0 = in none.
+        a, b: (n,) class numbers of the same particles, from 1; 0 means in no class.
 
     Returns:
         A row per pair with common members: class_a, class_b, size_a, size_b, common, jaccard
-        (common members over members of either).
+        (common members over members of either class).
 
     Raises:
-        ValueError: a and b are not of one length.
+        ValueError: a and b have different lengths.
     """
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(
@@ -132,14 +130,14 @@ def match_classes(a: Tensor, b: Tensor) -> pd.DataFrame:
 
 
 def reproducibility(a: Tensor, b: Tensor) -> float:
-    """Share of particles that both classifications have in matched classes, of those that at least
-    one has in a class; NaN if there are none. Arguments as `match_classes`."""
+    """Share of particles in matched classes (`match_classes`) among those that at least one
+    classification has in a class; NaN if there are none. Arguments as `match_classes`."""
     either = int(((a > 0) | (b > 0)).sum())
     return float(match_classes(a, b)["common"].sum()) / either if either else math.nan
 
 
 def _same_hand(runs: Pose, label: Tensor, k: int) -> Pose:
-    """Runs, each class mirrored where that makes hands agree with the first run."""
+    """The runs, with each class mirrored if this makes its hands agree with the first run."""
     hand = torch.where(runs.mirror, -1.0, 1.0).to(runs.angle)  # (l, n)
     vector = _leading(hand, label, k, torch.ones_like(hand[0]))  # (k, l)
     flip = (vector * vector[:, :1])[label].T < 0  # (l, n)
@@ -147,7 +145,7 @@ def _same_hand(runs: Pose, label: Tensor, k: int) -> Pose:
 
 
 def _same_turn(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
-    """Runs, each class rotated onto the first run."""
+    """The runs, with each class rotated onto the first run."""
     # Poses mirror last, and F R(a) = R(-a) F: a rotation of the reference adds to -a.
     angle = torch.deg2rad(torch.where(runs.mirror, -runs.angle, runs.angle))
     vector = _leading(torch.polar(torch.ones_like(angle), angle), label, k, weight)
@@ -157,7 +155,7 @@ def _same_turn(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
 
 
 def _same_place(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
-    """Runs, each class moved onto the first run."""
+    """The runs, with each class shifted onto the first run."""
     place = (displacement(runs) * weight[:, None]).transpose(0, 1)  # (n, l, 2)
     total = place.new_zeros(k, *place.shape[1:]).index_add(0, label, place)
     count = weight.new_zeros(k).index_add(0, label, weight).clamp(min=1e-300)
@@ -167,7 +165,8 @@ def _same_place(runs: Pose, label: Tensor, k: int, weight: Tensor) -> Pose:
 
 
 def _leading(unit: Tensor, label: Tensor, k: int, weight: Tensor) -> Tensor:
-    """(k, l) leading eigenvector of each class's sum of weight z z^H, z = unit (l, n)."""
+    """(k, l) leading eigenvector of the sum of weight z z^H over each class's members, where z is
+    a column of ``unit`` (l, n)."""
     z = unit.T  # (n, l)
     products = (weight[:, None, None] * z[:, :, None] * z[:, None].conj()).resolve_conj()
     matrix = products.new_zeros(k, *products.shape[1:]).index_add(0, label, products)

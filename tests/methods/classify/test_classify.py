@@ -15,7 +15,6 @@ from cryoalign.images.masks import normalise
 from cryoalign.methods.classify import classify as classification
 from cryoalign.methods.classify import resolution_level as module
 from cryoalign.methods.classify.classify import classify
-from cryoalign.methods.classify.resolution_level import shift_grid
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import Observations, observe
@@ -23,6 +22,7 @@ from cryoalign.particles.prepare import prepare
 from cryoalign.particles.settings import Images, Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import TensorStack, optics_of
+from cryoalign.search.settings import shift_grid
 
 QUICK = Likelihood(cycles=1)
 NEAR, FAR = Particle(max_shift="1 px"), Particle(max_shift="2 px")

@@ -6,8 +6,9 @@ import torch
 from cryoalign.methods.classify import resolution_level as module
 from cryoalign.methods.classify.em_step import expect, mix_sums
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
-from cryoalign.methods.classify.resolution_level import ResolutionLevel, shift_grid
+from cryoalign.methods.classify.resolution_level import ResolutionLevel
 from cryoalign.methods.classify.whitening import Observations
+from cryoalign.search.settings import shift_grid
 
 RINGS = FourierRings(40, 5, 16.0)
 
