@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,7 +16,9 @@ from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem
 from cryoalign.io.survey import Survey, survey
 from cryoalign.methods.base import Method
+from cryoalign.particles.prepare import CACHE_SHARE
 from cryoalign.particles.settings import Images
+from cryoalign.runtime.threads import available_memory
 
 # Memory of a run, fitted to the peak memory of six runs (64 to 176 px, 500 to 5000 particles, 3 to
 # 5 classes on 2 cores); the estimate was within 10 % of each.
@@ -97,7 +100,7 @@ def check_stack(
         shape=found.shape,
         pixel_size=found.pixel_size,
         stacks=found.files,
-        memory_bytes=_memory(found, n),
+        memory_bytes=_memory(found, n, images),
     )
 
 
@@ -126,9 +129,11 @@ def _method_problems(found: Survey, method: Method, images: Images, n: int) -> I
         yield Problem(found.path, None, what, remedy or "change that setting")
 
 
-def _memory(found: Survey, n: int) -> int:
+def _memory(found: Survey, n: int, prepared: Images) -> int:
     """Peak memory of a run in bytes, without references and classes, which need little."""
     table = 0 if found.star is None else int(found.star.particles.memory_usage(deep=True).sum())
     height, width = found.shape or (0, 0)
     images = _IMAGES + _COPIES * min(n, EMBEDDED)
-    return _PROGRAM + 2 * table + _RESULT * n + images * height * width * 4
+    kept = 4 * n * (prepared.box or width) ** 2  # prepared images, while they fit
+    kept = kept if kept <= CACHE_SHARE * available_memory(torch.device("cpu")) else 0
+    return _PROGRAM + 2 * table + _RESULT * n + images * height * width * 4 + kept

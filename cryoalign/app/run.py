@@ -17,6 +17,7 @@ from cryoalign.methods.base import OnStep, align
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import prepare
+from cryoalign.particles.stack import optics_of
 from cryoalign.runtime.processes import choose_device, process_group, rank, same_on_all_ranks
 
 # Settings that may change when a run is resumed, because the results do not depend on them.
@@ -111,8 +112,12 @@ def _align_and_write(
 def _read(config: RunConfig) -> ParticleStack:
     """Open the particles, and check them and the references as far as headers and rows allow."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
+    method = config.made()
+    method.refuse_processes()
+    if config.particle.ctf and method.uses("particle.ctf"):
+        optics_of(stack)  # raises ValueError for a CTF that is not complete
     if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
-        config.made().check(config.images.box_of(stack.shape[0], stack.pixel_size))
+        method.check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():
         raise FileNotFoundError(
             f"references: {config.references} is neither a file nor one of {', '.join(SEEDINGS)}: "

@@ -154,9 +154,8 @@ class RunConfig:
             yield "resume needs output, the folder of the run to continue: add output=FOLDER"
         if METHODS[self.method].uses("assign"):
             yield from self._wrong_assignment()
-        if METHODS[self.method].uses("search.shift_step"):
-            yield from self._wrong_shifts()
-        if self.images.box is not None:
+        lengths = [self.particle.max_shift, self.particle.radius or ""]
+        if self.images.box is not None and not any(each.endswith("A") for each in lengths):
             try:
                 self.made().check(Box(self.images.box, None))
             except ValueError as error:
@@ -173,16 +172,6 @@ class RunConfig:
                 yield f"{found}; this method has {method.instead[key]} instead"
             elif others := [name for name, each in METHODS.items() if each.uses(key)]:
                 yield f"{found}, or use method={' or '.join(others)}"
-
-    def _wrong_shifts(self) -> Iterator[str]:
-        """A step between trial shifts above the largest shift, if both are in pixels."""
-        reach, unit = self.particle.max_shift.split()
-        if unit == "px" and 0 < float(reach) < self.search.shift_step:
-            yield (
-                f"search.shift_step {self.search.shift_step:g} px is larger than "
-                f"particle.max_shift {reach} px, so that no shift would be tried: use a smaller "
-                "shift_step, or particle.max_shift=0 px"
-            )
 
     def _wrong_assignment(self) -> Iterator[str]:
         try:

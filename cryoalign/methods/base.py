@@ -5,6 +5,7 @@ time, and finishes with an `Alignment`. `align` runs these parts: it checks the 
 checkpoint from which it continues, if there is one, and calls a function after every step.
 """
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,12 @@ from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import world_size
 
+MOVED = {
+    "batch_size": "give it to `prepare`, and the particles that it makes to the method",
+    "max_rejected": "give it to `prepare`, and the particles that it makes to the method",
+    "on_iteration": "it is called on_step now",
+}
+"""Arguments of earlier versions, and where they went."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 OnStep = Callable[[State], None]
 """Called with the state after every step."""
@@ -96,6 +103,11 @@ class Method(ABC):
         """Largest shift that is searched, in pixels of the prepared images."""
         return self.particle.max_shift_in(box)
 
+    def refuse_processes(self) -> None:
+        """Raise ValueError if several processes run and the method works in one only."""
+        if world_size() > 1 and not self.in_processes:
+            raise ValueError(f"method={self.name} runs in one process: start it without torchrun")
+
     @property
     def shift_key(self) -> str:
         """Dotted key of the setting that limits shifts."""
@@ -158,13 +170,16 @@ def align(
         ValueError: settings that do not fit the particles or each other, before the work starts; a
             state of another method or of other particles.
     """
-    if world_size() > 1 and not method.in_processes:
-        raise ValueError(f"method={method.name} runs in one process: start it without torchrun")
+    method.refuse_processes()
     if not isinstance(particles, PreparedParticles):
         stack, images = as_stack(particles), images or Images()
         if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
             method.check(images.box_of(stack.shape[0], stack.pixel_size))
         particles = prepare(stack, images, optics=optics, device=device, progress=progress)
+    elif images is not None or optics is not None or device != "auto":
+        raise ValueError(
+            "the particles are prepared already: give images, optics and device to `prepare`"
+        )
     elif progress is not None:
         particles = particles.reporting_to(progress)
     method.check(particles.box, len(particles))
@@ -192,6 +207,11 @@ def align_with(
         particles: as in `align`.
         settings: fields of the method (None: the default), and arguments of `align`.
     """
+    accepted = [*(each.name for each in fields(method)), *list(signature(align).parameters)[2:]]
+    for name in set(settings) - set(accepted):
+        close = difflib.get_close_matches(name, accepted, 1)
+        hint = MOVED.get(name) or (f"did you mean {close[0]}?" if close else "see its help")
+        raise TypeError(f"{method.name} has no setting {name!r}; {hint}")
     own = {each.name for each in fields(method)} & set(settings)
     made = {name: settings[name] for name in own if settings[name] is not None}
     rest = {name: value for name, value in settings.items() if name not in own}
@@ -220,6 +240,12 @@ def _refuse_other_particles(state: State, method: Method, particles: PreparedPar
         raise ValueError(
             f"the checkpoint is of method={state.method}, not {method.name}: resume with the "
             "settings of that run, or start another run"
+        )
+    wanted = getattr(method, "n_classes", None)
+    if "n_classes" in state.tensors and wanted not in (None, int(state["n_classes"])):
+        raise ValueError(
+            f"the checkpoint is of {int(state['n_classes'])} classes, not {wanted}: resume with "
+            "the same settings, or start another run"
         )
     n = len(state["label"])
     if n != len(particles) or state.fingerprint != particles.fingerprint:

@@ -170,7 +170,11 @@ class MultiReference(Method):
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
         k = len(state["references"])
-        numbers = None if self._chosen else pd.DataFrame({"reference": range(1, k + 1)})
+        # A class that was given members of another one does not come from its reference any more.
+        split = any(row["split_classes"] for row in state.history) or self.assign.start_classes
+        numbers = None
+        if not (self._chosen or split):
+            numbers = pd.DataFrame({"reference": range(1, k + 1)})
         return self._work(particles).result(state, self.quality, by_class=numbers)
 
     def line(self, row: Mapping[str, Any]) -> str:

@@ -209,33 +209,44 @@ class PreparedParticles:
 
 
 class _Cache:
-    """Prepared images in memory, or nothing if there is too little memory. Threads may share it."""
+    """Prepared images of this process's particles in memory, or nothing if there is too little
+    memory. Threads may share it. What it gives must not be written to."""
 
     def __init__(self, n: int, size: int, device: torch.device) -> None:
-        self.shape, self.device = (n, size, size), device
+        own = shard(n)
+        self.first, count = own.start, own.stop - own.start
+        self.shape, self.device = (count, size, size), device
         self.images: Tensor | None = None
         self.lock, self.complete = threading.Lock(), False
-        self.there = torch.zeros(n, dtype=torch.bool)
-        self.has_room = 4 * n * size**2 <= CACHE_SHARE * available_memory(device)
+        self.there = torch.zeros(count, dtype=torch.bool)
+        self.has_room = 4 * count * size**2 <= CACHE_SHARE * available_memory(device)
 
     def get(self, members: Tensor) -> Tensor | None:
         """(b, size, size) images, or None if one of them is not here."""
-        if self.images is None or not (self.complete or self.there[members].all()):
+        if self.images is None or not len(members):
             return None
-        index = members.numpy()  # many times faster than PyTorch on so few numbers
-        if len(index) and (index[1:] - index[:-1] == 1).all():
-            return self.images[int(index[0]) : int(index[-1]) + 1]  # in order: no copy
-        return self.images[members.to(self.device)]
+        index = members.numpy() - self.first  # many times faster than PyTorch on so few numbers
+        if index.min() < 0 or index.max() >= len(self.there):  # of another process
+            return None
+        if not (self.complete or self.there[index].all()):
+            return None
+        if (index[1:] - index[:-1] == 1).all():
+            return self.images[int(index[0]) : int(index[-1]) + 1]  # adjacent images need no copy
+        return self.images[torch.from_numpy(index).to(self.device)]
 
     def put(self, members: Tensor, images: Tensor) -> None:
-        """Keep images (b, size, size), if there is enough memory for all particles."""
-        if self.has_room and len(members):
-            with self.lock:
-                if self.images is None:
-                    self.images = torch.empty(self.shape, device=self.device)
-            self.images[members.to(self.device)] = images
-            self.there[members] = True
-            self.complete = bool(self.there.all())
+        """Keep those of images (b, size, size) that are this process's, if there is enough memory
+        for all of its particles."""
+        here = (members >= self.first) & (members < self.first + len(self.there))
+        if not self.has_room or not here.any():
+            return
+        with self.lock, torch.inference_mode(False):
+            if self.images is None:
+                self.images = torch.empty(self.shape, device=self.device)
+        rows = members[here] - self.first
+        self.images[rows.to(self.device)] = images[here.to(images.device)]
+        self.there[rows] = True
+        self.complete = bool(self.there.all())
 
 
 def _screened(stack: Stack, progress: Progress | None) -> pd.DataFrame:

@@ -70,6 +70,10 @@ class Particle:
     mirror: bool = Field(default=True, description="mirrored particles belong to the same class")
     ctf: bool = Field(default=True, description="use the CTF if the STAR file has a defocus")
 
+    def __post_init__(self) -> None:
+        if self.radius is not None and float(self.radius.split()[0]) == 0:
+            raise ValueError(f"particle.radius is {self.radius}: it must be above zero")
+
     def radius_in(self, box: Box) -> float | None:
         """The radius in pixels of the prepared images; None if it is not set."""
         return None if self.radius is None else in_pixels(self.radius, box, "particle.radius")

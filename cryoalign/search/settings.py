@@ -49,6 +49,8 @@ class SearchSettings:
                 "and mirror as particle=Particle(radius=..., max_shift=..., mirror=...)"
             )
         radius = particle.radius_in(box)
+        if radius is not None and round(radius) < 2:
+            raise ValueError(f"particle.radius is {radius:.3g} px: it must be 2 px or more")
         own = {name: getattr(self, name) for name in SearchSettings.__dataclass_fields__}
         search = Search(
             **own,
@@ -57,6 +59,12 @@ class SearchSettings:
             mirror=particle.mirror,
         )
         search.rings(box.size)
+        if 0 < search.max_shift < search.shift_step:
+            raise ValueError(
+                f"search.shift_step {search.shift_step:g} px is larger than the largest shift "
+                f"{search.max_shift:g} px, so that no shift would be tried: make it smaller, or "
+                "particle.max_shift 0 px"
+            )
         return search
 
 

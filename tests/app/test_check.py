@@ -154,4 +154,5 @@ def test_large_lists_need_memory_for_their_table(tmp_path: Path, make_stack: Mak
     few, many = ([f"{1 + i % 2}@a.mrcs" for i in range(n)] for n in (10, 20_000))
     small = check_stack(_star(tmp_path / "few.star", few)).memory_bytes
     large = check_stack(_star(tmp_path / "many.star", many)).memory_bytes
-    assert 2e6 < large - small < 2e7
+    kept = 4 * (20_000 - 10) * 16**2  # bytes of the prepared images, which stay in memory
+    assert 2e6 < large - small - kept < 2e7

@@ -127,7 +127,7 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("search.shift_step=[1]", "search.shift_step: should be a number, got a list"),
         ("settle=null", "settle is missing"),
         ("device=gpu", "device: should be 'auto', 'cpu' or 'cuda', got the text 'gpu'"),
-        ("search.shift_step=100", "no shift would be tried"),
+        ("search.shift_step=100 images.box=64", "no shift would be tried"),
         ("method=classify references=views.mrcs", "references: leave it out, or use method=mra"),
         ("method=classify averaging.centre=none", "use averaging.centre: leave it out, or use"),
         ("method=classify iterations=9", "this method has likelihood.cycles instead"),

@@ -42,7 +42,7 @@ def test_lengths_are_of_the_prepared_images() -> None:
         ("130 Å", "130 A"),
         ("130Å", "130 A"),
         ("3.50 px", "3.5 px"),
-        ("0 px", "0 px"),
+        ("0.5 px", "0.5 px"),
         ("1e2 A", "100 A"),
         (".5 px", "0.5 px"),
     ],

@@ -70,12 +70,10 @@ class Classification(Method):
         return self._work(particles).begin()
 
     def step(self, particles: PreparedParticles, state: State) -> State:
-        self._refuse_other_classes(state)
         work = state.unsaved.get("work") or self._work(particles)
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        self._refuse_other_classes(state)
         if self.particle.ctf:
             particles = particles.phase_flipped()
         plan, size, device = self._plan(particles.box), particles.size, particles.device
@@ -95,14 +93,6 @@ class Classification(Method):
             f"log-likelihood {row['log_evidence']:.3f} a particle, certainty "
             f"{row['certainty']:.0%}, classes of {row['smallest_class']} to {row['largest_class']}"
         )
-
-    def _refuse_other_classes(self, state: State) -> None:
-        """Make sure that a checkpoint is of as many classes as are asked; it may have fewer."""
-        if int(state["n_classes"]) != self.n_classes:
-            raise ValueError(
-                f"the checkpoint has {int(state['n_classes'])} classes, not {self.n_classes}: "
-                "resume with the same settings, or start another run"
-            )
 
     def _plan(self, box: Box) -> Plan:
         particle = self.particle

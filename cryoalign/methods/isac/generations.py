@@ -80,6 +80,12 @@ class Work:
         )  # fmt: skip
 
 
+def shrunk_pose(state: State) -> Pose:
+    """(n,) poses in pixels of the shrunk images: of a particle accounted for its pose on its class
+    average, of another (label -1) the shift that centres it."""
+    return Pose(state["angle"], state["shrunk_shift"], state["mirror"])
+
+
 def centre_particles(work: Work, images: Tensor) -> Pose:
     """(n,) poses that centre shrunk images (n, size, size) by shifts of whole pixels."""
     shift = prealign(work.pyramid(images), work.isac.prealign, work.particles.report)
@@ -264,8 +270,9 @@ def accept(work: Work, state: State, rest: Tensor, found: Generation, started: f
     members = rest[kept]
     label, error = state["label"].clone(), state["pixel_error"].clone()
     label[members], error[rest] = number[found.label[kept]], found.error
-    moved = compose(state.pose[members], found.pose[kept])
-    angle, shift, mirror = (each.clone() for each in pose_tensors(state.pose).values())
+    before = shrunk_pose(state)
+    moved = compose(before[members], found.pose[kept])
+    angle, shift, mirror = (each.clone() for each in pose_tensors(before).values())
     angle[members], shift[members], mirror[members] = moved.angle, moved.shift, moved.mirror
     accounted = int((label >= 0).sum())
     row = {
@@ -283,5 +290,6 @@ def accept(work: Work, state: State, rest: Tensor, found: Generation, started: f
     left = len(label) - accounted
     return state.next(
         row, done=bool(not good.any() or left < 2 * work.isac.images_per_group),
-        pose=Pose(angle, shift, mirror), unsaved=state.unsaved, label=label, pixel_error=error,
+        unsaved=state.unsaved, label=label, pixel_error=error,
+        angle=angle, shrunk_shift=shift, mirror=mirror,
     )  # fmt: skip

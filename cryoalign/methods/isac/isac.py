@@ -25,12 +25,13 @@ from cryoalign.methods.isac.generations import (
     centre_particles,
     centred_pyramid,
     generation,
+    shrunk_pose,
 )
 from cryoalign.methods.isac.ordering import order_averages
 from cryoalign.methods.isac.settings import Isac, scale_of
 from cryoalign.methods.isac.stability import match_classes, reproducibility
 from cryoalign.methods.references import refine_on_averages
-from cryoalign.methods.state import State, pose_tensors
+from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.particles.settings import Box
 from cryoalign.particles.stack import Stack
@@ -133,7 +134,13 @@ class StableClassification(Method):
         return State(
             self.name,
             particles.fingerprint,
-            tensors={"label": label, "pixel_error": error, **pose_tensors(pose)},
+            tensors={
+                "label": label,
+                "pixel_error": error,
+                "angle": pose.angle,
+                "shrunk_shift": pose.shift,
+                "mirror": pose.mirror,
+            },
             unsaved={"pyramid": centred_pyramid(work, images, label, pose)},
         )
 
@@ -145,7 +152,7 @@ class StableClassification(Method):
         started, work = time.perf_counter(), self._work(particles)
         pyramid = state.unsaved.get("pyramid")
         if pyramid is None:
-            pyramid = centred_pyramid(work, work.shrunk(), state["label"], state.pose)
+            pyramid = centred_pyramid(work, work.shrunk(), state["label"], shrunk_pose(state))
         state.unsaved["pyramid"] = pyramid
         rest = (state["label"] < 0).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * state.iteration)
@@ -153,7 +160,9 @@ class StableClassification(Method):
         return accept(work, state, rest, found, started)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
+        state.unsaved.pop("pyramid", None)  # large, and not needed any more
         first = self._conclude(particles, state)
+        numbers_here = _class_numbers(particles, state, first)
         stability = first.to_frame()[["index", "class_number", "generation", "pixel_error"]]
         tables = {"stability": stability}
         matched, shares = list[pd.DataFrame](), list[float]()
@@ -164,9 +173,9 @@ class StableClassification(Method):
                 other = method.step(particles, other)
             numbers = torch.zeros_like(first.class_number)
             numbers[particles.rows] = other["label"] + 1
-            pairs = match_classes(first.class_number, numbers)
+            pairs = match_classes(numbers_here, numbers)
             matched.append(pairs.assign(repeat=again))
-            shares.append(reproducibility(first.class_number, numbers))
+            shares.append(reproducibility(numbers_here, numbers))
         if not shares:
             return replace(first, tables=tables)
         tables["reproducibility"] = pd.concat(matched, ignore_index=True)
@@ -202,7 +211,7 @@ class StableClassification(Method):
         mask = soft_mask(size, self.particle.radius_in(some.box) or radius,
                          self.averaging.mask_edge, device)  # fmt: skip
         rings = Rings(last_ring=min(round(radius), (size - 1) // 2 - 1))  # room for a shift
-        pose = state.pose[members].scaled(work.scale.factor)
+        pose = shrunk_pose(state)[members].scaled(work.scale.factor)
         found, references = refine_on_averages(some, label, pose, k, self.averaging, mask, rings)
         search = Search(max_shift=1, last_ring=rings.last_ring, mirror=self.particle.mirror)
         order, turn = order_averages(references, search)
@@ -229,6 +238,18 @@ class StableClassification(Method):
         label = state["label"]
         generation[particles.rows[label >= 0]] = born[label[label >= 0]]
         return pd.DataFrame({"generation": generation.numpy(), "pixel_error": error.numpy()})
+
+
+def _class_numbers(particles: PreparedParticles, state: State, result: Alignment) -> Tensor:
+    """(n,) class number of every row of the input, also of members that were set aside as junk."""
+    members = state["label"] >= 0
+    rows, label = particles.rows[members], state["label"][members]
+    kept = result.class_number[rows] > 0
+    number = torch.zeros(int(label.max()) + 1, dtype=torch.int64)
+    number[label[kept]] = result.class_number[rows[kept]]
+    numbers = torch.zeros_like(result.class_number)
+    numbers[rows] = number[label]
+    return numbers
 
 
 @shows_settings(StableClassification)
