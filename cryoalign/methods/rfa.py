@@ -161,7 +161,7 @@ class ReferenceFree(Method):
         iterations, shells = curves.shape
         columns = {
             "iteration": torch.arange(1, iterations + 1).repeat_interleave(shells),
-            "frequency": torch.arange(shells).repeat(iterations) / box.size,  # 1/px
+            "frequency": torch.arange(shells).double().repeat(iterations) / box.size,  # 1/px
             "frc": curves.flatten(),
         }
         stacks = {"average_iterations.mrcs": state["average_iterations"]}
