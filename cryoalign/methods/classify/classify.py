@@ -58,7 +58,7 @@ class Classification(Method):
         if not isinstance(self.n_classes, Integral) or not 1 <= self.n_classes <= n // 2:
             raise ValueError(
                 f"n_classes must be a whole number from 1 to half of the {n} usable particles, "
-                f"not {self.n_classes}"
+                f"not {self.n_classes}: use at most {n // 2}"
             )
         if n < world_size():
             raise ValueError(
