@@ -89,7 +89,8 @@ class MultiReference(Method):
         if not isinstance(self.n_classes, Integral) or not 1 <= self.n_classes <= n:
             raise ValueError(
                 f"n_classes must be a whole number from 1 to the {n} usable particles when "
-                f"references are chosen by {self.references!r}; got {self.n_classes}: use at most {n}"
+                f"references are chosen by {self.references!r}; got {self.n_classes}: use at most "
+                f"{n}"
             )
 
     @property
