@@ -173,7 +173,7 @@ def test_a_spoilt_particle_spoils_no_other(gradient) -> None:
         )  # fmt: skip
     views = made.views.clone()
     views[1, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"references \[1\] hold NaN"):
+    with pytest.raises(ValueError, match=r"references \[1\] contain NaN"):
         layer(made.images, views)
 
 

@@ -18,7 +18,7 @@ from cryoalign.methods.classify.classify import classify
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import Observations, observe
-from cryoalign.particles.prepare import prepare
+from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Images, Particle
 from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import TensorStack, optics_of
@@ -87,8 +87,9 @@ def observed(monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> Observ
 
     with monkeypatch.context() as patch:
         patch.setattr(classification, "observe", stop)
+        device = {} if isinstance(args[0], PreparedParticles) else {"device": "cpu"}
         with pytest.raises(SeenError) as caught:
-            classify(*args, **{"device": "cpu", **more})
+            classify(*args, **device, **more)
     seen: Observations = caught.value.args[0]
     return seen
 
