@@ -307,3 +307,10 @@ def test_a_script_tells_its_keys_and_what_is_wrong(
         assert stopped.value.code == code
         printed = capsys.readouterr()
         assert told in (printed.err if code else printed.out)
+
+
+def test_a_length_in_angstrom_goes_with_a_smaller_box() -> None:
+    """The pixel size is in the input, which the settings alone do not know."""
+    words = ["images.box=24", "particle.radius=25 A", "particle.max_shift=9 A"]
+    config = load_config(None, [*GIVEN, *words])
+    assert config.made().radius(config.images.box_of(48, 3.0)) == round(25 / 6)

@@ -292,3 +292,20 @@ def test_references_of_another_pixel_size_are_refused(data: Simulation, tmp_path
 def test_bad_input_is_refused_first(data: Simulation, kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         align_multi_reference(data.images, **{"particle": PARTICLE, **kwargs})
+
+
+def test_settings_that_would_be_ignored_are_refused() -> None:
+    """Of particles prepared already, of names that no method has, of another checkpoint."""
+    made = simulate(40, 2, size=32, snr=1.0, max_shift=1.0, seed=1)
+    particles = prepare(made.images)
+    for more in ({"images": Images(box=16)}, {"device": "cpu"}):
+        with pytest.raises(ValueError, match="prepared already"):
+            align_multi_reference(particles, n_classes=2, iterations=1, **more)
+    with pytest.raises(TypeError, match="did you mean n_classes"):
+        align_multi_reference(particles, n_clases=2)
+    with pytest.raises(TypeError, match="give it to `prepare`"):
+        align_multi_reference(particles, n_classes=2, batch_size=3)
+    states: list[State] = []
+    align_multi_reference(particles, n_classes=2, iterations=1, on_step=states.append)
+    with pytest.raises(ValueError, match="checkpoint is of 2 classes, not 3"):
+        align_multi_reference(particles, n_classes=3, iterations=2, resume=states[-1])
