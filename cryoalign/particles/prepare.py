@@ -19,7 +19,7 @@ from cryoalign.particles.screen import refuse_above, screen
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard
+from cryoalign.runtime.processes import choose_device, gather_over_ranks, part_length, shard
 from cryoalign.runtime.threads import available_memory
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +107,7 @@ class PreparedParticles:
             usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
         self.batch_size = batch_size or usual
         self._given_optics, self._flips = optics, False
-        self._cache = _Cache(len(self), self.size, device)
+        self._cache = _Cache(self.own, self.size, device)
         # Particles from which these were chosen by `only`, and the indices of these.
         self._whole: tuple[PreparedParticles, Tensor] | None = None
 
@@ -142,7 +142,7 @@ class PreparedParticles:
         if self._whole is not None:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
-        other._flips, other._cache = True, _Cache(len(self), self.size, self.device)
+        other._flips, other._cache = True, _Cache(self.own, self.size, self.device)
         return other
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
@@ -188,6 +188,16 @@ class PreparedParticles:
         self._cache.put(members, images)
         return images
 
+    @property
+    def part_length(self) -> int:
+        """Number of particles of the parts that processes take (`runtime.processes`)."""
+        return part_length(len(self), self.batch_size)
+
+    @property
+    def own(self) -> slice:
+        """The particles of this process."""
+        return shard(len(self), self.part_length)
+
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
         """Indices (b,) of the particles of each batch of this process, in order.
 
@@ -195,7 +205,9 @@ class PreparedParticles:
             doing: name of the work for the progress; None reports nothing.
         """
         done = 0
-        for part in torch.arange(len(self))[shard(len(self))].split(self.batch_size):
+        # The particles of a process begin with a batch, so that batches are the same for any number
+        # of processes.
+        for part in torch.arange(len(self))[self.own].split(self.batch_size):
             if len(part):
                 yield part
                 done += len(part)
@@ -212,8 +224,7 @@ class _Cache:
     """Prepared images of this process's particles in memory, or nothing if there is too little
     memory. Threads may share it. What it gives must not be written to."""
 
-    def __init__(self, n: int, size: int, device: torch.device) -> None:
-        own = shard(n)
+    def __init__(self, own: slice, size: int, device: torch.device) -> None:
         self.first, count = own.start, own.stop - own.start
         self.shape, self.device = (count, size, size), device
         self.images: Tensor | None = None
