@@ -172,7 +172,7 @@ class _Comparison:
 
 
 def _sample_shells(comparison: _Comparison) -> Tensor:
-    """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` of all particles, on every process."""
+    """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
     particles = comparison.particles
     step = math.ceil(len(particles) / SAMPLE)
     some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]

@@ -102,9 +102,7 @@ class ExactSum:
         NaN or infinity was added."""
         self._raise(_reduced(self.place, dist.ReduceOp.MAX), slice(None))
         upper, lower = sum_over_ranks(self.digits).double()
-        return upper * self._at(self.ones, self.place) + lower * self._at(
-            self.ones, self.place - 1
-        )
+        return upper * self._at(self.ones, self.place) + lower * self._at(self.ones, self.place - 1)
 
     def _at(self, table: Tensor, place: Tensor) -> Tensor:
         """(rows, 1) entries of a table that begins one place below `LOWEST`."""
@@ -138,7 +136,7 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     return joined.to(tensor.device)
 
 
-def _reduced(tensor: Tensor, how: dist.ReduceOp) -> Tensor:
+def _reduced(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     """The tensors of all processes (of one shape), reduced to one on every process."""
     if world_size() == 1:
         return tensor

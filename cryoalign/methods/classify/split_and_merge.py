@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,12 +33,17 @@ from cryoalign.methods.classify.em_step import (
 )
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, sums_over_ranks
+from cryoalign.methods.classify.resolution_level import (
+    Classified,
+    ResolutionLevel,
+    own_of,
+    sums_over_ranks,
+)
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
-from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
+from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks
 from cryoalign.search.settings import shift_grid
 
 # Largest numbers of steps of an expectation maximisation, which limit the time.
@@ -67,7 +73,7 @@ class SplitAndMerge:
         """
         Args:
             plan: the settings.
-            observations: this process's shard of the particles.
+            observations: this process's parts of the particles.
             particles: all particles; their ``report`` is called after every step.
             seed: seed of the random choices, the same on all processes.
         """
@@ -131,7 +137,7 @@ class SplitAndMerge:
             last, reach, step = self.plan.levels[number]
             device = self.observations.polar.device
             level = ResolutionLevel(
-                self.observations, shard(self.n).start, own, shift_grid(reach, step, device),
+                self.observations, own_of(self.n).start, own, shift_grid(reach, step, device),
                 self.observations.rings.to(last), self.plan.mirror,
             )  # fmt: skip
             self._level = number, level
@@ -242,12 +248,21 @@ class SplitAndMerge:
         """
         children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
-            pairs = zip(groups, classes, strict=True)
-            parts = list(level.over(lambda pair: pair[0].expect(pair[1]), pairs))
-            sums = sums_over_ranks(join_classes(parts))
+            sums = sums_over_ranks(self.sums_by_part(level, groups, classes), torch.cat(classes))
             images = maximise(sums, level.rings)
             classes = list(images.split(children))
         return sums, images
+
+    def sums_by_part(
+        self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
+    ) -> Iterator[Sums]:
+        """Sums of all classes for each part of the particles of this process."""
+        parts = sorted({part for group in groups for part in group.places})
+        pairs = list(zip(groups, classes, strict=True))
+        each = ((group, part, images) for part in parts for group, images in pairs)
+        found = level.over(lambda one: one[0].expect(one[1], one[2]), each)
+        for _ in parts:
+            yield join_classes([next(found) for _ in groups])
 
     def seeds(self, members: int) -> Tensor:
         """Indices among the members of a class of those from which its parts start."""
@@ -285,16 +300,17 @@ class _Members:
     """The members of a class that is split, as far as they are on this process."""
 
     def __init__(self, level: ResolutionLevel, members: Tensor) -> None:
-        here = level.is_here(members)
-        self.level, self.rows = level, members[here]
-        self.half = (torch.arange(len(members)) % 2)[here]
-        self.kept: Features | None = None
+        self.level, self.members = level, members
+        self.places = level.in_parts(members)
+        self.kept: dict[int, Features] = {}
 
-    def expect(self, classes: Tensor) -> Sums:
-        """Sums of an E-step of these members, with only these classes (j, r, m)."""
-        if not len(self.rows):
+    def expect(self, part: int, classes: Tensor) -> Sums:
+        """Sums of an E-step of the members in a part of the particles, with only these classes
+        (j, r, m)."""
+        places = self.places.get(part)
+        if places is None:
             return no_sums(classes)
-        made = self.kept or self.level.of(self.rows)
+        made = self.kept.get(part) or self.level.of(self.members[places])
         if self.level.fits(len(self.level.observations)):
-            self.kept = made
-        return expect(made, classes, half=self.half, mirror=self.level.mirror)[1]
+            self.kept[part] = made
+        return expect(made, classes, half=places % 2, mirror=self.level.mirror)[1]
