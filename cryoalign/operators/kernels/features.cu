@@ -1,6 +1,6 @@
 // Images into packed ring spectra at all shifts of a square grid: polar sampling, angular Fourier
 // transform on the tensor cores and normalisation in one kernel; what reaches memory is the packed
-// layout of common.cuh. For Hopper (wgmma), 256 angles and at most 48 rings.
+// layout of common.cuh. For Hopper (wgmma), 256 angles and at most 64 rings.
 //
 // A block makes one particle's spectra. It samples at the angles (j + 1/2) 2 pi / a, where
 // cosines and sines of even and odd frequencies fold four samples (theta, -theta, pi - theta,
@@ -21,7 +21,7 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int ANGLES = 256;
 constexpr int QUARTER = ANGLES / 4;
-constexpr int MOST_HALF_STEPS = 6;  // eight rings each
+constexpr int MOST_HALF_STEPS = 8;  // eight rings each
 constexpr int PASS_BYTES = 32 * QUARTER * 2;  // of one wgmma: 32 columns, two pairs of shifts
 // Samples are scaled to this deviation: the square of a sum of them must fit fp16.
 constexpr float DEVIATION = 0.25f;
@@ -526,7 +526,9 @@ void pack_images(Tensor images, Tensor transform, Tensor gain, std::vector<int64
     case 7: return launch<7>(task, blocks, stream);
     case 9: return launch<9>(task, blocks, stream);
     case 11: return launch<11>(task, blocks, stream);
-    default: require(false, "pack_images: 1, 3, 5, 7, 9 or 11 shifts a side");
+    case 13: return launch<13>(task, blocks, stream);
+    case 15: return launch<15>(task, blocks, stream);
+    default: require(false, "pack_images: an odd number of shifts a side, at most 15");
   }
 }
 
