@@ -59,4 +59,18 @@ def _gpus() -> list[Finding]:
         major, minor = torch.cuda.get_device_capability(i)
         memory = f"{card.total_memory / 2**30:.0f} GiB"
         findings.append(Finding(f"GPU {i}", f"{card.name}, {memory}, capability {major}.{minor}"))
+        if kernels.usable(torch.device("cuda", i)):
+            findings.append(_served(i))
     return findings
+
+
+def _served(index: int) -> Finding:
+    """Which part of a search runs in PyTorch on a GPU, although the kernels are loaded."""
+    what = f"GPU {index}, in PyTorch"
+    always = (
+        "searches on more than 64 rings, or with trial shifts up to more than 7 px, in pixels of "
+        "the first stage of the search"
+    )
+    if torch.cuda.get_device_capability(index) == (9, 0):
+        return Finding(what, always)
+    return Finding(what, f"sampling of images on rings, whose kernel is for Hopper cards; {always}")

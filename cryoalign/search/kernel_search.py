@@ -113,9 +113,8 @@ def _batch_poses(images: Tensor, search: KernelSearch) -> Found:
     pose, fine = _refined(images, search.fine, label, start, fine_steps(coarse.factor))
     # The sum of both resolutions' scores chooses, as in `coarse_to_fine`.
     best = (low + fine).argmax(1, keepdim=True)
-    return Found(
-        label.gather(1, best).squeeze(1), pose[row, best].reshape(-1), fine.gather(1, best).squeeze(1)
-    )
+    label, score = label.gather(1, best), fine.gather(1, best)
+    return Found(label.squeeze(1), pose[row, best].reshape(-1), score.squeeze(1))
 
 
 def _best(score: Tensor, count: int, margin: float) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,7 @@ class ReferenceSpectra(NamedTuple):
         return math.isqrt(len(self.shifts))
 
 
-def prepare_references(
-    references: Tensor, rings: Rings, shifts: Tensor
-) -> ReferenceSpectra | None:
+def prepare_references(references: Tensor, rings: Rings, shifts: Tensor) -> ReferenceSpectra | None:
     """Prepare ring spectra (k, r, m) and trial shifts (s, 2) for `screen`; None if the kernels do
     not serve them. This waits for the GPU, `screen` does not."""
     if not _serves_search(references, rings, shifts):

@@ -337,7 +337,9 @@ void refine_poses(const Tensor& images, const Tensor& templates, const Tensor& s
   task.pitch = task.side;
   while (task.pitch % 8 != 4) ++task.pitch;
   const size_t bytes = sizeof(uint2) * task.side * task.pitch;
-  if (bytes + 2048 <= static_cast<size_t>(shared_limit()))
+  // With fewer than three blocks on a multiprocessor, reading the reference through the cache is
+  // faster.
+  if (3 * (bytes + 2048) <= static_cast<size_t>(shared_limit()))
     launch<true>(task, n, bytes, current_stream(images));
   else
     launch<false>(task, n, 0, current_stream(images));
