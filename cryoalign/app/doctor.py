@@ -9,6 +9,7 @@ import torch
 
 from cryoalign.operators import kernels
 from cryoalign.operators.kernels import build, cpu
+from cryoalign.operators.kernels.images import MOST_RINGS
 
 
 class Finding(NamedTuple):
@@ -65,12 +66,10 @@ def _gpus() -> list[Finding]:
 
 
 def _served(index: int) -> Finding:
-    """Which part of a search runs in PyTorch on a GPU, although the kernels are loaded."""
-    what = f"GPU {index}, in PyTorch"
-    always = (
-        "searches on more than 64 rings, or with trial shifts up to more than 7 px, in pixels of "
-        "the first stage of the search"
+    """Which searches run in PyTorch on a GPU, although the kernels are loaded."""
+    memory = torch.ops.cryoalign_cuda.shared_limit(index) // 1024
+    return Finding(
+        f"GPU {index}, in PyTorch",
+        f"searches whose first stage has more than {MOST_RINGS} rings, or images that do not fit "
+        f"the {memory} KB of shared memory of a block",
     )
-    if torch.cuda.get_device_capability(index) == (9, 0):
-        return Finding(what, always)
-    return Finding(what, f"sampling of images on rings, whose kernel is for Hopper cards; {always}")

@@ -25,7 +25,7 @@ from cryoalign.images.geometry import radius_grid, sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.images.templates import templates_of
 from cryoalign.operators.kernels import cpu
-from cryoalign.operators.kernels.images import KERNEL_ANGLES, whole_shifts
+from cryoalign.operators.kernels.images import KERNEL_ANGLES
 from cryoalign.operators.ring_products import RingFactors, hand_peaks, ring_factors
 from cryoalign.pose import Pose
 from cryoalign.search.refine import grid_pose, refine_on
@@ -99,14 +99,11 @@ def prepare_coarse(
     last = max(2, math.floor(rings.last_ring / factor))
     first = min(last, max(1, round(rings.first_ring / factor)))
     step = max(1, round(rings.ring_step / factor))
-    device = references.device
-    on_gpu = device.type == "cuda"  # its kernels take 256 angles and whole-pixel shifts
+    on_gpu = references.device.type == "cuda"
     low = Rings(first, last, step, angles=KERNEL_ANGLES if on_gpu else _angles(last))
     reduced = fourier_shrink(references, small)
     spectra = reference_spectra(reduced, low)
-    reach = max_shift / factor
-    shifts = whole_shifts(math.ceil(reach - 0.5 - 1e-6)) if on_gpu else coarse_shifts(reach)
-    shifts = shifts.to(references)
+    shifts = coarse_shifts(max_shift / factor).to(references)
     places = sampling_places(shifted_rings(reduced, low, shifts), small, small)
     return CoarseReferences(
         factor, small, templates_of(reduced), spectra, ring_factors(spectra), low, shifts, places,

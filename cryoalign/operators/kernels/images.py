@@ -22,9 +22,8 @@ MEMBERS = 16
 # (65504) and from the smallest normal number (6e-5).
 TOP = 256.0
 
-# The limits of features.cu: angles on a ring, rings, groups of 16 frequencies, trial shifts along
-# one side of their square grid, and radius in pixels.
-KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS, MOST_SIDE, MOST_RADIUS = 256, 64, 8, 15, 64
+# The limits of features.cu: angles on a ring, rings, and groups of 16 frequencies.
+KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS = 256, 64, 8
 DEVIATION = 0.25  # features.cu scales the samples to this standard deviation
 RESCORED = 4  # references that a block of rescore_images.cu takes at most
 # How far below the best score, beside the rounding of half precision, a reference may be that is
@@ -47,7 +46,8 @@ class ReferenceSpectra(NamedTuple):
         packed: the same in half precision, in ``layout``.
         layout: rings and frequencies in which the references have power.
         rings: of the spectra.
-        shifts: (s, 2) trial shifts, float32: a square grid of whole pixels.
+        shifts: (s, 2) trial shifts, float32.
+        reach: how far from the centre rings at any shift can reach, whole pixels.
     """
 
     spectra: Tensor
@@ -55,24 +55,21 @@ class ReferenceSpectra(NamedTuple):
     layout: peaks.Layout
     rings: Rings
     shifts: Tensor
-
-    @property
-    def side(self) -> int:
-        """Trial shifts along x, and along y."""
-        return math.isqrt(len(self.shifts))
+    reach: int
 
 
 def prepare_references(references: Tensor, rings: Rings, shifts: Tensor) -> ReferenceSpectra | None:
     """Prepare ring spectra (k, r, m) and trial shifts (s, 2) for `screen`; None if the kernels do
     not serve them. This waits for the GPU, `screen` does not."""
-    if not _serves_search(references, rings, shifts):
+    reach = rings.last_ring + math.ceil(float(shifts.abs().max())) if len(shifts) else 0
+    if not _serves_search(references, rings, reach):
         return None
     references = references.resolve_conj().contiguous()
     layout = peaks.Layout.of_references(references)
     layout = replace(layout, steps=layout.steps[:MOST_GROUPS])
     packed = peaks.pack_references(references, layout)
     there = shifts.to(references.device, torch.float32)
-    return ReferenceSpectra(references, packed, layout, rings, there)
+    return ReferenceSpectra(references, packed, layout, rings, there, reach)
 
 
 def screen(
@@ -87,23 +84,23 @@ def screen(
     Of the ``candidates`` those whose score is more than ``margin`` below the best one have no exact
     score and place either.
     """
-    n, k, side = len(images), len(references.spectra), references.side
+    n, k = len(images), len(references.spectra)
     images, layout = images.contiguous(), references.layout
     score = images.new_empty(n, k)
     place = torch.empty(n, k, dtype=torch.int64, device=images.device)
 
     def run(rows: slice) -> None:
         some = images[rows]
-        features = pack_images(some, references.rings, side, layout)
+        features = pack_images(some, references.rings, references.shifts, layout, references.reach)
         coarse, shift = peaks.search_packed(
             features, references.packed, layout, len(some), k, mirror
         )
         rescore(
-            some, references.spectra, references.shifts, references.rings, side // 2, coarse,
-            shift, candidates, score[rows], place[rows], margin,
+            some, references.spectra, references.shifts, references.rings, references.reach,
+            coarse, shift, candidates, score[rows], place[rows], margin,
         )  # fmt: skip
 
-    peaks.in_batches(run, n, side**2 * layout.fragments * 64, images.device)
+    peaks.in_batches(run, n, len(references.shifts) * layout.fragments * 64, images.device)
     return score, place
 
 
@@ -118,18 +115,20 @@ def image_peaks(
     return None if prepared is None else screen(images, prepared, mirror, candidates)
 
 
-def pack_images(images: Tensor, rings: Rings, side: int, layout: peaks.Layout) -> peaks.Packed:
-    """Packed spectra of images (n, h, w) float32 at side x side trial shifts, 1 pixel apart.
+def pack_images(
+    images: Tensor, rings: Rings, shifts: Tensor, layout: peaks.Layout, reach: int
+) -> peaks.Packed:
+    """Packed spectra of images (n, h, w) float32 at trial shifts (s, 2) float32.
 
     The rings are sampled half an angle step away from the places that `polar` uses. At the
     frequencies that are kept, this changes the spectra of noisy images less than the rounding to
     half precision does.
     """
     gain, largest = _gains(rings, images.device)
-    packed = peaks.empty_packed(images, len(images), (side**2,), layout)
+    packed = peaks.empty_packed(images, len(images), (len(shifts),), layout)
     torch.ops.cryoalign_cuda.pack_images(
-        images, _forward_transform(largest, images.device), gain, layout.steps,
-        rings.first_ring, rings.ring_step, side, largest, *packed,
+        images, shifts, _forward_transform(largest, images.device), gain, layout.steps,
+        rings.first_ring, rings.ring_step, reach, largest, *packed,
     )  # fmt: skip
     return packed
 
@@ -139,7 +138,7 @@ def rescore(
     references: Tensor,
     shifts: Tensor,
     rings: Rings,
-    max_shift: int,
+    reach: int,
     coarse: Tensor,
     shift: Tensor,
     candidates: int | None,
@@ -151,7 +150,7 @@ def rescore(
 
     Args:
         images, references, shifts, rings: as of the operator.
-        max_shift: the largest trial shift along x or y, pixels.
+        reach: as of `ReferenceSpectra`.
         coarse, shift: (n, k, hands) from `peaks.search_packed`.
         candidates: as in `peaks.rescore`, except that more than `RESCORED` means all references.
         score, place: (n, k) outputs.
@@ -161,7 +160,7 @@ def rescore(
     weights = rings.weights(images.device).float()
     torch.ops.cryoalign_cuda.rescore_images(
         images, references, shifts, weights, coarse, shift, few, margin,
-        rings.first_ring, rings.ring_step, rings.last_ring + max_shift, score, place,
+        rings.first_ring, rings.ring_step, reach, score, place,
     )  # fmt: skip
 
 
@@ -169,31 +168,27 @@ def _serves(images: Tensor) -> bool:
     return images.dtype == torch.float32 and usable(images.device)
 
 
-def _serves_search(references: Tensor, rings: Rings, shifts: Tensor) -> bool:
-    """Whether the kernels take these: a Hopper GPU, 256 angles, few enough rings, and a square grid
-    of few enough whole-pixel shifts."""
+def _serves_search(references: Tensor, rings: Rings, reach: int) -> bool:
+    """Whether the kernels take these: 256 angles, few enough rings, and an image about its centre
+    that fits the memory of a block."""
     count = len(references) and references.shape[1]
     if not (
         references.dtype == torch.complex64
         and usable(references.device)
-        and torch.cuda.get_device_capability(references.device) == (9, 0)
         and rings.n_angles == KERNEL_ANGLES
         and 0 < count <= MOST_RINGS
-        and rings.last_ring <= MOST_RADIUS
     ):
         return False
-    side = math.isqrt(len(shifts))
-    return (
-        side % 2 == 1
-        and side <= MOST_SIDE
-        and torch.equal(shifts, whole_shifts(side // 2).to(shifts))
-    )
+    needed = rescore_bytes(count, reach)
+    return needed <= torch.ops.cryoalign_cuda.shared_limit(references.device.index or 0)
 
 
-def whole_shifts(reach: int) -> Tensor:
-    """(s, 2) the square grid of whole-pixel shifts up to ``reach`` along x and y, float32."""
-    axis = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    return torch.cartesian_prod(axis, axis)
+def rescore_bytes(rings: int, reach: int) -> int:
+    """At most so many bytes of shared memory are taken by rescore_images.cu, the kernel that needs
+    most: transforms of pairs of rings, ring products, and the window of the image."""
+    side = 2 * reach + 2
+    transforms = 8 * (max((rings + 1) // 2, 4) * 288 + 8 * 264 + 256)
+    return transforms + 4 * (112 + side * (side + 15)) + 4096
 
 
 @functools.lru_cache(maxsize=8)
