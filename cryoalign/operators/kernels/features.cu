@@ -8,7 +8,7 @@
 // sampling, a lane has two angles and a warp two rings; in the product, a warp has 16 frequencies of
 // one parity, whose matrix stays in its registers. Samples go to two buffers in turn: one barrier
 // for 16 rings.
-#include "copy.cuh"
+#include "common.cuh"
 
 namespace cryoalign {
 namespace {
@@ -68,43 +68,40 @@ struct Place {
   __device__ explicit Place(float x) : whole(static_cast<int>(x)), rest(x - whole) {}
 };
 
-__device__ __forceinline__ float bilinear(const float* window, int pitch, Place x, Place y) {
-  const float* from = window + y.whole * pitch + x.whole;
-  const float above = fmaf(x.rest, from[1] - from[0], from[0]);
-  const float below = fmaf(x.rest, from[pitch + 1] - from[pitch], from[pitch]);
+// A pixel of the window holds the image's pixel and the one to the right of it.
+__device__ __forceinline__ float bilinear(const __half2* window, int pitch, Place x, Place y) {
+  const __half2* from = window + y.whole * pitch + x.whole;
+  const float2 upper = __half22float2(from[0]), lower = __half22float2(from[pitch]);
+  const float above = fmaf(x.rest, upper.y - upper.x, upper.x);
+  const float below = fmaf(x.rest, lower.y - lower.x, lower.x);
   return fmaf(y.rest, below - above, above);
 }
 
 __global__ void __launch_bounds__(THREADS, 3) features_kernel(const __grid_constant__ Task task) {
-  extern __shared__ float window[];  // the image about its centre, scaled; zero outside
+  extern __shared__ __half2 window[];  // the image about its centre, scaled; zero outside
   __shared__ Memory memory;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int64_t particle = blockIdx.x;
   const int side = 2 * task.reach + 2, pitch = task.pitch;
-  const float* image = task.images + particle * task.height * task.width;
   const int top = task.height / 2 - task.reach, left = task.width / 2 - task.reach;
-  for (int y = warp; y < side; y += WARPS)
-    for (int x = lane; x < side; x += 32) {
-      const int row = top + y, column = left + x;
-      const bool there = particle < task.n && row >= 0 && column >= 0 && row < task.height &&
-                         column < task.width;
-      copy_or_zero(window + y * pitch + x,
-                   there ? image + static_cast<int64_t>(row) * task.width + column : task.images,
-                   there);
-    }
-  for (int i = threadIdx.x; i < MOST_STEPS * STEP; i += THREADS)
-    memory.gain[i] = i < task.rings ? task.gain[i] : 0.f;
-  wait_for_copies();
-  __syncthreads();
+  const float* image = task.images + particle * task.height * task.width;
+  const auto pixel = [&](int y, int x) {
+    const int row = top + y, column = left + x;
+    const bool there = particle < task.n && row >= 0 && column >= 0 && row < task.height &&
+                       column < task.width;
+    return there ? __ldg(image + static_cast<int64_t>(row) * task.width + column) : 0.f;
+  };
   float2 squares = {0.f, 0.f};
   for (int y = warp; y < side; y += WARPS)
-    for (int x = lane; x < side; x += 32)
-      squares.y = fmaf(window[y * pitch + x], window[y * pitch + x], squares.y);
+    for (int x = lane; x < side; x += 32) squares.y = fmaf(pixel(y, x), pixel(y, x), squares.y);
   squares = block_sum(squares, memory.sums);
   const float unit =
       squares.y > 0.f ? DEVIATION * rsqrtf(squares.y / static_cast<float>(side * side)) : 0.f;
   for (int y = warp; y < side; y += WARPS)
-    for (int x = lane; x < side; x += 32) window[y * pitch + x] *= unit;
+    for (int x = lane; x < side; x += 32)
+      window[y * pitch + x] = __floats2half2_rn(unit * pixel(y, x), unit * pixel(y, x + 1));
+  for (int i = threadIdx.x; i < MOST_STEPS * STEP; i += THREADS)
+    memory.gain[i] = i < task.rings ? task.gain[i] : 0.f;
 
   // Sampling: angles j and j + 32 of a quarter turn, where j is the lane.
   float2 direction[2];
@@ -260,7 +257,7 @@ void pack_images(Tensor images, Tensor shifts, Tensor transform, Tensor gain,
   if (blocks == 0) return;
   const int side = 2 * task.reach + 2;
   task.pitch = side | 1;
-  const size_t bytes = sizeof(float) * side * task.pitch;
+  const size_t bytes = sizeof(__half2) * side * task.pitch;
   const DeviceGuard guard(images.get_device_index());
   allow_shared(features_kernel, bytes);
   features_kernel<<<grid_size(blocks), THREADS, bytes, current_stream(images)>>>(task);

@@ -277,7 +277,7 @@ def test_image_peaks_are_float64s(
         score.double(), table.gather(2, place[..., None])[..., 0], atol=2e-5, rtol=0
     )
     assert (table.amax(2) - score).max() < 4e-3
-    assert (table.amax(2) - score).mean() < 2e-4
+    assert (table.amax(2) - score).mean() < 3e-4
     few, where = image_peaks(images, spectra, search.shifts(), *numbers, 4)
     best, label = score.max(1)
     assert torch.equal(few.max(1).values, best)
