@@ -88,7 +88,7 @@ class ImageFile:
     def _fill(self, file: int, out: np.ndarray, images: np.ndarray, places: np.ndarray) -> None:
         """Read images of an open file, of its own dtype, to their places in ``out``."""
         length = self.image_bytes
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         apart = (images[1:] - images[:-1] != 1) | (places[1:] - places[:-1] != 1)
         starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
         sizes = np.diff(starts, append=len(images)) * length  # of each run, bytes

@@ -81,9 +81,7 @@ class ParticleStack(Dataset[Tensor]):
         wanted = self._rows(rows)
         return self._read_into(torch.empty(len(wanted), *self.shape), wanted)
 
-    def read_into(
-        self, out: Tensor, rows: Sequence[int] | slice | np.ndarray | Tensor
-    ) -> Tensor:
+    def read_into(self, out: Tensor, rows: Sequence[int] | slice | np.ndarray | Tensor) -> Tensor:
         """As `read`, into a tensor (b, h, w) float32 in the host's memory; returns it.
 
         The memory may be pinned, from which copies to a GPU are fastest.
