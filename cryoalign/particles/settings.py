@@ -1,7 +1,7 @@
 """Two sections of the settings: properties of the particle, and how images are prepared."""
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -103,6 +103,11 @@ class Images:
         "null: half the box",
     )
     invert: bool = Field(default=False, description="invert the contrast; density should be bright")
+    cache: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: prepared images stay in memory, in up to a quarter of what is free (of "
+        "the GPU, then of the host), and the others are read again; none: all are read again",
+    )
 
     def box_of(self, size: int, pixel_size: float | None) -> Box:
         """Size of the prepared images, for images of ``size`` pixels of ``pixel_size`` Å."""

@@ -9,7 +9,7 @@ from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.methods.references import seed_references
-from cryoalign.particles import prepare as module
+from cryoalign.particles import cache
 from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import TensorStack
@@ -113,7 +113,7 @@ def test_box_scales_pixels_and_shifts(box: int):
     assert particles.pixel_size == pytest.approx(1.5 * SIZE / box)
     small = particles.read(torch.tensor([0]))
     np.testing.assert_allclose(
-        small.numpy(), fourier_resize(normalise(images[:1], 14.0), box).numpy(), atol=1e-6
+        small.numpy(), fourier_resize(normalise(images, 14.0), box)[:1].numpy(), atol=1e-6
     )
     # A shift of the small image is ``scale`` times as many pixels of the input: this one, from
     # the input's place of the blob, brings it to the small image's centre.
@@ -218,7 +218,7 @@ def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.
     images = noise()
     images[2] = torch.nan
     kept = kinds(images)
-    monkeypatch.setattr(module, "CACHE_SHARE", 0.0)
+    monkeypatch.setattr(cache, "SHARE", 0.0)
     made = kinds(images)
     for name, particles in kept.items():
         n, stack = len(particles), particles.stack
