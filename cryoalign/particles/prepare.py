@@ -20,7 +20,13 @@ from cryoalign.particles.screen import faults, refuse_above, screen, table_of
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard, world_size
+from cryoalign.runtime.processes import (
+    choose_device,
+    gather_over_ranks,
+    part_length,
+    shard,
+    world_size,
+)
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 Progress = Callable[[str, int, int], None]
@@ -99,8 +105,13 @@ class PreparedParticles:
         self.size, self.pixel_size = images.box_of(width, stack.pixel_size)
         self.scale = width / self.size
         self._given_optics, self._flips = optics, False
-        own = range(len(stack))[shard(len(stack))]
-        self._caches = {False: self._new_cache(own)}  # by whether phases are flipped
+        usual = CPU_BATCH
+        if device.type == "cuda":
+            usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
+        self.batch_size = batch_size or usual
+        # Until it is known which images are usable, a process has its share of all.
+        own = shard(len(stack), part_length(len(stack), self.batch_size))
+        self._caches = {False: self._new_cache(range(len(stack))[own])}  # by: phases flipped
         self.rejected = self._first_pass()
         refuse_above(self.rejected, len(stack), max_rejected)
         good = torch.ones(len(stack), dtype=torch.bool)
@@ -108,21 +119,12 @@ class PreparedParticles:
         self.rows = good.nonzero().squeeze(1)
         self._caches[False].keep_only(self._own_rows()[1])
         self.fingerprint = f"{_fingerprint(stack)}-{self.size}"
-        usual = CPU_BATCH
-        if device.type == "cuda":
-            usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
-        self.batch_size = batch_size or usual
         # Particles from which these were chosen by `only`, and the indices of these.
         self._whole: tuple[PreparedParticles, Tensor] | None = None
         self._ahead: ReadAhead | None = None  # while `parts` is used
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def own(self) -> slice:
-        """The particles of this process."""
-        return shard(len(self))
 
     @property
     def half(self) -> Tensor:
@@ -193,6 +195,16 @@ class PreparedParticles:
             root._cache.put(root.rows[own].numpy(), made.images)
         return made.images
 
+    @property
+    def part_length(self) -> int:
+        """Number of particles of the parts that processes take (`runtime.processes`)."""
+        return part_length(len(self), self.batch_size)
+
+    @property
+    def own(self) -> slice:
+        """The particles of this process."""
+        return shard(len(self), self.part_length)
+
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
         """Indices (b,) of the particles of each batch of this process, in order.
 
@@ -204,6 +216,8 @@ class PreparedParticles:
             doing: name of the work for the progress; None reports nothing.
         """
         done = 0
+        # The particles of a process begin with a batch, so that batches are the same for any number
+        # of processes.
         parts = torch.arange(len(self))[self.own].split(self.batch_size)
         parts = [part for part in parts if len(part)]
         self._ahead = ReadAhead(self.device) if workers_for(self.device) == 1 else None
@@ -280,7 +294,7 @@ class PreparedParticles:
                 cache.put(rows, self._prepared(images))
             return len(part), {int(part[i]): reason for i, reason in reasons.items()}
 
-        rows = torch.arange(len(stack))[shard(len(stack))]
+        rows = torch.arange(cache.rows.start, cache.rows.stop)
         if workers == 1:
             chunks = read_chunks(stack, rows, self.device, CPU_BATCH)
             looked = map_in_order(lambda chunk: look(*chunk), chunks, 1)
