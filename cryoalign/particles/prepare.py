@@ -181,7 +181,8 @@ class PreparedParticles:
         if kept is not None:
             return kept
         images = self.stack.read(self.rows[members]).to(self.device)
-        images = normalise(-images if self.images.invert else images, self.background_radius)
+        images = -images if self.images.invert else images
+        images = normalise(images, self.background_radius, self.images.background)
         images = fourier_resize(images, self.size)
         if self._flips and self.optics is not None:
             images = phase_flip(images, self.optics[members])

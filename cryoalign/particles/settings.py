@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
+from cryoalign.images.masks import Background
 from cryoalign.runtime.settings import settings
 
 
@@ -101,6 +102,11 @@ class Images:
         gt=0,
         description="particles are normalised by the pixels beyond this radius, px of the input; "
         "null: half the box",
+    )
+    background: Background = Field(
+        default="ramp",
+        description="what is subtracted: ramp: the plane that fits the pixels beyond "
+        "background_radius; constant: their mean; none: nothing",
     )
     invert: bool = Field(default=False, description="invert the contrast; density should be bright")
 
