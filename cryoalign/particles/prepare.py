@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, phase_flip
+from cryoalign.images.ctf import Optics, phase_flip, refuse_impossible
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
+from cryoalign.particles.ctf_use import CtfUse, ctf_line
 from cryoalign.particles.screen import refuse_above, screen
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
@@ -87,6 +88,8 @@ class PreparedParticles:
                 f"images.box {images.box} px is larger than the particles ({width} px): use at "
                 f"most {width}"
             )
+        if optics is not None:
+            refuse_impossible(optics)
         if optics is not None and len(optics) != len(stack):
             raise ValueError(
                 f"{len(optics)} CTFs do not fit {len(stack)} particles: give one for each particle"
@@ -106,7 +109,8 @@ class PreparedParticles:
         if device.type == "cuda":
             usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
         self.batch_size = batch_size or usual
-        self._given_optics, self._flips = optics, False
+        self._given_optics = optics
+        self._unflipped: Optics | None = None  # CTFs before phases were flipped
         self._cache = _Cache(len(self), self.size, device)
         # Particles from which these were chosen by `only`, and the indices of these.
         self._whole: tuple[PreparedParticles, Tensor] | None = None
@@ -120,30 +124,44 @@ class PreparedParticles:
         return self.rows % 2
 
     @property
+    def flipped(self) -> bool:
+        """Whether phases are flipped where the CTF is negative."""
+        return self._unflipped is not None
+
+    @property
     def box(self) -> Box:
         """Side and pixel size of the prepared images."""
         return Box(self.size, self.pixel_size)
 
     @cached_property
     def optics(self) -> Optics | None:
-        """(n,) CTFs in pixels of the prepared images; None if not known.
+        """(n,) CTFs of the prepared images, in pixels of these; None if not known.
 
         Raises:
             ValueError: the STAR file has a defocus, but other values that a CTF needs are missing.
         """
         optics = self._given_optics or optics_of(self.stack)
-        return None if optics is None else optics[self.rows].scaled(self.scale)
+        if optics is None:
+            return None
+        optics = optics[self.rows].scaled(self.scale)
+        return optics.flipped() if self.flipped else optics
 
     def phase_flipped(self) -> PreparedParticles:
         """The same particles with phases flipped where the CTF is negative; itself without CTFs."""
-        if self.optics is None:
+        if self.optics is None or self.flipped:
             return self
         other = copy.copy(self)
+        other.__dict__.pop("optics", None)  # cached for the particles as they were
         if self._whole is not None:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
-        other._flips, other._cache = True, _Cache(len(self), self.size, self.device)
+        other._unflipped, other._cache = self.optics, _Cache(len(self), self.size, self.device)
         return other
+
+    def ctf_line(self, use: CtfUse) -> str:
+        """What a method that uses CTFs in this way does with these, see `ctf_use.ctf_line`."""
+        known = None if use == "none" else self._given_optics or optics_of(self.stack)
+        return ctf_line(use, self.stack, known)
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
         """The same particles with another function for the progress."""
@@ -184,8 +202,8 @@ class PreparedParticles:
         images = -images if self.images.invert else images
         images = normalise(images, self.background_radius, self.images.background)
         images = fourier_resize(images, self.size)
-        if self._flips and self.optics is not None:
-            images = phase_flip(images, self.optics[members])
+        if self._unflipped is not None:
+            images = phase_flip(images, self._unflipped[members])
         self._cache.put(members, images)
         return images
 

@@ -1,7 +1,7 @@
 """Two sections of the settings: properties of the particle, and how images are prepared."""
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -54,6 +54,16 @@ def in_pixels(length: str, box: Box, name: str) -> float:
     return float(number) / box.pixel_size
 
 
+Ctf = Literal["auto", "flip", "model", "none"]
+
+
+def _ctf(value: object) -> object:
+    """Refuse the values of earlier versions, and say what they are called now."""
+    if isinstance(value, bool):
+        raise ValueError("should be auto (which was true), flip, model or none (which was false)")
+    return value
+
+
 @settings
 class Particle:
     """Properties of the particle in its box. Lengths have a unit: ``36 px`` or ``130 A``."""
@@ -69,7 +79,12 @@ class Particle:
         description="largest distance of a particle from the centre of its box in x and y, px or A",
     )
     mirror: bool = Field(default=True, description="mirrored particles belong to the same class")
-    ctf: bool = Field(default=True, description="use the CTF if the STAR file has a defocus")
+    ctf: Annotated[Ctf, BeforeValidator(_ctf)] = Field(
+        default="auto",
+        description="what is done with the CTF, if the STAR file has a defocus: flip: phases are "
+        "flipped and averages weighted by CTF^2; model: also part of the likelihood (classify); "
+        "none: nothing; auto: model for classify, flip for the other methods",
+    )
 
     def __post_init__(self) -> None:
         if self.radius is not None and float(self.radius.split()[0]) == 0:
