@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, phase_flip
+from cryoalign.images.ctf import Optics, phase_flip, refuse_impossible
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
 from cryoalign.particles.cache import ImageCache, places_for
+from cryoalign.particles.ctf_use import CtfUse, ctf_line
 from cryoalign.particles.reading import Made, ReadAhead, read_chunks
 from cryoalign.particles.screen import faults, refuse_above, screen, table_of
 from cryoalign.particles.settings import Box, Images
@@ -95,6 +96,8 @@ class PreparedParticles:
                 f"images.box {images.box} px is larger than the particles ({width} px): use at "
                 f"most {width}"
             )
+        if optics is not None:
+            refuse_impossible(optics)
         if optics is not None and len(optics) != len(stack):
             raise ValueError(
                 f"{len(optics)} CTFs do not fit {len(stack)} particles: give one for each particle"
@@ -104,7 +107,8 @@ class PreparedParticles:
         self.stack, self.images, self.device, self.progress = stack, images, device, progress
         self.size, self.pixel_size = images.box_of(width, stack.pixel_size)
         self.scale = width / self.size
-        self._given_optics, self._flips = optics, False
+        self._given_optics = optics
+        self._unflipped: Optics | None = None  # CTFs before phases were flipped
         usual = CPU_BATCH
         if device.type == "cuda":
             usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
@@ -132,32 +136,46 @@ class PreparedParticles:
         return self.rows % 2
 
     @property
+    def flipped(self) -> bool:
+        """Whether phases are flipped where the CTF is negative."""
+        return self._unflipped is not None
+
+    @property
     def box(self) -> Box:
         """Side and pixel size of the prepared images."""
         return Box(self.size, self.pixel_size)
 
     @cached_property
     def optics(self) -> Optics | None:
-        """(n,) CTFs in pixels of the prepared images; None if not known.
+        """(n,) CTFs of the prepared images, in pixels of these; None if not known.
 
         Raises:
             ValueError: the STAR file has a defocus, but other values that a CTF needs are missing.
         """
         optics = self._given_optics or optics_of(self.stack)
-        return None if optics is None else optics[self.rows].scaled(self.scale)
+        if optics is None:
+            return None
+        optics = optics[self.rows].scaled(self.scale)
+        return optics.flipped() if self.flipped else optics
 
     def phase_flipped(self) -> PreparedParticles:
         """The same particles with phases flipped where the CTF is negative; itself without CTFs."""
-        if self.optics is None:
+        if self.optics is None or self.flipped:
             return self
         other = self._copy()
+        other.__dict__.pop("optics", None)  # cached for the particles as they were
         if self._whole is not None:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
         elif True not in self._caches:
             self._caches[True] = self._new_cache(self._own_rows()[1])
-        other._flips = True
+        other._unflipped = self.optics
         return other
+
+    def ctf_line(self, use: CtfUse) -> str:
+        """What a method that uses CTFs in this way does with these, see `ctf_use.ctf_line`."""
+        known = None if use == "none" else self._given_optics or optics_of(self.stack)
+        return ctf_line(use, self.stack, known)
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
         """The same particles with another function for the progress."""
@@ -267,7 +285,7 @@ class PreparedParticles:
 
     @property
     def _cache(self) -> ImageCache:
-        return self._caches[self._flips]
+        return self._caches[self.flipped]
 
     def _new_cache(self, rows: range) -> ImageCache:
         places = places_for(self.device) if self.images.cache == "auto" else ()
@@ -315,7 +333,8 @@ class PreparedParticles:
         """(b, size, size) prepared images from those of the stack (b, h, w)."""
         if len(images) == 1:  # the FFT of a single image has other rounding errors than of several
             return self._prepared(images.expand(2, -1, -1))[:1]
-        images = normalise(-images if self.images.invert else images, self.background_radius)
+        images = -images if self.images.invert else images
+        images = normalise(images, self.background_radius, self.images.background)
         return fourier_resize(images, self.size)
 
     def _load(self, rows: Tensor) -> Tensor:
@@ -344,13 +363,13 @@ class PreparedParticles:
         kept = self._cache.get(rows.numpy())
         if kept is not None:
             return Made(kept, False)
-        if not self._flips or self.optics is None:
+        if self._unflipped is None:
             return Made(self._load(rows), True)
         images = self._caches[False].get(rows.numpy())
         images = self._load(rows) if images is None else images
         pair = members if len(members) > 1 else members.expand(2)  # as in `_prepared`
         images = images if len(images) > 1 else images.expand(2, -1, -1)
-        return Made(phase_flip(images, self.optics[pair])[: len(members)], True)
+        return Made(phase_flip(images, self._unflipped[pair])[: len(members)], True)
 
 
 def _bytes(number: int) -> str:

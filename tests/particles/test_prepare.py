@@ -102,6 +102,15 @@ def test_invert_and_background_radius():
     np.testing.assert_allclose(ground.std(1).numpy(), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("subtract", ["ramp", "constant", "none"])
+def test_what_is_subtracted_is_a_setting(subtract: str):
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    images = noise() + torch.from_numpy(5 + 0.2 * x + 0.1 * y).float()
+    made = everything(prepared(images, Images(background=subtract)))
+    good = np.stack([normalise(each[None], SIZE / 2, subtract)[0].numpy() for each in images])
+    np.testing.assert_array_equal(made.numpy(), good[prepared(images).rows])
+
+
 @pytest.mark.parametrize("box", [16, 21, 24, 32])
 def test_box_scales_pixels_and_shifts(box: int):
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE // 2
