@@ -34,7 +34,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Classified(NamedTuple):
-    """The result of an E-step for n particles, on the CPU."""
+    """The result of an E-step for n particles."""
 
     log_evidence: Tensor  # (n,) log-sum-exp over classes and poses
     share: Tensor  # (n,) posterior of the likeliest class
@@ -117,7 +117,7 @@ class ResolutionLevel:
         rows = torch.arange(self.start, self.start + len(self.observations))
         steps = list(self.over(step, rows.split(CHUNK[self.device.type])))
         found = Classified(
-            *(torch.cat(of) for of in zip(*(each for each, _ in steps), strict=True))
+            *(torch.cat(of).cpu() for of in zip(*(each for each, _ in steps), strict=True))
         )
         found = Classified(*(gather_over_ranks(each) for each in found))
         return found, sums_over_ranks(add_sums([sums for _, sums in steps]))
@@ -143,14 +143,15 @@ class ResolutionLevel:
             each.gather(1, label).squeeze(1)
             for each in (posterior.angle, posterior.shift, posterior.hand)
         )
+        own = self.own[rows].to(label.device, non_blocking=True)
         return Classified(
-            log_evidence=posterior.log_evidence.cpu(),
-            share=two.values[:, 0].cpu(),
-            runner_up=two.values[:, 1].cpu(),
-            label=label.squeeze(1).cpu(),
-            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)).cpu(),
-            shift=self.own[rows] + self.shifts[shift].cpu(),
-            mirror=hand.bool().cpu(),
+            log_evidence=posterior.log_evidence,
+            share=two.values[:, 0],
+            runner_up=two.values[:, 1],
+            label=label.squeeze(1),
+            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)),
+            shift=own + self.shifts[shift],
+            mirror=hand.bool(),
         )
 
     def signal_power(self) -> Tensor:
@@ -176,8 +177,7 @@ class ResolutionLevel:
         """Features (b, r, m) of particles moved by their own shifts, and their weights (b, r)."""
         centre = torch.zeros(1, 2, device=self.device)
         made = replace(self, shifts=centre, cache={}).of(rows)
-        spectra = torch.view_as_complex(made.rows[:, :, 0].unflatten(-1, (-1, 2)).contiguous())
-        return spectra.permute(1, 2, 0), made.weight
+        return made.spectra[:, 0], made.weight
 
     def single_particles(self, rows: Tensor, prior: Tensor) -> Tensor:
         """(b, r, m) class images from one particle each, Wiener-filtered with the signal's power

@@ -21,18 +21,15 @@ import torch
 from torch import Tensor
 
 from cryoalign.methods.classify.em_step import (
-    Features,
     Sums,
-    expect,
     extend,
-    join_classes,
     maximise,
     mix_sums,
-    no_sums,
 )
+from cryoalign.methods.classify.groups import Groups
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, sums_over_ranks
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
@@ -169,7 +166,7 @@ class SplitAndMerge:
             self.plan.n_classes, mirror=level.mirror, seed=int(self.random(2**16)[0]),
         )  # fmt: skip
         label, member = same_on_all_ranks(seeds.label), same_on_all_ranks(seeds.member)
-        groups = [_Members(level, rows[label == c]) for c in range(self.plan.n_classes)]
+        groups = Groups(level, [rows[label == c] for c in range(self.plan.n_classes)])
         classes = level.single_particles(rows[member], level.signal_power())
         _, classes = self.expect_members(level, groups, list(classes.split(1)))
         return classes
@@ -226,25 +223,22 @@ class SplitAndMerge:
         members = [each for each in members if len(each)]
         seeds = [each[self.seeds(len(each))] for each in members]
         classes = level.single_particles(torch.cat(seeds), level.signal_power())
-        groups = [_Members(level, each) for each in members]
         counts = [len(each) for each in seeds]
-        return self.expect_members(level, groups, list(classes.split(counts)))[0]
+        return self.expect_members(level, Groups(level, members), list(classes.split(counts)))[0]
 
     def expect_members(
-        self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
+        self, level: ResolutionLevel, groups: Groups, classes: list[Tensor]
     ) -> tuple[Sums, Tensor]:
         """Sums and images of all classes, where the classes of each group are made of its members.
 
         Args:
             level: the level of resolution.
-            groups: members of each group.
+            groups: the groups.
             classes: (j, r, m) first class images of each group.
         """
         children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
-            pairs = zip(groups, classes, strict=True)
-            parts = list(level.over(lambda pair: pair[0].expect(pair[1]), pairs))
-            sums = sums_over_ranks(join_classes(parts))
+            sums = groups.expect(classes)
             images = maximise(sums, level.rings)
             classes = list(images.split(children))
         return sums, images
@@ -279,22 +273,3 @@ class SplitAndMerge:
         self.history.append(row)
         self.clock = time.perf_counter()
         self.particles.report(step, len(self.history), 0)
-
-
-class _Members:
-    """The members of a class that is split, as far as they are on this process."""
-
-    def __init__(self, level: ResolutionLevel, members: Tensor) -> None:
-        here = level.is_here(members)
-        self.level, self.rows = level, members[here]
-        self.half = (torch.arange(len(members)) % 2)[here]
-        self.kept: Features | None = None
-
-    def expect(self, classes: Tensor) -> Sums:
-        """Sums of an E-step of these members, with only these classes (j, r, m)."""
-        if not len(self.rows):
-            return no_sums(classes)
-        made = self.kept or self.level.of(self.rows)
-        if self.level.fits(len(self.level.observations)):
-            self.kept = made
-        return expect(made, classes, half=self.half, mirror=self.level.mirror)[1]
