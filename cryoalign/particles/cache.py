@@ -144,7 +144,10 @@ class ImageCache:
                 scale = (part.flatten(1).abs().amax(1) / LARGEST).clamp(min=1)[:, None, None]
                 block.scale[_selection(index[at], self.device)] = scale
                 part = (part / scale).to(block.place.dtype)
-            block.images[where] = part.to(block.place.device)
+            if isinstance(where, slice):
+                block.images[where].copy_(part)  # straight into pinned memory
+            else:
+                block.images[where] = part.to(block.place.device)
             block.there[index[at]] = True
 
     def kept(self) -> dict[Place, int]:
