@@ -33,6 +33,7 @@ def images(n: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def blocks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", 4 * IMAGE)
+    monkeypatch.setattr(module, "BLOCKS", 1)
 
 
 def cache_of(n: int, *places: Place, rows: range | None = None) -> ImageCache:
@@ -62,6 +63,15 @@ def test_what_has_no_room_is_left_out_and_takes_no_memory() -> None:
     assert torch.equal(cache.get(np.arange(8)), given[:8])
     assert cache.get(np.array([7, 8])) is None
     assert not cache.holds(np.array([7, 8]))
+
+
+def test_most_of_a_small_room_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2**27)
+    monkeypatch.setattr(module, "BLOCKS", 8)
+    cache, given = cache_of(200, place(100)), images(200)
+    cache.put(np.arange(200), given)
+    (kept,) = cache.kept().values()
+    assert 87 < kept <= 100
 
 
 def test_a_second_place_takes_what_the_first_has_no_room_for() -> None:

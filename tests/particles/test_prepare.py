@@ -297,6 +297,7 @@ def test_with_room_for_some_the_others_are_read_again(monkeypatch: pytest.Monkey
     images = noise()
     expected = everything(prepared(images))
     monkeypatch.setattr(cache, "BLOCK_BYTES", 5 * 4 * SIZE**2)
+    monkeypatch.setattr(cache, "BLOCKS", 1)
     monkeypatch.setattr(cache, "available_memory", lambda device: 4 * 12 * 4 * SIZE**2)
     stack = Counted(images)
     particles = prepare(stack, device="cpu", batch_size=5)
