@@ -24,7 +24,7 @@ from cryoalign.runtime.processes import choose_device, process_group, rank, same
 # Settings that may change when a run is resumed, because the results do not depend on them.
 FREE = {
     *("output", "overwrite", "resume", "iterations", "device", "batch_size", "threads"),
-    *("embedding", "max_rejected", "root", "allow_outside"),
+    *("embedding", "max_rejected", "root", "allow_outside", "images.cache"),
 }
 REPLACED = ".replaced"  # folder that keeps the results of an earlier run until there are new ones
 
@@ -96,6 +96,7 @@ def _align_and_write(
         max_rejected=config.max_rejected,
         progress=watch.progress,
     )
+    watch.console.print(particles.kept(), highlight=False, soft_wrap=True)
 
     def keep(state: State) -> None:
         if rank() == 0:

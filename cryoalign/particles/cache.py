@@ -14,7 +14,8 @@ from torch import Tensor
 from cryoalign.runtime.threads import available_memory
 
 SHARE = 0.25  # largest share of the free memory for prepared images
-BLOCK_BYTES = 2**27  # bytes of the images that are allocated at a time
+BLOCK_BYTES = 2**27  # most bytes of the images that are allocated at a time
+BLOCKS = 8  # least number of blocks for which there is room, so that most of the room is used
 LARGEST = 2.0**15  # float16 has no larger power of two
 
 
@@ -85,7 +86,8 @@ class ImageCache:
         self.n, self.rows, self.size, self.device = n, rows, size, device
         self.places = tuple(places)
         widest = max((each.dtype.itemsize for each in places), default=4)
-        self.length = max(1, BLOCK_BYTES // (widest * size**2))
+        block = min(BLOCK_BYTES, max((each.budget for each in places), default=0) // BLOCKS)
+        self.length = max(1, block // (widest * size**2))
         self._blocks: dict[int, _Block] = {}
         self._used = [0] * len(self.places)  # bytes
         self._lock = threading.Lock()
@@ -144,7 +146,10 @@ class ImageCache:
                 scale = (part.flatten(1).abs().amax(1) / LARGEST).clamp(min=1)[:, None, None]
                 block.scale[_selection(index[at], self.device)] = scale
                 part = (part / scale).to(block.place.dtype)
-            block.images[where] = part.to(block.place.device)
+            if isinstance(where, slice):
+                block.images[where].copy_(part)  # straight into pinned memory
+            else:
+                block.images[where] = part.to(block.place.device)
             block.there[index[at]] = True
 
     def kept(self) -> dict[Place, int]:

@@ -233,24 +233,28 @@ class PreparedParticles:
         Args:
             doing: name of the work for the progress; None reports nothing.
         """
+        # Asked now: while the parts are used, PyTorch may have fewer threads.
+        return self._parts(doing, workers_for(self.device) == 1)
+
+    def _parts(self, doing: str | None, ahead: bool) -> Iterator[Tensor]:
         done = 0
         # The particles of a process begin with a batch, so that batches are the same for any number
         # of processes.
         parts = torch.arange(len(self))[self.own].split(self.batch_size)
         parts = [part for part in parts if len(part)]
-        self._ahead = ReadAhead(self.device) if workers_for(self.device) == 1 else None
+        reader = self._ahead = ReadAhead(self.device) if ahead else None
         try:
             for part, following in zip(parts, [*parts[1:], None], strict=True):
-                if following is not None:
-                    self._read_ahead(following)
+                if reader is not None and following is not None:
+                    self._read_ahead(following, reader)
                 yield part
                 done += len(part)
                 if doing is not None:
                     self.report(doing, done, len(self))
         finally:
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None:
-                ahead.close()
+            self._ahead = None
+            if reader is not None:
+                reader.close()
 
     def kept(self) -> str:
         """Where the prepared images of this process are, for the log."""
@@ -351,11 +355,11 @@ class PreparedParticles:
             start += len(part)
         return all_of_it
 
-    def _read_ahead(self, members: Tensor) -> None:
+    def _read_ahead(self, members: Tensor, reader: ReadAhead) -> None:
         """Let another thread make the images of particles, unless they are on the device."""
         root, own = self._root(members)
-        if self._ahead is not None and not root._cache.holds(root.rows[own].numpy()):
-            self._ahead.start(members, lambda: root._make(own))
+        if not root._cache.holds(root.rows[own].numpy()):
+            reader.start(members, lambda: root._make(own))
 
     def _make(self, members: Tensor) -> Made:
         """Images of particles, from memory or from the stack; these are not those of `only`."""
@@ -373,7 +377,10 @@ class PreparedParticles:
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e9:.2g} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= 0.1 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
 
 
 def _fingerprint(stack: Stack) -> str:
