@@ -89,7 +89,7 @@ def check_stack(
     path, images = Path(path), images or Images()
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
     problems = [*found.problems, *_geometry_problems(found, images.box)]
-    n = len(found.star.particles) if found.star is not None else len(found.file_of)
+    n = len(found.star.table) if found.star is not None else len(found.file_of)
     if method is not None:
         problems += _method_problems(found, method, images, n)
     return CheckReport(
@@ -130,7 +130,7 @@ def _method_problems(found: Survey, method: Method, images: Images, n: int) -> I
 
 def _memory(found: Survey, n: int, prepared: Images) -> int:
     """Peak memory of a run in bytes, without references and classes, which need little."""
-    table = 0 if found.star is None else int(found.star.particles.memory_usage(deep=True).sum())
+    table = 0 if found.star is None else found.star.table.nbytes
     height, width = found.shape or (0, 0)
     images = _IMAGES + _COPIES * min(n, EMBEDDED)
     kept = 0

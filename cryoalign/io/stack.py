@@ -55,7 +55,11 @@ class ParticleStack(Dataset[Tensor]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """The STAR file's columns, one row per particle; no columns for a plain stack."""
+        """The STAR file's columns, one row per particle; no columns for a plain stack.
+
+        A new DataFrame at each call, in which a column is numbers if all its cells are numbers.
+        ``star.table`` has single columns, and every cell as it is written.
+        """
         if self.star is None:
             return pd.DataFrame(index=range(len(self)))
         return self.star.particles
