@@ -22,7 +22,6 @@ from cryoalign.methods.classify.em_step import (
     no_sums,
 )
 from cryoalign.methods.classify.fourier_rings import FourierRings
-from cryoalign.methods.classify.whitening import CHUNK as READ
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.processes import ExactSum, gather_over_ranks, part_length, shard
@@ -30,25 +29,26 @@ from cryoalign.runtime.threads import map_in_order, workers_for
 
 KEEP = 2**30  # bytes; features that take less are kept in memory between iterations
 CHUNK = {"cpu": 256, "cuda": 4096}  # most particles of an E-step at a time; a GPU needs more
-PARTS = 24  # few, because the members of a class are computed part by part
+# Parts are few and not small, because the members of a class are computed part by part.
+LEAST, PARTS = {"cpu": 512, "cuda": 2048}, 24
 POWER_SAMPLE = 2000  # particles on which the signal's power is measured
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-def length_of(n: int) -> int:
-    """Number of particles of a part, if there are n in all."""
-    return part_length(n, READ, PARTS)
+def length_of(n: int, device: torch.device) -> int:
+    """Number of particles of a part, if there are n in all: a multiple of `whitening.CHUNK`."""
+    return part_length(n, LEAST[device.type], PARTS)
 
 
-def own_of(n: int) -> slice:
+def own_of(n: int, device: torch.device) -> slice:
     """The particles of this process, if there are n in all."""
-    return shard(n, length_of(n))
+    return shard(n, length_of(n, device))
 
 
 class Classified(NamedTuple):
-    """The result of an E-step for n particles, on the CPU."""
+    """The result of an E-step for n particles."""
 
     log_evidence: Tensor  # (n,) log-sum-exp over classes and poses
     share: Tensor  # (n,) posterior of the likeliest class
@@ -97,12 +97,15 @@ class ResolutionLevel:
     @property
     def length(self) -> int:
         """Number of particles of a part."""
-        return length_of(len(self))
+        return length_of(len(self), self.device)
+
+    def evenly(self, most: int) -> int:
+        """Size of batches of at most ``most`` particles which are equal in a whole part."""
+        return math.ceil(self.length / math.ceil(self.length / most))
 
     def batches(self, rows: Tensor) -> list[Tensor]:
-        """Equal batches of particles of one part, whose indices are ``rows`` (b,)."""
-        count = math.ceil(self.length / CHUNK[self.device.type])
-        return list(rows.split(math.ceil(self.length / count)))
+        """Batches of particles of one part, whose indices are ``rows`` (b,)."""
+        return list(rows.split(self.evenly(CHUNK[self.device.type])))
 
     def in_parts(self, rows: Tensor) -> dict[int, Tensor]:
         """Places among ``rows`` (b,) of the particles of each part of this process, by the part's
@@ -156,7 +159,7 @@ class ResolutionLevel:
                 yield of_batch
 
         total = sums_over_ranks(sums(), classes)
-        whole = (torch.cat(column) for column in zip(*each, strict=True))
+        whole = (torch.cat(column).cpu() for column in zip(*each, strict=True))
         return Classified(*(gather_over_ranks(column) for column in whole)), total
 
     def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:
@@ -186,14 +189,15 @@ class ResolutionLevel:
             each.gather(1, label).squeeze(1)
             for each in (posterior.angle, posterior.shift, posterior.hand)
         )
+        own = self.own[rows].to(label.device, non_blocking=True)
         return Classified(
-            log_evidence=posterior.log_evidence.cpu(),
-            share=two.values[:, 0].cpu(),
-            runner_up=two.values[:, 1].cpu(),
-            label=label.squeeze(1).cpu(),
-            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)).cpu(),
-            shift=self.own[rows] + self.shifts[shift].cpu(),
-            mirror=hand.bool().cpu(),
+            log_evidence=posterior.log_evidence,
+            share=two.values[:, 0],
+            runner_up=two.values[:, 1],
+            label=label.squeeze(1),
+            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)),
+            shift=own + self.shifts[shift],
+            mirror=hand.bool(),
         )
 
     def signal_power(self) -> Tensor:
@@ -220,8 +224,7 @@ class ResolutionLevel:
         """Features (b, r, m) of particles moved by their own shifts, and their weights (b, r)."""
         centre = torch.zeros(1, 2, device=self.device)
         made = replace(self, shifts=centre, cache={}).of(rows)
-        spectra = torch.view_as_complex(made.rows[:, :, 0].unflatten(-1, (-1, 2)).contiguous())
-        return spectra.permute(1, 2, 0), made.weight
+        return made.spectra[:, 0], made.weight
 
     def single_particles(self, rows: Tensor, prior: Tensor) -> Tensor:
         """(b, r, m) class images from one particle each, Wiener-filtered with the signal's power

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,23 +21,15 @@ import torch
 from torch import Tensor
 
 from cryoalign.methods.classify.em_step import (
-    Features,
     Sums,
-    expect,
     extend,
-    join_classes,
     maximise,
     mix_sums,
-    no_sums,
 )
+from cryoalign.methods.classify.groups import Groups
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import (
-    Classified,
-    ResolutionLevel,
-    own_of,
-    sums_over_ranks,
-)
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, own_of
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
@@ -137,7 +128,8 @@ class SplitAndMerge:
             last, reach, step = self.plan.levels[number]
             device = self.observations.polar.device
             level = ResolutionLevel(
-                self.observations, own_of(self.n).start, own, shift_grid(reach, step, device),
+                self.observations, own_of(self.n, device).start, own,
+                shift_grid(reach, step, device),
                 self.observations.rings.to(last), self.plan.mirror,
             )  # fmt: skip
             self._level = number, level
@@ -175,7 +167,7 @@ class SplitAndMerge:
             self.plan.n_classes, mirror=level.mirror, seed=int(self.random(2**16)[0]),
         )  # fmt: skip
         label, member = same_on_all_ranks(seeds.label), same_on_all_ranks(seeds.member)
-        groups = [_Members(level, rows[label == c]) for c in range(self.plan.n_classes)]
+        groups = Groups(level, [rows[label == c] for c in range(self.plan.n_classes)])
         classes = level.single_particles(rows[member], level.signal_power())
         _, classes = self.expect_members(level, groups, list(classes.split(1)))
         return classes
@@ -232,37 +224,25 @@ class SplitAndMerge:
         members = [each for each in members if len(each)]
         seeds = [each[self.seeds(len(each))] for each in members]
         classes = level.single_particles(torch.cat(seeds), level.signal_power())
-        groups = [_Members(level, each) for each in members]
         counts = [len(each) for each in seeds]
-        return self.expect_members(level, groups, list(classes.split(counts)))[0]
+        return self.expect_members(level, Groups(level, members), list(classes.split(counts)))[0]
 
     def expect_members(
-        self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
+        self, level: ResolutionLevel, groups: Groups, classes: list[Tensor]
     ) -> tuple[Sums, Tensor]:
         """Sums and images of all classes, where the classes of each group are made of its members.
 
         Args:
             level: the level of resolution.
-            groups: members of each group.
+            groups: the groups.
             classes: (j, r, m) first class images of each group.
         """
         children = [len(each) for each in classes]
         for _ in range(SPLIT_STEPS):
-            sums = sums_over_ranks(self.sums_by_part(level, groups, classes), torch.cat(classes))
+            sums = groups.expect(classes)
             images = maximise(sums, level.rings)
             classes = list(images.split(children))
         return sums, images
-
-    def sums_by_part(
-        self, level: ResolutionLevel, groups: list[_Members], classes: list[Tensor]
-    ) -> Iterator[Sums]:
-        """Sums of all classes for each part of the particles of this process."""
-        parts = sorted({part for group in groups for part in group.places})
-        pairs = list(zip(groups, classes, strict=True))
-        each = ((group, part, images) for part in parts for group, images in pairs)
-        found = level.over(lambda one: one[0].expect(one[1], one[2]), each)
-        for _ in parts:
-            yield join_classes([next(found) for _ in groups])
 
     def seeds(self, members: int) -> Tensor:
         """Indices among the members of a class of those from which its parts start."""
@@ -294,23 +274,3 @@ class SplitAndMerge:
         self.history.append(row)
         self.clock = time.perf_counter()
         self.particles.report(step, len(self.history), 0)
-
-
-class _Members:
-    """The members of a class that is split, as far as they are on this process."""
-
-    def __init__(self, level: ResolutionLevel, members: Tensor) -> None:
-        self.level, self.members = level, members
-        self.places = level.in_parts(members)
-        self.kept: dict[int, Features] = {}
-
-    def expect(self, part: int, classes: Tensor) -> Sums:
-        """Sums of an E-step of the members in a part of the particles, with only these classes
-        (j, r, m)."""
-        places = self.places.get(part)
-        if places is None:
-            return no_sums(classes)
-        made = self.kept.get(part) or self.level.of(self.members[places])
-        if self.level.fits(len(self.level.observations)):
-            self.kept[part] = made
-        return expect(made, classes, half=places % 2, mirror=self.level.mirror)[1]

@@ -2,7 +2,8 @@
 
 With x a particle, H its CTF and N the noise's power spectrum, the log-likelihood of a class image
 y is <H x / N, y> - sum H^2 |y|^2 / (2 N), up to a constant. The first term needs H x / N, the
-second only the means of H^2 / N on rings.
+second only the means of H^2 / N on rings. Particles whose phases were flipped are multiplied by
+|H|, and those that were multiplied by H before are only divided by N (`ctf.matched_filter`).
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, ctf_2d
+from cryoalign.images.ctf import Optics, ctf_2d, matched_filter
 from cryoalign.images.fourier import (
     crop_spectrum,
     rfft_weights,
@@ -95,11 +96,20 @@ def observe(
         max_shift: largest distance of a particle from the centre of its box, pixels.
         rows: the particles that are whitened; there may be none.
     """
-    sample = read(torch.arange(0, n, max(1, n // NOISE_SAMPLE)))
+    few = torch.arange(0, n, max(1, n // NOISE_SAMPLE))
+    sample = read(few)
     device = sample.device
     room = size / 2 - 2  # then at least the corners are background
     shell = shell_index(size, device)
     noise = noise_spectrum(sample, min(radius + EDGE, room))[shell]
+    if optics is not None and optics.premultiplied.any():
+        # Their noise was multiplied by the CTF too; N is the noise before that.
+        measured = optics[few]
+        square = ctf_2d(measured, size).square()
+        gain = torch.where(measured.premultiplied[:, None, None], square, 1.0)
+        sums = shell_sums(gain.mean(0).to(device), shell, shell_count(size))
+        gain = (sums / shell_sums(torch.ones_like(noise), shell, shell_count(size)))[shell]
+        noise = noise / gain.clamp(min=1e-3)
     reach = min(radius + max_shift, size / 2 - EDGE)
     rings = FourierRings(size, last_ring, reach)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
@@ -108,15 +118,16 @@ def observe(
     count = shell_sums(torch.ones_like(noise), shell, last_ring + 2)[1:-1]
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
-        transfer = torch.ones_like(noise)[None] if optics is None else ctf_2d(optics[rows], size)
-        transfer = transfer.to(device)
+        factor = power = torch.ones_like(noise)[None]
+        if optics is not None:
+            factor, power = (x.to(device) for x in matched_filter(optics[rows], size))
         spectra = torch.fft.rfft2(torch.fft.ifftshift(read(rows), dim=(-2, -1)))
-        factor = transfer / noise
+        factor = factor / noise
         cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
         small = torch.fft.irfft2(cropped, s=(box, box))
         small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
-        power = shell_sums(transfer.square() / noise, shell, last_ring + 2)[:, 1:-1]
-        return half_circle(small * mask, rings), (power / count).expand(len(rows), -1)
+        weight = shell_sums(power / noise, shell, last_ring + 2)[:, 1:-1]
+        return half_circle(small * mask, rings), (weight / count).expand(len(rows), -1)
 
     own = torch.arange(n)[rows]
     some = own if len(own) else torch.arange(1)  # FFT libraries refuse no images
