@@ -223,6 +223,10 @@ class PreparedParticles:
         """The particles of this process."""
         return shard(len(self), self.part_length)
 
+    def part_of(self, batch: Tensor) -> int:
+        """Number of the part (`runtime.processes`) of the particles of a batch (b,)."""
+        return int(batch[0]) // self.part_length
+
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
         """Indices (b,) of the particles of each batch of this process, in order.
 

@@ -130,7 +130,7 @@ def class_sums(
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
-        particles.size, particles.device, lambda rows: int(rows[0]) // particles.part_length,
+        particles.size, particles.device, particles.part_of,
     )  # fmt: skip
 
 
@@ -153,20 +153,25 @@ def ctf_weighted_sums(
         raise ValueError("these particles have no CTF: use class_sums")
     shell, shells = shell_index(size), size // 2 + 1
     components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
-    power = torch.zeros(2 * n_classes, shells, dtype=torch.float64)
+    power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
 
     def read(rows: Tensor) -> Tensor:
         factor, _ = matched_filter(optics[rows], size)
         spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
         return torch.fft.irfft2(spectra, s=(size, size))
 
-    sums = sum_parts(particles.parts(), read, pose, label, particles.half, n_classes, size, device)
+    sums = sum_parts(
+        particles.parts(), read, pose, label, particles.half, n_classes, size, device,
+        particles.part_of,
+    )  # fmt: skip
     for rows in particles.parts():
         _, square = matched_filter(optics[rows], size)
         curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
-        power.index_add_(0, particles.half[rows] * n_classes + label[rows], curves.double())
-    power = sum_over_ranks(power.to(device)).reshape(2, n_classes, shells)
-    return replace(sums, power=power)
+        group, there = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
+        none = torch.zeros(len(group), shells, dtype=torch.float64)
+        power.add(none.index_add_(0, there, curves.cpu().double().expand(len(rows), -1)), group)
+    total = power.total().to(device).reshape(2, n_classes, shells)
+    return replace(sums, power=total)
 
 
 def sum_parts(
