@@ -17,18 +17,15 @@ from cryoalign.methods.isac import realignment
 from cryoalign.runtime.processes import process_group
 
 RUNS = {
-    "mra": ["n_classes=3", "iterations=3", "quality.junk=set_aside"],
-    "mra-exhaustive": ["n_classes=3", "iterations=2", "search.mode=exhaustive", "images.box=24"],
-    "mra-soft": ["n_classes=3", "iterations=3", "assign.strategy=soft"],
-    "mra-equal": ["n_classes=3", "iterations=2", "assign.strategy=equal"],
+    "mra": ["n_classes=3", "iterations=2", "quality.junk=set_aside", "images.box=24"],
+    "mra-soft": ["n_classes=3", "iterations=2", "assign.strategy=soft"],
     "rfa": ["method=rfa", "iterations=2", "schedule.max_shift=1", "schedule.shift_step=1",
             "schedule.starts=2"],
     "classify": ["method=classify", "n_classes=3", "quality.junk=set_aside"],
     "classify-stochastic": ["method=classify", "n_classes=3", "likelihood.start=stochastic"],
     "classify-invariants": ["method=classify", "n_classes=3", "likelihood.start=invariants"],
-    "isac": ["method=isac", "isac.images_per_group=40", "iterations=2", "isac.repeats=2"],
-    "isac-likelihood": ["method=isac", "isac.images_per_group=40", "iterations=1",
-                        "isac.start=likelihood"],
+    "isac": ["method=isac", "isac.images_per_group=30", "iterations=2", "isac.passes=2",
+             "isac.start=likelihood"],
 }  # fmt: skip
 ALWAYS = ["device=cpu", "threads=1", "embedding=false", "batch_size=16", "seed=3"]
 
