@@ -12,6 +12,7 @@ from typing import Any
 from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
+from cryoalign.methods.classify.resolution_level import own_of
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
 from cryoalign.methods.classify.whitening import observe
@@ -25,7 +26,6 @@ from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import shard, world_size
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,6 @@ class Classification(Method):
             raise ValueError(
                 f"n_classes must be a whole number from 1 to half of the {n} usable particles, "
                 f"not {self.n_classes}: use at most {n // 2}"
-            )
-        if n < world_size():
-            raise ValueError(
-                f"{n} usable particles are fewer than {world_size()} processes: start fewer "
-                "processes"
             )
 
     def start(self, particles: PreparedParticles) -> State:
@@ -105,7 +100,8 @@ class Classification(Method):
         optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
         observations = observe(
             particles.read, n, particles.size, optics,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift, shard(n),
+            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift,
+            own_of(n, particles.device),
         )  # fmt: skip
         return SplitAndMerge(plan, observations, particles, self.seed)
 

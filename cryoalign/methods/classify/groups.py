@@ -9,7 +9,8 @@ Letters of shapes as in `em_step`; g groups, t tiles of p particles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -129,6 +130,7 @@ class _Part:
 
     tiles: Tiles
     groups: Tensor  # (g',) the groups that occur, which ``tiles`` counts from 0
+    among: int  # the particles among which they were found, by a number
     kept: list[Features] = field(default_factory=list)
 
 
@@ -147,7 +149,8 @@ class Groups:
         # Halves of every group, whatever half-sets its members have in all particles.
         half = torch.cat([torch.arange(len(each)) % 2 for each in members])
         kind = level.device.type
-        chunk = rows // AMONG[kind]
+        among = level.evenly(AMONG[kind])
+        chunk = rows // level.length * level.length + rows % level.length // among
         self.parts: list[_Part] = []
         for number in chunk[level.is_here(rows)].unique().tolist():
             some = (level.is_here(rows) & (chunk == number)).nonzero().squeeze(1)
@@ -155,7 +158,8 @@ class Groups:
             tiles = Tiles(rows[some][tiles.members], tiles.here, tiles.group, tiles.half)
             for part in tiles.split(max(1, CHUNK[kind] // WIDTH[kind])):
                 present, own = part.group.unique(return_inverse=True)
-                self.parts.append(_Part(Tiles(part.members, part.here, own, part.half), present))
+                part = Tiles(part.members, part.here, own, part.half)
+                self.parts.append(_Part(part, present, number))
 
     def expect(self, classes: Sequence[Tensor]) -> Sums:
         """Sums of one E-step of all groups, over all processes.
@@ -173,10 +177,17 @@ class Groups:
             own = [classes[g] for g in part.groups.tolist()]
             return expect_tiles(made, part.tiles, own, mirror=level.mirror)
 
-        total = no_sums(torch.cat(list(classes)))
-        columns = torch.arange(len(total.size[0])).split([len(each) for each in classes])
-        for part, sums in zip(self.parts, level.over(step, self.parts), strict=True):
-            of_part = torch.cat([columns[g] for g in part.groups.tolist()]).to(level.device)
-            for all_of_them, some in zip(total, sums, strict=True):
-                all_of_them.index_add_(1, of_part, some)
-        return sums_over_ranks(total)
+        joined = torch.cat(list(classes))
+        columns = torch.arange(len(joined)).split([len(each) for each in classes])
+
+        def sums() -> Iterator[Sums]:
+            steps = zip(self.parts, level.over(step, self.parts), strict=True)
+            for _, parts in itertools.groupby(steps, lambda one: one[0].among):
+                total = no_sums(joined)
+                for part, found in parts:
+                    of_part = torch.cat([columns[g] for g in part.groups.tolist()])
+                    for all_of_them, some in zip(total, found, strict=True):
+                        all_of_them.index_add_(1, of_part.to(level.device), some)
+                yield total
+
+        return sums_over_ranks(sums(), joined)

@@ -29,12 +29,12 @@ from cryoalign.methods.classify.em_step import (
 from cryoalign.methods.classify.groups import Groups
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, own_of
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
-from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
+from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks
 from cryoalign.search.settings import shift_grid
 
 # Largest numbers of steps of an expectation maximisation, which limit the time.
@@ -64,7 +64,7 @@ class SplitAndMerge:
         """
         Args:
             plan: the settings.
-            observations: this process's shard of the particles.
+            observations: this process's parts of the particles.
             particles: all particles; their ``report`` is called after every step.
             seed: seed of the random choices, the same on all processes.
         """
@@ -128,7 +128,8 @@ class SplitAndMerge:
             last, reach, step = self.plan.levels[number]
             device = self.observations.polar.device
             level = ResolutionLevel(
-                self.observations, shard(self.n).start, own, shift_grid(reach, step, device),
+                self.observations, own_of(self.n, device).start, own,
+                shift_grid(reach, step, device),
                 self.observations.rings.to(last), self.plan.mirror,
             )  # fmt: skip
             self._level = number, level

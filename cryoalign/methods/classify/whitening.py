@@ -94,7 +94,7 @@ def observe(
         last_ring: resolution limit, 1/box.
         radius: radius of the particle, pixels.
         max_shift: largest distance of a particle from the centre of its box, pixels.
-        rows: the particles that are whitened.
+        rows: the particles that are whitened; there may be none.
     """
     few = torch.arange(0, n, max(1, n // NOISE_SAMPLE))
     sample = read(few)
@@ -129,6 +129,8 @@ def observe(
         weight = shell_sums(power / noise, shell, last_ring + 2)[:, 1:-1]
         return half_circle(small * mask, rings), (weight / count).expand(len(rows), -1)
 
-    parts = list(map_in_order(part, torch.arange(n)[rows].split(CHUNK), workers_for(device)))
-    polar, weight = (torch.cat(of) for of in zip(*parts, strict=True))
+    own = torch.arange(n)[rows]
+    some = own if len(own) else torch.arange(1)  # FFT libraries refuse no images
+    parts = list(map_in_order(part, some.split(CHUNK), workers_for(device)))
+    polar, weight = (torch.cat(of)[: len(own)] for of in zip(*parts, strict=True))
     return Observations(polar, weight, rings)
