@@ -14,7 +14,7 @@ from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
-from cryoalign.methods.classify.whitening import observe
+from cryoalign.methods.classify.whitening import observer
 from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
@@ -25,7 +25,7 @@ from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import shard, world_size
+from cryoalign.runtime.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Classification(Method):
 
     def _work(self, particles: PreparedParticles) -> SplitAndMerge:
         plan, n = self._plan(particles.box), len(particles)
-        observations = observe(
+        observe = observer(
             particles.read, n, particles.size, particles.optics if self.particle.ctf else None,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift, shard(n),
+            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift,
         )  # fmt: skip
-        return SplitAndMerge(plan, observations, particles, self.seed)
+        return SplitAndMerge(plan, observe, particles, self.seed)
 
 
 @shows_settings(Classification)

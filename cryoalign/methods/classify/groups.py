@@ -164,11 +164,10 @@ class Groups:
             classes: (j, r, m) class images of each group.
         """
         level = self.level
-        keep = level.fits(len(level.observations))
 
         def step(part: _Part) -> Sums:
             made = part.kept[0] if part.kept else level.of(part.tiles.members.flatten())
-            if keep and not part.kept:
+            if level.keep and not part.kept:
                 part.kept.append(made)
             own = [classes[g] for g in part.groups.tolist()]
             return expect_tiles(made, part.tiles, own, mirror=level.mirror)
