@@ -24,6 +24,7 @@ from bench import (
     coverage,
     gpu_search,
     gpu_stages,
+    input,
     interpolation,
     invariants,
     iteration,
@@ -61,6 +62,8 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "interpolation": interpolation.run,
     "loader": loader.run,
     "stream": stream.run,
+    "input": input.run,
+    "input-memory": input.memory,
     "layers": layers.run,
     "invariants": invariants.run,
 }

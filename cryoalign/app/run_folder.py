@@ -44,7 +44,7 @@ def write_results(
     )
     write_class_averages_star(
         folder / "class_averages.star", AVERAGES, alignment.class_sizes, alignment.resolution,
-        alignment.pixel_size,
+        alignment.pixel_size, alignment.ctf,
     )  # fmt: skip
     alignment.save(folder / "alignment.npz")
     method = config.made()

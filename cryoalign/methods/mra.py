@@ -64,7 +64,6 @@ class MultiReference(Method):
 
     name = "mra"
     purpose = "multi-reference alignment"
-    unused = frozenset({"particle.ctf"})
 
     references: Array | str | Path = "random"
     n_classes: int | None = None

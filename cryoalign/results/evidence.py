@@ -77,9 +77,7 @@ def judge(
     other = found.label + len(sums.sizes) * (1 - half)  # the average of the other half
     curvature = curvature_of(references, scope.rings)
     comparison = _Comparison(particles, found.pose, other, references, curvature, scope)
-    few = torch.arange(0, len(particles), math.ceil(len(particles) / SAMPLE))
-    sample = [comparison.shells(part, particles.read(part)) for part in few.split(CHUNK)]
-    typical = _typical_residual(torch.cat(sample, 1))
+    typical = _typical_residual(_sample_shells(comparison))
 
     def columns(members: Tensor) -> Tensor:
         images = particles.read(members)
@@ -171,6 +169,20 @@ class _Comparison:
     def covariance(self, members: Tensor, images: Tensor) -> Tensor:
         pose, other = self.pose[members].to(images.device), self.other[members].to(images.device)
         return covariance_on(images, self.references, self.curvature, other, pose, self.scope.rings)
+
+
+def _sample_shells(comparison: _Comparison) -> Tensor:
+    """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
+    particles = comparison.particles
+    step = math.ceil(len(particles) / SAMPLE)
+    some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]
+
+    def shells(members: Tensor) -> Tensor:
+        return comparison.shells(members, particles.read(members)).transpose(0, 1)
+
+    made = [torch.zeros(0, 3, particles.size // 2, dtype=torch.float64, device=particles.device)]
+    made += map_in_order(shells, filter(len, some), workers_for(particles.device))
+    return gather_over_ranks(torch.cat(made)).transpose(0, 1)
 
 
 class _TypicalResidual(NamedTuple):

@@ -41,6 +41,7 @@ class Classification(Method):
     name = "classify"
     purpose = "classes from nothing, by likelihood"
     unused = frozenset({"averaging.centre"})
+    ctf_uses = ("model", "flip", "none")
     instead = {"iterations": "likelihood.cycles"}  # noqa: RUF012
 
     n_classes: int | None = None
@@ -74,8 +75,6 @@ class Classification(Method):
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        if self.particle.ctf:
-            particles = particles.phase_flipped()
         plan, size, device = self._plan(particles.box), particles.size, particles.device
         k, label = plan.n_classes, state["label"]
         mask = soft_mask(size, plan.radius, self.averaging.mask_edge, device)
@@ -103,9 +102,10 @@ class Classification(Method):
 
     def _work(self, particles: PreparedParticles) -> SplitAndMerge:
         plan, n = self._plan(particles.box), len(particles)
+        optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
         observe = observer(
-            particles.read, n, particles.size, particles.optics if self.particle.ctf else None,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift,
+            particles.read, n, particles.size, optics, plan.ring(self.likelihood.end_detail),
+            plan.radius, plan.max_shift,
         )  # fmt: skip
         return SplitAndMerge(plan, observe, particles, self.seed)
 

@@ -2,7 +2,8 @@
 
 With x a particle, H its CTF and N the noise's power spectrum, the log-likelihood of a class image
 y is <H x / N, y> - sum H^2 |y|^2 / (2 N), up to a constant. The first term needs H x / N, the
-second only the means of H^2 / N on rings.
+second only the means of H^2 / N on rings. Particles whose phases were flipped are multiplied by
+|H|, and those that were multiplied by H before are only divided by N (`ctf.matched_filter`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, ctf_2d
+from cryoalign.images.ctf import Optics, ctf_2d, matched_filter
 from cryoalign.images.fourier import (
     crop_spectrum,
     rfft_weights,
@@ -166,21 +167,20 @@ class Observer:
         """Half circles (b, r, a // 2) and weights (b, r) of the particles with rows (b,)."""
         size, last, device = self.rings.size, self.rings.last, self.noise.device
         box, shell = len(self.mask), shell_index(size, device)
-        if self.optics is None:
-            transfer = torch.ones_like(self.noise)[None]
-        else:
-            transfer = ctf_2d(self.optics[rows], size).to(device)
+        factor = power = torch.ones_like(self.noise)[None]
+        if self.optics is not None:
+            factor, power = (x.to(device) for x in matched_filter(self.optics[rows], size))
         spectra = torch.fft.rfft2(torch.fft.ifftshift(self.read(rows), dim=(-2, -1)))
-        factor = transfer / self.noise
+        factor = factor / self.noise
         cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
         small = torch.fft.irfft2(cropped, s=(box, box))
         small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
         # Shell 0, the mean, and shells beyond the last ring are not used.
-        count, power = (
+        count, weight = (
             shell_sums(x, shell, last + 2)[..., 1:-1]
-            for x in (torch.ones_like(self.noise), transfer.square() / self.noise)
+            for x in (torch.ones_like(self.noise), power / self.noise)
         )
-        return half_circle(small * self.mask, self.rings), (power / count).expand(len(rows), -1)
+        return half_circle(small * self.mask, self.rings), (weight / count).expand(len(rows), -1)
 
 
 def observer(
@@ -198,10 +198,20 @@ def observer(
         radius: radius of the particle, pixels.
         max_shift: largest distance of a particle from the centre of its box, pixels.
     """
-    sample = read(torch.arange(0, n, max(1, n // NOISE_SAMPLE)))
+    few = torch.arange(0, n, max(1, n // NOISE_SAMPLE))
+    sample = read(few)
     device = sample.device
     room = size / 2 - 2  # then at least the corners are background
-    noise = noise_spectrum(sample, min(radius + EDGE, room))[shell_index(size, device)]
+    shell = shell_index(size, device)
+    noise = noise_spectrum(sample, min(radius + EDGE, room))[shell]
+    if optics is not None and optics.premultiplied.any():
+        # Their noise was multiplied by the CTF too; N is the noise before that.
+        measured = optics[few]
+        square = ctf_2d(measured, size).square()
+        gain = torch.where(measured.premultiplied[:, None, None], square, 1.0)
+        sums = shell_sums(gain.mean(0).to(device), shell, shell_count(size))
+        gain = (sums / shell_sums(torch.ones_like(noise), shell, shell_count(size)))[shell]
+        noise = noise / gain.clamp(min=1e-3)
     reach = min(radius + max_shift, size / 2 - EDGE)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
     mask = soft_mask(box, reach * box / size, EDGE * box / size, device)

@@ -190,8 +190,6 @@ class StableClassification(Method):
         )
 
     def _work(self, particles: PreparedParticles) -> Work:
-        if self.particle.ctf:
-            particles = particles.phase_flipped()
         scale = scale_of(self.isac, self.particle, particles.box)
         return Work(particles, self.isac, self.averaging, self.particle.mirror, scale)
 
