@@ -25,7 +25,6 @@ from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,6 @@ class Classification(Method):
             raise ValueError(
                 f"n_classes must be a whole number from 1 to half of the {n} usable particles, "
                 f"not {self.n_classes}: use at most {n // 2}"
-            )
-        if n < world_size():
-            raise ValueError(
-                f"{n} usable particles are fewer than {world_size()} processes: start fewer "
-                "processes"
             )
 
     def start(self, particles: PreparedParticles) -> State:

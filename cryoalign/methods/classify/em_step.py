@@ -428,11 +428,6 @@ def no_sums(classes: Tensor) -> Sums:
     return Sums(classes.new_zeros(2, *classes.shape), zeros(2, k, r), zeros(2, k))
 
 
-def add_sums(parts: Sequence[Sums]) -> Sums:
-    """The sums of several batches of particles."""
-    return Sums(*(torch.stack(of).sum(0) for of in zip(*parts, strict=True)))
-
-
 def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
     """Weighted mean of sums: ``momentum`` times the old, scaled to the number of particles of the
     new, plus 1 - ``momentum`` times the new."""

@@ -33,12 +33,12 @@ from cryoalign.methods.classify.fourier_rings import FourierRings
 from cryoalign.methods.classify.groups import Groups
 from cryoalign.methods.classify.invariants import SAMPLE, seeds_from_invariants
 from cryoalign.methods.classify.merging import merge_classes
-from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel
+from cryoalign.methods.classify.resolution_level import Classified, ResolutionLevel, own_of
 from cryoalign.methods.classify.settings import Plan
 from cryoalign.methods.classify.whitening import Observations, Observer
 from cryoalign.methods.state import State, pose_tensors
 from cryoalign.particles.prepare import PreparedParticles
-from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
+from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks
 from cryoalign.search.settings import shift_grid
 
 # Largest numbers of steps of an expectation maximisation, which limit the time.
@@ -180,18 +180,19 @@ class SplitAndMerge:
             last, reach, step = self.plan.levels[number]
             seen = self.observations(whole)
             level = ResolutionLevel(
-                seen, shard(len(own)).start, own, shift_grid(reach, step, seen.device),
-                seen.rings.to(last), self.plan.mirror,
+                seen, own_of(len(own), seen.device).start, own,
+                shift_grid(reach, step, seen.device), seen.rings.to(last), self.plan.mirror,
             )  # fmt: skip
             self._level = (number, whole), level
         return self._level[1]
 
     def observations(self, whole: bool) -> Observations:
-        """This process's shard of all particles, or of the sample."""
+        """This process's parts of all particles, or of the sample."""
         if self._observed is None or self._observed[0] != whole:
             self._observed = None
             rows = torch.arange(self.n) if whole else self.sample
-            self._observed = whole, self.observe(rows[shard(len(rows))])
+            own = own_of(len(rows), self.particles.device)
+            self._observed = whole, self.observe(rows[own])
         return self._observed[1]
 
     def start(self, level: ResolutionLevel) -> _Result:

@@ -131,7 +131,7 @@ class Observer:
     rings: FourierRings
 
     def __call__(self, rows: Tensor) -> Observations:
-        """Observations of the particles with rows (b,)."""
+        """Observations of the particles with rows (b,); there may be none."""
         device, rings = self.noise.device, self.rings
         shape = rings.last, rings.n_angles // 2
         room = KEPT_SHARE * available_memory(device) / (8 * shape[0] * (shape[1] + 1))
