@@ -22,7 +22,6 @@ from cryoalign.methods.classify.em_step import (
     no_sums,
 )
 from cryoalign.methods.classify.fourier_rings import FourierRings
-from cryoalign.methods.classify.whitening import CHUNK as READ
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.processes import ExactSum, gather_over_ranks, part_length, shard
@@ -30,7 +29,8 @@ from cryoalign.runtime.threads import available_memory, map_in_order, workers_fo
 
 KEPT_SHARE = 0.125  # largest share of the free memory for features kept between iterations
 CHUNK = {"cpu": 256, "cuda": 4096}  # most particles of an E-step at a time; a GPU needs more
-PARTS = {"cpu": 24, "cuda": 8}  # few, because the members of a class are computed part by part
+# Parts are few and not small, because the members of a class are computed part by part.
+LEAST, PARTS = {"cpu": 512, "cuda": 4096}, 24
 POWER_SAMPLE = 2000  # particles on which the signal's power is measured
 
 Item = TypeVar("Item")
@@ -38,8 +38,8 @@ Outcome = TypeVar("Outcome")
 
 
 def length_of(n: int, device: torch.device) -> int:
-    """Number of particles of a part, if there are n in all."""
-    return part_length(n, READ, PARTS[device.type])
+    """Number of particles of a part, if there are n in all: a multiple of `whitening.CHUNK`."""
+    return part_length(n, LEAST[device.type], PARTS)
 
 
 def own_of(n: int, device: torch.device) -> slice:
@@ -108,10 +108,13 @@ class ResolutionLevel:
         """Number of particles of a part."""
         return length_of(len(self), self.device)
 
+    def evenly(self, most: int) -> int:
+        """Size of batches of at most ``most`` particles which are equal in a whole part."""
+        return math.ceil(self.length / math.ceil(self.length / most))
+
     def batches(self, rows: Tensor) -> list[Tensor]:
-        """Equal batches of particles of one part, whose indices are ``rows`` (b,)."""
-        count = math.ceil(self.length / CHUNK[self.device.type])
-        return list(rows.split(math.ceil(self.length / count)))
+        """Batches of particles of one part, whose indices are ``rows`` (b,)."""
+        return list(rows.split(self.evenly(CHUNK[self.device.type])))
 
     def in_parts(self, rows: Tensor) -> dict[int, Tensor]:
         """Places among ``rows`` (b,) of the particles of each part of this process, by the part's
