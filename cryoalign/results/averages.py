@@ -153,20 +153,24 @@ def ctf_weighted_sums(
         raise ValueError("these particles have no CTF: use class_sums")
     shell, shells = shell_index(size), size // 2 + 1
     components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
-    power = torch.zeros(2 * n_classes, shells, dtype=torch.float64)
+    power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
 
     def read(rows: Tensor) -> Tensor:
         factor, _ = matched_filter(optics[rows], size)
         spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
         return torch.fft.irfft2(spectra, s=(size, size))
 
-    sums = sum_parts(particles.parts(), read, pose, label, particles.half, n_classes, size, device)
+    sums = sum_parts(
+        particles.parts(), read, pose, label, particles.half, n_classes, size, device,
+        lambda rows: int(rows[0]) // particles.part_length,
+    )  # fmt: skip
     for rows in particles.parts():
         _, square = matched_filter(optics[rows], size)
         curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
-        power.index_add_(0, particles.half[rows] * n_classes + label[rows], curves.double())
-    power = sum_over_ranks(power.to(device)).reshape(2, n_classes, shells)
-    return replace(sums, power=power)
+        group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
+        of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
+        power.add(of_batch.index_add_(0, number, curves.double()), group)
+    return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 
 def sum_parts(
