@@ -156,7 +156,7 @@ def _to_gpu(path: Path, device: torch.device) -> None:
 
 def memory(
     n: Annotated[tuple[int, ...], "rows of the stack"] = (10_000, 100_000, 1_000_000),
-    size: Annotated[int, "box, px"] = 64,
+    size: Annotated[int, "box, px"] = 32,
     budget: Annotated[int, "megabytes that prepared images may take"] = 100,
     k: Annotated[int, "classes"] = 10,
     device: Annotated[str, "cpu or cuda"] = "cpu",
@@ -211,7 +211,9 @@ def _averaged(path: Path, job: dict[str, Any]) -> None:
         class_sums(particles, Pose.identity(n), label, job["k"])
         kept = particles._cache.kept()
         return sum(
-            count * place.dtype.itemsize * particles.size**2 for place, count in kept.items()
+            count * place.dtype.itemsize * particles.size**2
+            for place, count in kept.items()
+            if place.device.type == device.type
         )
 
     average(1000, 0.0)  # libraries load and plan much when first used

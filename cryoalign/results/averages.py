@@ -130,7 +130,7 @@ def class_sums(
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
-        particles.size, particles.device, particles.part_of,
+        particles.size, particles.device, lambda rows: int(rows[0]) // particles.part_length,
     )  # fmt: skip
 
 
@@ -167,11 +167,10 @@ def ctf_weighted_sums(
     for rows in particles.parts():
         _, square = matched_filter(optics[rows], size)
         curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
-        group, there = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
-        none = torch.zeros(len(group), shells, dtype=torch.float64)
-        power.add(none.index_add_(0, there, curves.cpu().double().expand(len(rows), -1)), group)
-    total = power.total().to(device).reshape(2, n_classes, shells)
-    return replace(sums, power=total)
+        group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
+        of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
+        power.add(of_batch.index_add_(0, number, curves.double()), group)
+    return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 
 def sum_parts(

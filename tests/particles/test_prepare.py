@@ -313,7 +313,9 @@ def test_with_room_for_some_the_others_are_read_again(monkeypatch: pytest.Monkey
     for _ in range(2):
         stack.rows.clear()
         assert torch.equal(everything(particles), expected)
-        assert stack.rows == list(range(10, N))  # two blocks of five fit into the room for 12
+        assert sorted(stack.rows) == list(
+            range(10, N)
+        )  # two blocks of five fit into the room for 12
     words = particles.kept()
     assert "41 kB" in words
     assert "kept in memory" in words
@@ -322,7 +324,7 @@ def test_with_room_for_some_the_others_are_read_again(monkeypatch: pytest.Monkey
     none = prepare(stack, Images(cache="none"), device="cpu", batch_size=5)
     stack.rows.clear()
     assert torch.equal(everything(none), expected)
-    assert stack.rows == list(range(N))
+    assert sorted(stack.rows) == list(range(N))
     assert f"{N} of {N} images are read again" in none.kept()
     assert "kept in" not in none.kept()
 

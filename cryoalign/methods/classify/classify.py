@@ -12,10 +12,9 @@ from typing import Any
 from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
-from cryoalign.methods.classify.resolution_level import own_of
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
-from cryoalign.methods.classify.whitening import observe
+from cryoalign.methods.classify.whitening import observer
 from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
@@ -98,12 +97,11 @@ class Classification(Method):
     def _work(self, particles: PreparedParticles) -> SplitAndMerge:
         plan, n = self._plan(particles.box), len(particles)
         optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
-        observations = observe(
-            particles.read, n, particles.size, optics,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift,
-            own_of(n, particles.device),
+        observe = observer(
+            particles.read, n, particles.size, optics, plan.ring(self.likelihood.end_detail),
+            plan.radius, plan.max_shift, particles.read_shared,
         )  # fmt: skip
-        return SplitAndMerge(plan, observations, particles, self.seed)
+        return SplitAndMerge(plan, observe, particles, self.seed)
 
 
 @shows_settings(Classification)

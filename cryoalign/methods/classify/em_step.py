@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cryoalign.images.fourier import rfft_weights
 from cryoalign.images.frc import wiener_factors
-from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
+from cryoalign.methods.classify.fourier_rings import FourierRings, move_half_circles, ring_features
 
 # Entries of a block of the table: fits a CPU's cache, and keeps the number of GPU launches small.
 BLOCK = {"cpu": 2**21, "cuda": 2**28}
@@ -91,7 +91,8 @@ def features(
     n_even, size = len(rows[::2]), AT_A_TIME[polar.device.type]
     for start in range(0, len(polar), size):
         part = slice(start, start + size)
-        made = ring_features(polar[part], own[part, None] + shifts, rings)  # (b, s, r, m)
+        centred = move_half_circles(polar[part], own[part], rings)
+        made = ring_features(centred, shifts, rings)  # (b, s, r, m)
         made = torch.view_as_real(made.permute(3, 0, 1, 2)).flatten(-2)
         rows[:n_even, part], rows[n_even:, part] = made[::2], made[1::2]
     return Features(rows, weight[:, : rings.last].contiguous(), shifts, rings)
@@ -457,7 +458,9 @@ def maximise(sums: Sums, rings: FourierRings) -> Tensor:
 
 
 def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
-    """Class features (k, r, m) on the ``new`` rings, which are zero beyond the ``old`` rings."""
-    longer = classes.new_zeros(len(classes), new.last, new.n_frequencies)
-    longer[:, : old.last, : old.n_frequencies] = classes
-    return longer * math.sqrt(new.n_angles / old.n_angles)
+    """Class features (k, r, m) on the ``new`` rings, without those beyond them, and zero beyond the
+    ``old`` rings."""
+    changed = classes.new_zeros(len(classes), new.last, new.n_frequencies)
+    some = slice(min(old.last, new.last)), slice(min(old.n_frequencies, new.n_frequencies))
+    changed[:, *some] = classes[:, *some]
+    return changed * math.sqrt(new.n_angles / old.n_angles)

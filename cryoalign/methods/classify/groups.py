@@ -9,7 +9,6 @@ Letters of shapes as in `em_step`; g groups, t tiles of p particles.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +27,7 @@ from cryoalign.methods.classify.em_step import (
 )
 from cryoalign.methods.classify.resolution_level import CHUNK, ResolutionLevel, sums_over_ranks
 
-WIDTH = {"cpu": 8, "cuda": 16}  # particles of a tile
-AMONG = {"cpu": 2048, "cuda": 16384}  # particles among which those of a tile are found
+WIDTH = {"cpu": 4, "cuda": 8}  # particles of a tile
 MISSING = 1e30  # penalty of classes that a group does not have
 
 
@@ -125,12 +123,11 @@ def expect_tiles(
 
 
 @dataclass(eq=False)
-class _Part:
+class _Batch:
     """Some tiles, with their particles as indices of all particles."""
 
     tiles: Tiles
     groups: Tensor  # (g',) the groups that occur, which ``tiles`` counts from 0
-    among: int  # the particles among which they were found, by a number
     kept: list[Features] = field(default_factory=list)
 
 
@@ -143,23 +140,21 @@ class Groups:
             level: the particles.
             members: indices of the members of each group. No particle is in two groups.
         """
-        self.level = level
+        self.level, kind = level, level.device.type
         rows = torch.cat(list(members))
         group = torch.arange(len(members)).repeat_interleave(torch.tensor([*map(len, members)]))
         # Halves of every group, whatever half-sets its members have in all particles.
         half = torch.cat([torch.arange(len(each)) % 2 for each in members])
-        kind = level.device.type
-        among = level.evenly(AMONG[kind])
-        chunk = rows // level.length * level.length + rows % level.length // among
-        self.parts: list[_Part] = []
-        for number in chunk[level.is_here(rows)].unique().tolist():
-            some = (level.is_here(rows) & (chunk == number)).nonzero().squeeze(1)
+        # Tiles and batches stay within a part, so that processes do not change the results.
+        self.parts: list[list[_Batch]] = []
+        for some in level.in_parts(rows).values():
             tiles = tiles_of(group[some], half[some], WIDTH[kind])
             tiles = Tiles(rows[some][tiles.members], tiles.here, tiles.group, tiles.half)
-            for part in tiles.split(max(1, CHUNK[kind] // WIDTH[kind])):
-                present, own = part.group.unique(return_inverse=True)
-                part = Tiles(part.members, part.here, own, part.half)
-                self.parts.append(_Part(part, present, number))
+            batches = []
+            for few in tiles.split(CHUNK[kind] // WIDTH[kind]):
+                present, own = few.group.unique(return_inverse=True)
+                batches.append(_Batch(Tiles(few.members, few.here, own, few.half), present))
+            self.parts.append(batches)
 
     def expect(self, classes: Sequence[Tensor]) -> Sums:
         """Sums of one E-step of all groups, over all processes.
@@ -167,27 +162,25 @@ class Groups:
         Args:
             classes: (j, r, m) class images of each group.
         """
-        level = self.level
-        keep = level.fits(len(level.observations))
+        level, all_of_them = self.level, torch.cat(list(classes))
 
-        def step(part: _Part) -> Sums:
-            made = part.kept[0] if part.kept else level.of(part.tiles.members.flatten())
-            if keep and not part.kept:
-                part.kept.append(made)
-            own = [classes[g] for g in part.groups.tolist()]
-            return expect_tiles(made, part.tiles, own, mirror=level.mirror)
+        def step(batch: _Batch) -> Sums:
+            made = batch.kept[0] if batch.kept else level.of(batch.tiles.members.flatten())
+            if level.keep and not batch.kept:
+                batch.kept.append(made)
+            own = [classes[g] for g in batch.groups.tolist()]
+            return expect_tiles(made, batch.tiles, own, mirror=level.mirror)
 
-        joined = torch.cat(list(classes))
-        columns = torch.arange(len(joined)).split([len(each) for each in classes])
+        places = torch.arange(len(all_of_them)).split([len(each) for each in classes])
+        found = level.over(step, (batch for part in self.parts for batch in part))
 
-        def sums() -> Iterator[Sums]:
-            steps = zip(self.parts, level.over(step, self.parts), strict=True)
-            for _, parts in itertools.groupby(steps, lambda one: one[0].among):
-                total = no_sums(joined)
-                for part, found in parts:
-                    of_part = torch.cat([columns[g] for g in part.groups.tolist()])
-                    for all_of_them, some in zip(total, found, strict=True):
-                        all_of_them.index_add_(1, of_part.to(level.device), some)
+        def of_parts() -> Iterator[Sums]:
+            for part in self.parts:
+                total = no_sums(all_of_them)
+                for batch in part:
+                    here = torch.cat([places[g] for g in batch.groups.tolist()]).to(level.device)
+                    for sums, some in zip(total, next(found), strict=True):
+                        sums.index_add_(1, here, some)
                 yield total
 
-        return sums_over_ranks(sums(), joined)
+        return sums_over_ranks(of_parts(), all_of_them)

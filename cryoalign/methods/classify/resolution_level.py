@@ -25,12 +25,12 @@ from cryoalign.methods.classify.fourier_rings import FourierRings
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.runtime.processes import ExactSum, gather_over_ranks, part_length, shard
-from cryoalign.runtime.threads import map_in_order, workers_for
+from cryoalign.runtime.threads import available_memory, map_in_order, workers_for
 
-KEEP = 2**30  # bytes; features that take less are kept in memory between iterations
+KEPT_SHARE = 0.125  # largest share of the free memory for features kept between iterations
 CHUNK = {"cpu": 256, "cuda": 4096}  # most particles of an E-step at a time; a GPU needs more
 # Parts are few and not small, because the members of a class are computed part by part.
-LEAST, PARTS = {"cpu": 512, "cuda": 2048}, 24
+LEAST, PARTS = {"cpu": 512, "cuda": 4096}, 24
 POWER_SAMPLE = 2000  # particles on which the signal's power is measured
 
 Item = TypeVar("Item")
@@ -75,6 +75,7 @@ class ResolutionLevel:
         shifts: (s, 2) trial shifts, added to ``own``, pixels.
         rings: the rings that are used.
         mirror: whether mirrored particles are tried.
+        keep: whether features are kept in memory between iterations; None: if there is room.
         cache: features of batches by their first particle, as far as they are kept.
     """
 
@@ -84,7 +85,15 @@ class ResolutionLevel:
     shifts: Tensor
     rings: FourierRings
     mirror: bool
+    keep: bool | None = None
     cache: dict[int, Features] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep is None:
+            count = len(self.observations) * len(self.shifts)
+            needed = 8 * count * self.rings.last * self.rings.n_frequencies
+            room = KEPT_SHARE * available_memory(self.device)
+            object.__setattr__(self, "keep", needed <= room)
 
     def __len__(self) -> int:
         return len(self.own)
@@ -92,7 +101,7 @@ class ResolutionLevel:
     @property
     def device(self) -> torch.device:
         """Device of the computation."""
-        return self.observations.polar.device
+        return self.observations.device
 
     @property
     def length(self) -> int:
@@ -120,14 +129,9 @@ class ResolutionLevel:
 
     def of(self, rows: Tensor) -> Features:
         """Features of the particles with indices ``rows``, all of this process."""
-        here = (rows - self.start).to(self.device)
-        polar, weight = self.observations.polar[here], self.observations.weight[here]
+        polar, weight = self.observations.take(rows - self.start)
         own = self.own[rows].to(self.device)
         return features(polar, weight, own, self.shifts, self.rings)
-
-    def fits(self, n: int) -> bool:
-        """Whether the features of n particles are few enough to be kept."""
-        return n * 8 * len(self.shifts) * self.rings.last * self.rings.n_frequencies <= KEEP
 
     def over(self, function: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[Outcome]:
         """Results of ``function`` for each item, in order, computed on all cores."""
@@ -139,11 +143,10 @@ class ResolutionLevel:
         Args:
             classes: (k, r, m) features of the class images.
         """
-        keep = self.fits(len(self.observations))
 
         def step(rows: Tensor) -> tuple[Classified, Sums]:
             made = self.cache.get(int(rows[0])) or self.of(rows)
-            if keep:
+            if self.keep:
                 self.cache[int(rows[0])] = made
             posterior, sums = expect(made, classes, half=rows % 2, mirror=self.mirror)
             return self.classified(rows, posterior), sums

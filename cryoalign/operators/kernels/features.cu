@@ -61,11 +61,17 @@ __device__ float2 block_sum(float2 v, float2* shared) {
   return sum;
 }
 
-// A coordinate in the window: the pixel at or before it, and the rest. Both are positive.
+// A coordinate in the window, positive: the pixel at or before it, and the rest, from 0 to 1. What is
+// added to MAGIC is rounded to a whole number; conversions to int and back take four times as long.
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23
 struct Place {
   int whole;
   float rest;
-  __device__ explicit Place(float x) : whole(static_cast<int>(x)), rest(x - whole) {}
+  __device__ explicit Place(float x) {
+    const float rounded = (x - 0.5f) + MAGIC;
+    whole = __float_as_int(rounded) - __float_as_int(MAGIC);
+    rest = x - (rounded - MAGIC);
+  }
 };
 
 // A pixel of the window holds the image's pixel and the one to the right of it.
