@@ -209,9 +209,10 @@ class PreparedParticles:
         root, own = self._root(members)
         made = self._ahead.take(members) if self._ahead is not None else None
         made = made or root._make(own)
-        if made.new:
-            root._cache.put(root.rows[own].numpy(), made.images)
-        return made.images
+        if not made.new:
+            return made.images
+        root._cache.put(root.rows[own].numpy(), made.images)
+        return root._cache.as_kept(made.images)
 
     def read_shared(self, members: Tensor) -> Tensor:
         """(b, size, size) images of any particles (b,), on every process. Each is read by the
@@ -385,7 +386,7 @@ class PreparedParticles:
         if self._unflipped is None:
             return Made(self._load(rows), True)
         images = self._caches[False].get(rows.numpy())
-        images = self._load(rows) if images is None else images
+        images = self._caches[False].as_kept(self._load(rows)) if images is None else images
         pair = members if len(members) > 1 else members.expand(2)  # as in `_prepared`
         images = images if len(images) > 1 else images.expand(2, -1, -1)
         return Made(phase_flip(images, self._unflipped[pair])[: len(members)], True)
