@@ -77,7 +77,9 @@ def judge(
     other = found.label + len(sums.sizes) * (1 - half)  # the average of the other half
     curvature = curvature_of(references, scope.rings)
     comparison = _Comparison(particles, found.pose, other, references, curvature, scope)
-    typical = _typical_residual(_sample_shells(comparison))
+    # On the CPU, because PyTorch has no deterministic median on a GPU.
+    measured = _typical_residual(_sample_shells(comparison).cpu())
+    typical = _TypicalResidual(*(each.to(particles.device) for each in measured))
 
     def columns(members: Tensor) -> Tensor:
         images = particles.read(members)
