@@ -32,6 +32,7 @@ from bench import (
     loader,
     memory,
     peers,
+    processes,
     quality,
     relion,
     rfa,
@@ -66,6 +67,7 @@ ENTRIES: dict[str, Callable[..., Result]] = {
     "input-memory": input.memory,
     "layers": layers.run,
     "invariants": invariants.run,
+    "processes": processes.run,
 }
 
 

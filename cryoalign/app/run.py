@@ -118,7 +118,6 @@ def _read(config: RunConfig) -> ParticleStack:
     """Open the particles, and check them and the references as far as headers and rows allow."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     method = config.made()
-    method.refuse_processes()
     if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
         method.check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():

@@ -213,6 +213,17 @@ class PreparedParticles:
             root._cache.put(root.rows[own].numpy(), made.images)
         return made.images
 
+    def read_shared(self, members: Tensor) -> Tensor:
+        """(b, size, size) images of any particles (b,), on every process. Each is read by the
+        process that has it, which may keep it rounded (float16 on a GPU)."""
+        own = self.own
+        here = ((members >= own.start) & (members < own.stop)).nonzero().squeeze(1)
+        found = [torch.zeros(0, self.size, self.size, device=self.device)]
+        if len(here):
+            found.append(self.read(members[here]))
+        order = gather_over_ranks(here).argsort()
+        return gather_over_ranks(torch.cat(found))[order.to(self.device)]
+
     @property
     def part_length(self) -> int:
         """Number of particles of the parts that processes take (`runtime.processes`)."""
@@ -222,6 +233,10 @@ class PreparedParticles:
     def own(self) -> slice:
         """The particles of this process."""
         return shard(len(self), self.part_length)
+
+    def part_of(self, batch: Tensor) -> int:
+        """Number of the part (`runtime.processes`) of the particles of a batch (b,)."""
+        return int(batch[0]) // self.part_length
 
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
         """Indices (b,) of the particles of each batch of this process, in order.

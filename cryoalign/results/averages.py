@@ -162,7 +162,7 @@ def ctf_weighted_sums(
 
     sums = sum_parts(
         particles.parts(), read, pose, label, particles.half, n_classes, size, device,
-        lambda rows: int(rows[0]) // particles.part_length,
+        particles.part_of,
     )  # fmt: skip
     for rows in particles.parts():
         _, square = matched_filter(optics[rows], size)

@@ -99,7 +99,7 @@ class Classification(Method):
         optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
         observe = observer(
             particles.read, n, particles.size, optics, plan.ring(self.likelihood.end_detail),
-            plan.radius, plan.max_shift,
+            plan.radius, plan.max_shift, particles.read_shared,
         )  # fmt: skip
         return SplitAndMerge(plan, observe, particles, self.seed)
 

@@ -185,7 +185,7 @@ class Observer:
 
 def observer(
     read: Read, n: int, size: int, optics: Optics | None, last_ring: int, radius: float,
-    max_shift: float,
+    max_shift: float, read_sample: Read | None = None,
 ) -> Observer:  # fmt: skip
     """Measure the noise of particles, by which they are whitened.
 
@@ -197,9 +197,10 @@ def observer(
         last_ring: resolution limit, 1/box.
         radius: radius of the particle, pixels.
         max_shift: largest distance of a particle from the centre of its box, pixels.
+        read_sample: reads the images on which the noise is measured; None is ``read``.
     """
     few = torch.arange(0, n, max(1, n // NOISE_SAMPLE))
-    sample = read(few)
+    sample = (read_sample or read)(few)
     device = sample.device
     room = size / 2 - 2  # then at least the corners are background
     shell = shell_index(size, device)
