@@ -31,6 +31,13 @@ PARTS = 96
 equally."""
 
 
+def even_batch(n: int, most: int, least: int) -> int:
+    """A batch size of at most ``most`` with which n particles have 24 batches, or a multiple, so
+    that 2, 3, 4, 6 or 8 processes have equally many; ``least`` if batches were smaller."""
+    count = 24 * max(1, -(-n // (24 * most)))
+    return max(min(least, most), -(-n // count))
+
+
 def part_length(n: int, batch: int, parts: int = PARTS) -> int:
     """Number of particles of a part, if n particles are divided into at most ``parts`` parts of
     whole batches. It does not depend on the number of processes."""
