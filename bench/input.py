@@ -69,14 +69,14 @@ def _measured(path: Path, plain: int, repeats: int, device: torch.device) -> Row
     chunk = CPU_BATCH if device.type == "cpu" else CUDA_CHUNK_BYTES // (4 * size**2)
     parts = [part.numpy() for part in torch.arange(n).split(chunk)]
     room = torch.empty(chunk, size, size)
-    images = Images(cache="auto" if device.type == "cuda" else "none")
+    again = prepare(stack, Images(cache="none"), device=str(device))
     stages: dict[str, Callable[[], object]] = {
         "bytes": lambda: _bytes(path, chunk * file.image_bytes),
         "read": lambda: [stack.read_into(room[: len(part)], part) for part in parts],
         "prepared": lambda: (
-            [_prepare_again(stack, part) for part in parts]
+            [again.read(torch.from_numpy(part)) for part in parts]
             if device.type == "cpu"
-            else prepare(stack, images, device=str(device))
+            else prepare(stack, device=str(device))
         ),
         "plain read": lambda: list(_one_by_one(path, plain)),
         "plain": lambda: [
@@ -132,11 +132,6 @@ def _one_by_one(path: Path, n: int) -> Iterator[torch.Tensor]:
     with mrcfile.mmap(path) as mrc:
         for i in range(n):
             yield torch.from_numpy(mrc.data[i].astype(np.float32))
-
-
-def _prepare_again(stack: ParticleStack, part: np.ndarray) -> torch.Tensor:
-    """Read and normalise a batch, as `PreparedParticles` does; nothing is kept."""
-    return normalise(stack.read(part), stack.shape[0] / 2)
 
 
 def _to_gpu(path: Path, device: torch.device) -> None:

@@ -109,8 +109,7 @@ def _align_and_write(
 
     alignment = align(method, particles, resume=state, on_step=keep)
     if rank() == 0:
-        watch.finishing()
-        write_results(folder, config, stack, alignment)
+        write_results(folder, config, stack, alignment, watch.finishing)
         _discard_replaced(folder)
 
 

@@ -167,6 +167,18 @@ class ImageCache:
             count[block.place] += int(block.there.sum())
         return count
 
+    def described(self, wanted: int) -> str:
+        """Where the images are, of ``wanted`` that would be kept if there was room, in words."""
+        kept = {place: count for place, count in self.kept().items() if count}
+        parts = [
+            f"{_in_units(count * place.dtype.itemsize * self.size**2)}, kept in {place.name}"
+            for place, count in kept.items()
+        ]
+        again = wanted - sum(kept.values())
+        if again > 0:
+            parts.append(f"{again} of {wanted} images are read again whenever they are needed")
+        return "; ".join(parts)
+
     def _from(self, block: _Block | None, index: np.ndarray) -> Tensor | None:
         if block is None or not block.there[index].all():
             return None
@@ -221,3 +233,11 @@ def _selection(index: np.ndarray, device: torch.device) -> slice | Tensor:
     if (index[1:] - index[:-1] == 1).all():
         return slice(int(index[0]), int(index[-1]) + 1)
     return torch.from_numpy(index).to(device)
+
+
+def _in_units(number: int) -> str:
+    """A number of bytes in words."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= 0.1 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"

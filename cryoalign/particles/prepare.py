@@ -277,17 +277,10 @@ class PreparedParticles:
 
     def kept(self) -> str:
         """Where the prepared images of this process are, for the log."""
-        cache, wanted = self._caches[False], len(self._own_rows()[0])
-        counts = {place: count for place, count in cache.kept().items() if count}
-        parts = [
-            f"{_bytes(count * place.dtype.itemsize * self.size**2)}, kept in {place.name}"
-            for place, count in counts.items()
-        ]
-        again = wanted - sum(counts.values())
-        if again > 0:
-            parts.append(f"{again} of {wanted} images are read again whenever they are needed")
         where = f" (in each of {world_size()} processes)" * (world_size() > 1)
-        return f"Prepared particles: {'; '.join(parts)}{where}"
+        return (
+            f"Prepared particles: {self._caches[False].described(len(self._own_rows()[0]))}{where}"
+        )
 
     def report(self, doing: str, done: int, total: int) -> None:
         """Call ``progress``, if there is one."""
@@ -326,7 +319,8 @@ class PreparedParticles:
         """
         stack, cache, workers = self.stack, self._caches[False], workers_for(self.device)
 
-        def look(part: Tensor, images: Tensor) -> tuple[int, dict[int, str]]:
+        def look(part: Tensor, images: Tensor | None) -> tuple[int, dict[int, str]]:
+            images = stack.read(part).to(self.device) if images is None else images
             reasons, rows = faults(images), part.numpy()
             if reasons:
                 good = [i for i in range(len(part)) if i not in reasons]
@@ -337,11 +331,12 @@ class PreparedParticles:
 
         rows = torch.arange(cache.rows.start, cache.rows.stop)
         if workers == 1:
-            chunks = read_chunks(stack, rows, self.device, CPU_BATCH)
-            looked = map_in_order(lambda chunk: look(*chunk), chunks, 1)
-        else:
-            parts = (part for part in rows.split(CPU_BATCH) if len(part))
-            looked = map_in_order(lambda part: look(part, stack.read(part)), parts, workers)
+            chunks: Iterator[tuple[Tensor, Tensor | None]] = read_chunks(
+                stack, rows, self.device, CPU_BATCH
+            )
+        else:  # every worker reads its own
+            chunks = ((part, None) for part in rows.split(CPU_BATCH) if len(part))
+        looked = map_in_order(lambda chunk: look(*chunk), chunks, workers)
         found: dict[int, str] = {}
         done = 0
         for count, reasons in looked:
@@ -362,17 +357,10 @@ class PreparedParticles:
 
     def _load(self, rows: Tensor) -> Tensor:
         """(b, size, size) prepared images of rows (b,), read from the stack."""
-        all_of_it = torch.empty(0)
-        start = 0
-        for part, images in read_chunks(self.stack, rows, self.device, max(1, len(rows))):
-            prepared = self._prepared(images)
-            if len(part) == len(rows):
-                return prepared
-            if not start:
-                all_of_it = prepared.new_empty(len(rows), self.size, self.size)
-            all_of_it[start : start + len(part)] = prepared
-            start += len(part)
-        return all_of_it
+        chunks = read_chunks(self.stack, rows, self.device, max(1, len(rows)))
+        parts = [self._prepared(images) for _, images in chunks]
+        none = torch.empty(0, self.size, self.size, device=self.device)
+        return parts[0] if len(parts) == 1 else torch.cat([none, *parts])
 
     def _read_ahead(self, members: Tensor, reader: ReadAhead) -> None:
         """Let another thread make the images of particles, unless they are on the device."""
@@ -390,16 +378,10 @@ class PreparedParticles:
             return Made(self._load(rows), True)
         images = self._caches[False].get(rows.numpy())
         images = self._caches[False].as_kept(self._load(rows)) if images is None else images
-        pair = members if len(members) > 1 else members.expand(2)  # as in `_prepared`
-        images = images if len(images) > 1 else images.expand(2, -1, -1)
-        return Made(phase_flip(images, self._unflipped[pair])[: len(members)], True)
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= 0.1 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
+        if len(members) == 1:  # as in `_prepared`
+            images, members = images.expand(2, -1, -1), members.expand(2)
+            return Made(phase_flip(images, self._unflipped[members])[:1], True)
+        return Made(phase_flip(images, self._unflipped[members]), True)
 
 
 def _fingerprint(stack: Stack) -> str:
