@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -263,7 +264,7 @@ class PreparedParticles:
         parts = [part for part in parts if len(part)]
         reader = self._ahead = ReadAhead(self.device) if ahead else None
         try:
-            for part, following in zip(parts, [*parts[1:], None], strict=True):
+            for part, following in itertools.zip_longest(parts, parts[1:]):
                 if reader is not None and following is not None:
                     self._read_ahead(following, reader)
                 yield part
