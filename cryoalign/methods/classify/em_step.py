@@ -26,7 +26,14 @@ from torch import Tensor
 
 from cryoalign.images.fourier import rfft_weights
 from cryoalign.images.frc import wiener_factors
-from cryoalign.methods.classify.fourier_rings import FourierRings, move_half_circles, ring_features
+from cryoalign.methods.classify.fourier_rings import (
+    FourierRings,
+    even_and_odd,
+    move_half_circles,
+    ring_scales,
+    shift_phases,
+    used_frequencies,
+)
 
 # Entries of a block of the table: fits a CPU's cache, and keeps the number of GPU launches small.
 BLOCK = {"cpu": 2**21, "cuda": 2**28}
@@ -89,12 +96,17 @@ def features(
         rings.n_frequencies, len(polar), len(shifts), 2 * rings.last, device=polar.device
     )
     n_even, size = len(rows[::2]), AT_A_TIME[polar.device.type]
+    used = used_frequencies(rings, polar.device)
+    scales = ring_scales(rings, polar)
+    phases = shift_phases(shifts, polar.shape[-1], rings)  # (s, r, a')
     for start in range(0, len(polar), size):
         part = slice(start, start + size)
         centred = move_half_circles(polar[part], own[part], rings)
-        made = ring_features(centred, shifts, rings)  # (b, s, r, m)
-        made = torch.view_as_real(made.permute(3, 0, 1, 2)).flatten(-2)
-        rows[:n_even, part], rows[n_even:, part] = made[::2], made[1::2]
+        moved = (centred * scales)[:, None] * phases  # (b, s, r, a')
+        halves = zip(even_and_odd(moved, rings), used, (rows[:n_even], rows[n_even:]), strict=True)
+        for made, mask, into in halves:
+            out = into[:, part].unflatten(-1, (-1, 2)).permute(1, 2, 3, 0, 4)  # (b, s, r, m', 2)
+            torch.mul(made, mask[..., None], out=out)
     return Features(rows, weight[:, : rings.last].contiguous(), shifts, rings)
 
 
