@@ -32,7 +32,7 @@ from cryoalign.runtime.threads import map_in_order, workers_for
 
 FINER = 4  # trial angles per angle of the E-step, because averages have less noise than particles
 LIKELY = 8  # pairs of shift and hand that are looked at with finer angles
-PAIRS = {"cpu": 16, "cuda": 4096}  # pairs of classes that are compared at a time
+PAIRS = {"cpu": 32, "cuda": 4096}  # pairs of classes that are compared at a time
 
 
 class Merger(NamedTuple):
