@@ -115,7 +115,9 @@ class PreparedParticles:
         self.batch_size = batch_size or usual
         # Until it is known which images are usable, a process has its share of all.
         own = shard(len(stack), part_length(len(stack), self.batch_size))
-        self._caches = {False: self._new_cache(range(len(stack))[own])}  # by: phases flipped
+        places = places_for(device) if images.cache == "auto" else ()
+        cache = ImageCache(len(stack), range(len(stack))[own], self.size, device, places)
+        self._caches = {False: cache}  # by: phases flipped
         self.rejected = self._first_pass()
         refuse_above(self.rejected, len(stack), max_rejected)
         good = torch.ones(len(stack), dtype=torch.bool)
@@ -168,7 +170,7 @@ class PreparedParticles:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
         elif True not in self._caches:
-            self._caches[True] = self._new_cache(self._own_rows()[1])
+            self._caches[True] = self._caches[False].successor()
         other._unflipped = self.optics
         return other
 
@@ -298,10 +300,6 @@ class PreparedParticles:
     @property
     def _cache(self) -> ImageCache:
         return self._caches[self.flipped]
-
-    def _new_cache(self, rows: range) -> ImageCache:
-        places = places_for(self.device) if self.images.cache == "auto" else ()
-        return ImageCache(len(self.stack), rows, self.size, self.device, places)
 
     def _own_rows(self) -> tuple[Tensor, range]:
         """Rows of the particles of this process, and the range in which they are."""

@@ -95,6 +95,40 @@ def test_only_rows_of_this_process_are_kept() -> None:
     assert torch.equal(cache.get(np.arange(16, 20)), given[16:])  # in the room of what was freed
 
 
+def test_images_that_replace_others_take_their_room() -> None:
+    """As phase-flipped ones do: what is held stays as it is, and nothing is kept twice."""
+    room = place(8)
+    cache, given = cache_of(20, room), images(20)
+    for part in np.arange(20).reshape(10, 2):
+        cache.put(part, given[part])
+    held = cache.get(np.arange(4))
+    other = cache.successor()
+    assert other.get(np.arange(4)) is None
+    for part in np.arange(20).reshape(10, 2):
+        before = cache.get(part)  # each is there until it is replaced
+        assert (before is not None) == (part[0] < 8)
+        other.put(part, -given[part])
+        assert sum(cache.kept().values()) + sum(other.kept().values()) <= 8 + 2
+    assert other.kept() == {room: 8}
+    assert cache.kept() == {room: 0}
+    assert torch.equal(other.get(np.arange(8)), -given[:8])
+    assert cache.get(np.arange(2)) is None
+    assert torch.equal(held, given[:4])
+    cache.put(np.arange(4), given[:4])  # there is no room for both
+    assert cache.get(np.arange(4)) is None
+
+
+def test_few_blocks_are_there_twice_if_not_all_images_are_replaced() -> None:
+    room = place(40)
+    cache, given = cache_of(40, room), images(40)
+    cache.put(np.arange(40), given)
+    other = cache.successor()
+    for row in range(0, 40, 4):  # one of every block
+        other.put(np.array([row]), -given[row : row + 1])
+    assert torch.equal(other.get(np.arange(0, 40, 4)), -given[::4])
+    assert cache.kept() == {room: 4 * module.TWICE}
+
+
 def test_float16_loses_at_most_its_rounding_and_never_overflows() -> None:
     given = images(6)
     given[1] *= 1e4
