@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
 from cryoalign.particles.cache import ImageCache, places_for
 from cryoalign.particles.ctf_use import CtfUse, ctf_line
-from cryoalign.particles.reading import Made, ReadAhead, read_chunks
-from cryoalign.particles.screen import faults, refuse_above, screen, table_of
+from cryoalign.particles.reading import Made, ReadAhead, look_through, read_chunks
+from cryoalign.particles.screen import refuse_above, screen, table_of
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
@@ -29,7 +30,7 @@ from cryoalign.runtime.processes import (
     shard,
     world_size,
 )
-from cryoalign.runtime.threads import map_in_order, workers_for
+from cryoalign.runtime.threads import workers_for
 
 Progress = Callable[[str, int, int], None]
 """Called from time to time with the name of the present work, the amount done, and the total."""
@@ -315,32 +316,17 @@ class PreparedParticles:
 
         The others are prepared and kept, as far as there is room.
         """
-        stack, cache, workers = self.stack, self._caches[False], workers_for(self.device)
+        stack, cache = self.stack, self._caches[False]
 
-        def look(part: Tensor, images: Tensor | None) -> tuple[int, dict[int, str]]:
-            images = stack.read(part).to(self.device) if images is None else images
-            reasons, rows = faults(images), part.numpy()
-            if reasons:
-                good = [i for i in range(len(part)) if i not in reasons]
-                rows, images = rows[good], images[good]
+        def keep(rows: np.ndarray, images: Tensor) -> None:
             if cache.has_room(rows):
                 cache.put(rows, self._prepared(images))
-            return len(part), {int(part[i]): reason for i, reason in reasons.items()}
 
         rows = torch.arange(cache.rows.start, cache.rows.stop)
-        if workers == 1:
-            chunks: Iterator[tuple[Tensor, Tensor | None]] = read_chunks(
-                stack, rows, self.device, CPU_BATCH
-            )
-        else:  # every worker reads its own
-            chunks = ((part, None) for part in rows.split(CPU_BATCH) if len(part))
-        looked = map_in_order(lambda chunk: look(*chunk), chunks, workers)
-        found: dict[int, str] = {}
-        done = 0
-        for count, reasons in looked:
-            found |= reasons
-            done += count
-            self.report("read", done, len(stack))
+        found = look_through(
+            stack, rows, self.device, CPU_BATCH, keep,
+            lambda done: self.report("read", done, len(stack)),
+        )  # fmt: skip
         everyone = gather_over_ranks(torch.tensor(list(found), dtype=torch.int64))
         # The reasons are not gathered: the few bad images of other processes are read again.
         return table_of(found) if len(everyone) == len(found) else screen(stack, rows=everyone)
