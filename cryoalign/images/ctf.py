@@ -225,7 +225,8 @@ def phase_flip(images: Tensor, optics: Optics) -> Tensor:
 
     Images whose phases were flipped before, or that were multiplied by their CTF, stay as they are.
     """
-    sign = torch.sign(transfer_2d(optics, images.shape[-1])).to(images.device)
+    there = Optics(**{name: values.to(images.device) for name, values in vars(optics).items()})
+    sign = torch.sign(transfer_2d(there, images.shape[-1]))
     return torch.fft.irfft2(torch.fft.rfft2(images) * sign, s=images.shape[-2:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cryoalign.runtime.threads import available_memory
 SHARE = 0.25  # largest share of the free memory for prepared images
 BLOCK_BYTES = 2**27  # most bytes of the images that are allocated at a time
 BLOCKS = 8  # least number of blocks for which there is room, so that most of the room is used
+TWICE = 4  # most blocks that are there twice while one replaces the other
 LARGEST = 2.0**15  # float16 has no larger power of two
 
 
@@ -89,16 +91,26 @@ class ImageCache:
         block = min(BLOCK_BYTES, max((each.budget for each in places), default=0) // BLOCKS)
         self.length = max(1, block // (widest * size**2))
         self._blocks: dict[int, _Block] = {}
-        self._used = [0] * len(self.places)  # bytes
+        self._used = [0] * len(self.places)  # bytes, also of `_before`
         self._lock = threading.Lock()
+        self._before: ImageCache | None = None  # whose blocks are replaced by those of this one
 
     def keep_only(self, rows: range) -> None:
         """Change the rows that may be kept, and free the blocks in which there is none of them."""
         self.rows = rows
         wanted = range(rows.start // self.length, (rows.stop - 1) // self.length + 1)
         for number in [each for each in self._blocks if each not in wanted]:
-            place = self._blocks.pop(number).place
-            self._used[self.places.index(place)] -= self._bytes(number, place)
+            self._free(number)
+
+    def successor(self) -> ImageCache:
+        """An empty cache for other images of the same rows, such as phase-flipped ones.
+
+        It has the same room. A block of this cache is freed when the other has all of its images,
+        or when more than `TWICE` blocks are in both.
+        """
+        other = copy.copy(self)
+        other._blocks, other._before = {}, self
+        return other
 
     def has_room(self, rows: np.ndarray) -> bool:
         """Whether some of these rows (b,) would be kept."""
@@ -151,6 +163,8 @@ class ImageCache:
             else:
                 block.images[where] = part.to(block.place.device)
             block.there[index[at]] = True
+            if self._before is not None:
+                self._before._free_replaced(number, block)
 
     def as_kept(self, images: Tensor) -> Tensor:
         """Images (b, size, size) as the cache would give them, rounded to float16 if it keeps such:
@@ -192,7 +206,9 @@ class ImageCache:
         """The block of a number, made if there is room for it."""
         with self._lock, torch.inference_mode(False):
             found = self._blocks.get(number)
-            place = None if found is not None else self._place(number)
+            replaced = None if self._before is None else self._before._blocks.get(number)
+            place = replaced.place if replaced is not None else self._place(number)
+            place = None if found is not None else place
             if place is None:
                 return found
             self._used[self.places.index(place)] += self._bytes(number, place)
@@ -206,7 +222,22 @@ class ImageCache:
                 scale = torch.ones(length, 1, 1, device=self.device)
             made = _Block(place, images, scale, np.zeros(length, bool))
             self._blocks[number] = made
+            if self._before is not None:
+                both = [each for each in self._before._blocks if each in self._blocks]
+                for each in both[:-TWICE]:
+                    self._before._free(each)
             return made
+
+    def _free_replaced(self, number: int, by: _Block) -> None:
+        """Free a block if all of its images are in another one."""
+        with self._lock:
+            block = self._blocks.get(number)
+            if block is not None and (by.there | ~block.there).all():
+                self._free(number)
+
+    def _free(self, number: int) -> None:
+        place = self._blocks.pop(number).place
+        self._used[self.places.index(place)] -= self._bytes(number, place)
 
     def _place(self, number: int) -> Place | None:
         """The first place with room for a block."""

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
 from cryoalign.particles.cache import ImageCache, places_for
 from cryoalign.particles.ctf_use import CtfUse, ctf_line
-from cryoalign.particles.reading import Made, ReadAhead, read_chunks
-from cryoalign.particles.screen import faults, refuse_above, screen, table_of
+from cryoalign.particles.reading import Made, ReadAhead, look_through, read_chunks
+from cryoalign.particles.screen import refuse_above, screen, table_of
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
@@ -30,7 +31,7 @@ from cryoalign.runtime.processes import (
     shard,
     world_size,
 )
-from cryoalign.runtime.threads import map_in_order, workers_for
+from cryoalign.runtime.threads import workers_for
 
 Progress = Callable[[str, int, int], None]
 """Called from time to time with the name of the present work, the amount done, and the total."""
@@ -119,7 +120,9 @@ class PreparedParticles:
         self.batch_size = batch_size or usual
         # Until it is known which images are usable, a process has its share of all.
         own = shard(len(stack), part_length(len(stack), self.batch_size))
-        self._caches = {False: self._new_cache(range(len(stack))[own])}  # by: phases flipped
+        places = places_for(device) if images.cache == "auto" else ()
+        cache = ImageCache(len(stack), range(len(stack))[own], self.size, device, places)
+        self._caches = {False: cache}  # by: phases flipped
         self.rejected = self._first_pass()
         refuse_above(self.rejected, len(stack), max_rejected)
         good = torch.ones(len(stack), dtype=torch.bool)
@@ -172,7 +175,7 @@ class PreparedParticles:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
         elif True not in self._caches:
-            self._caches[True] = self._new_cache(self._own_rows()[1])
+            self._caches[True] = self._caches[False].successor()
         other._unflipped = self.optics
         return other
 
@@ -304,10 +307,6 @@ class PreparedParticles:
     def _cache(self) -> ImageCache:
         return self._caches[self.flipped]
 
-    def _new_cache(self, rows: range) -> ImageCache:
-        places = places_for(self.device) if self.images.cache == "auto" else ()
-        return ImageCache(len(self.stack), rows, self.size, self.device, places)
-
     def _own_rows(self) -> tuple[Tensor, range]:
         """Rows of the particles of this process, and the range in which they are."""
         own = self.rows[self.own]
@@ -318,32 +317,17 @@ class PreparedParticles:
 
         The others are prepared and kept, as far as there is room.
         """
-        stack, cache, workers = self.stack, self._caches[False], workers_for(self.device)
+        stack, cache = self.stack, self._caches[False]
 
-        def look(part: Tensor, images: Tensor | None) -> tuple[int, dict[int, str]]:
-            images = stack.read(part).to(self.device) if images is None else images
-            reasons, rows = faults(images), part.numpy()
-            if reasons:
-                good = [i for i in range(len(part)) if i not in reasons]
-                rows, images = rows[good], images[good]
+        def keep(rows: np.ndarray, images: Tensor) -> None:
             if cache.has_room(rows):
                 cache.put(rows, self._prepared(images))
-            return len(part), {int(part[i]): reason for i, reason in reasons.items()}
 
         rows = torch.arange(cache.rows.start, cache.rows.stop)
-        if workers == 1:
-            chunks: Iterator[tuple[Tensor, Tensor | None]] = read_chunks(
-                stack, rows, self.device, CPU_BATCH
-            )
-        else:  # every worker reads its own
-            chunks = ((part, None) for part in rows.split(CPU_BATCH) if len(part))
-        looked = map_in_order(lambda chunk: look(*chunk), chunks, workers)
-        found: dict[int, str] = {}
-        done = 0
-        for count, reasons in looked:
-            found |= reasons
-            done += count
-            self.report("read", done, len(stack))
+        found = look_through(
+            stack, rows, self.device, CPU_BATCH, keep,
+            lambda done: self.report("read", done, len(stack)),
+        )  # fmt: skip
         everyone = gather_over_ranks(torch.tensor(list(found), dtype=torch.int64))
         # The reasons are not gathered: the few bad images of other processes are read again.
         return table_of(found) if len(everyone) == len(found) else screen(stack, rows=everyone)

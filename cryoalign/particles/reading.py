@@ -8,11 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cryoalign.particles.screen import faults
 from cryoalign.particles.stack import Stack, TensorStack
-from cryoalign.runtime.threads import map_in_order, readers
+from cryoalign.runtime.threads import map_in_order, readers, workers_for
 
 CUDA_CHUNK_BYTES = 2**25  # bytes that a thread reads for a GPU at a time
 
@@ -59,6 +61,49 @@ def read_chunks(
         present.wait_event(done)
         images.record_stream(present)
         yield part, images
+
+
+def look_through(
+    stack: Stack, rows: Tensor, device: torch.device, chunk: int,
+    keep: Callable[[np.ndarray, Tensor], None], report: Callable[[int], None],
+) -> dict[int, str]:  # fmt: skip
+    """Read rows (n,) of a stack once, and find the images that cannot be used.
+
+    Args:
+        stack: the images.
+        rows: their rows, in ascending order.
+        device: where the images are wanted.
+        chunk: see `read_chunks`.
+        keep: called with the rows (b,) and images (b, h, w) of every chunk that can be used; by
+            several threads, if there are several workers for the device.
+        report: called with the number of rows that have been read.
+
+    Returns:
+        Why images cannot be used (`screen.faults`), by row, in order.
+    """
+
+    def look(part: Tensor, images: Tensor | None) -> tuple[int, dict[int, str]]:
+        images = stack.read(part).to(device) if images is None else images
+        reasons, numbers = faults(images), part.numpy()
+        if reasons:
+            good = [i for i in range(len(part)) if i not in reasons]
+            numbers, images = numbers[good], images[good]
+        keep(numbers, images)
+        return len(part), {int(part[i]): reason for i, reason in reasons.items()}
+
+    workers = workers_for(device)
+    chunks: Iterator[tuple[Tensor, Tensor | None]] = (
+        (part, None) for part in rows.split(chunk) if len(part)
+    )
+    if workers == 1:  # else every worker reads its own
+        chunks = read_chunks(stack, rows, device, chunk)
+    found: dict[int, str] = {}
+    done = 0
+    for count, reasons in map_in_order(lambda each: look(*each), chunks, workers):
+        found |= reasons
+        done += count
+        report(done)
+    return found
 
 
 class Made(NamedTuple):

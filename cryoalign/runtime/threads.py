@@ -7,6 +7,7 @@ independent. Results do not depend on the number of workers.
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections import deque
@@ -120,9 +121,11 @@ def readers() -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or for each process on this machine or in its job's limit."""
+    """Bytes that are free for each process: on a GPU, or on this machine or in its job's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+        sharing = -(-local // torch.cuda.device_count())  # 1, unless processes share GPUs
+        return torch.cuda.mem_get_info(device)[0] // sharing
     return min(psutil.virtual_memory().available, _free_in_control_group()) // world_size()
 
 

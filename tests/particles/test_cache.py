@@ -47,7 +47,8 @@ def test_any_selection_of_rows_comes_back_in_its_order() -> None:
         assert cache.get(part) is None
         cache.put(part, given[part])
     rng = np.random.default_rng(2)
-    for rows in [*(rng.integers(0, 11, 6) for _ in range(20)), np.arange(2, 10), np.array([7])]:
+    chosen = [rng.integers(0, 11, 6) for _ in range(20)]
+    for rows in [*chosen, np.arange(2, 10), np.array([7]), np.array([4, 6, 5, 7])]:
         found = cache.get(rows)
         assert found is not None
         assert torch.equal(found, given[rows])
@@ -93,6 +94,40 @@ def test_only_rows_of_this_process_are_kept() -> None:
     cache.put(np.arange(14, 20), given[14:])
     assert torch.equal(cache.get(np.arange(9, 16)), given[9:16])
     assert torch.equal(cache.get(np.arange(16, 20)), given[16:])  # in the room of what was freed
+
+
+def test_images_that_replace_others_take_their_room() -> None:
+    """As phase-flipped ones do: what is held stays as it is, and nothing is kept twice."""
+    room = place(8)
+    cache, given = cache_of(20, room), images(20)
+    for part in np.arange(20).reshape(10, 2):
+        cache.put(part, given[part])
+    held = cache.get(np.arange(4))
+    other = cache.successor()
+    assert other.get(np.arange(4)) is None
+    for part in np.arange(20).reshape(10, 2):
+        before = cache.get(part)  # each is there until it is replaced
+        assert (before is not None) == (part[0] < 8)
+        other.put(part, -given[part])
+        assert sum(cache.kept().values()) + sum(other.kept().values()) <= 8 + 2
+    assert other.kept() == {room: 8}
+    assert cache.kept() == {room: 0}
+    assert torch.equal(other.get(np.arange(8)), -given[:8])
+    assert cache.get(np.arange(2)) is None
+    assert torch.equal(held, given[:4])
+    cache.put(np.arange(4), given[:4])  # there is no room for both
+    assert cache.get(np.arange(4)) is None
+
+
+def test_few_blocks_are_there_twice_if_not_all_images_are_replaced() -> None:
+    room = place(40)
+    cache, given = cache_of(40, room), images(40)
+    cache.put(np.arange(40), given)
+    other = cache.successor()
+    for row in range(0, 40, 4):  # one of every block
+        other.put(np.array([row]), -given[row : row + 1])
+    assert torch.equal(other.get(np.arange(0, 40, 4)), -given[::4])
+    assert cache.kept() == {room: 4 * module.TWICE}
 
 
 def test_float16_loses_at_most_its_rounding_and_never_overflows() -> None:

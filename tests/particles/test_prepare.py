@@ -412,9 +412,13 @@ def test_a_gpu_gets_what_a_cpu_gets(tmp_path: Path, how: str, monkeypatch: pytes
         (found.only(torch.arange(3, 900, 7), "x"), expected.only(torch.arange(3, 900, 7), "x")),
     ):
         for _ in range(2):  # as made, and as kept
-            images = everything(ours).cpu()
-            rounding = 2e-5 if how == "none" else 4e-3  # of float16: 2^-11 of 5 standard deviations
-            np.testing.assert_allclose(images, everything(theirs), atol=rounding)
+            difference = (everything(ours).cpu() - everything(theirs)).abs()
+            # float16 rounds by 2^-12 of up to 8 standard deviations, when kept and when flipped.
+            close = difference < (4e-3 if how == "auto" else 1e-4)
+            if ours.flipped:  # where the CTF is zero to rounding, its sign may be another
+                assert close.double().mean() > 0.99
+            else:
+                assert close.all()
 
 
 def test_a_part_has_its_own_rows_reasons_halves_and_ctfs():
