@@ -109,8 +109,7 @@ def box_of(alignment: Alignment) -> Box:
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table as a CSV file, completely or not at all; cells that are not known are empty."""
     with replacing(path) as temporary:
-        types = pd.api.types
-        if all(types.is_numeric_dtype(k) and not types.is_bool_dtype(k) for k in table.dtypes):
+        if all(_is_plain(table[column]) for column in table):
             # Only numbers: many times faster than by pandas.
             columns = pa.Table.from_pandas(table, preserve_index=False)
             with temporary.open("wb") as file:
@@ -121,6 +120,18 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
                 csv.write_csv(columns, file, options)
         else:
             table.to_csv(temporary, index=False)
+
+
+def _is_plain(column: pd.Series) -> bool:
+    """Whether Arrow writes a column as pandas does: numbers, with a fraction if they are floats.
+
+    Arrow writes 1.0 as 1, which would be read as a whole number."""
+    types = pd.api.types
+    if types.is_float_dtype(column):
+        values = column.to_numpy()
+        values = values[np.isfinite(values)]
+        return bool((values % 1 != 0).any())
+    return types.is_integer_dtype(column)
 
 
 def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> None:
