@@ -16,9 +16,8 @@ from cryoalign.io.images import ImageFile
 from cryoalign.io.problems import Problem
 from cryoalign.io.survey import Survey, survey
 from cryoalign.methods.base import Method
-from cryoalign.particles.prepare import CACHE_SHARE
+from cryoalign.particles.cache import places_for
 from cryoalign.particles.settings import Images
-from cryoalign.runtime.threads import available_memory
 
 # Memory of a run, fitted to the peak memory of six runs (64 to 176 px, 500 to 5000 particles, 3 to
 # 5 classes on 2 cores); the estimate was within 10 % of each.
@@ -134,6 +133,8 @@ def _memory(found: Survey, n: int, prepared: Images) -> int:
     table = 0 if found.star is None else found.star.table.nbytes
     height, width = found.shape or (0, 0)
     images = _IMAGES + _COPIES * min(n, EMBEDDED)
-    kept = 4 * n * (prepared.box or width) ** 2  # prepared images, while they fit
-    kept = kept if kept <= CACHE_SHARE * available_memory(torch.device("cpu")) else 0
+    kept = 0
+    if prepared.cache == "auto":
+        room = sum(place.budget for place in places_for(torch.device("cpu")))
+        kept = min(room, 4 * n * (prepared.box or width) ** 2)
     return _PROGRAM + 2 * table + _RESULT * n + images * height * width * 4 + kept

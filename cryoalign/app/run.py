@@ -16,6 +16,7 @@ from cryoalign.io.stack import ParticleStack, read_particles
 from cryoalign.methods.base import OnStep, align
 from cryoalign.methods.references import SEEDINGS
 from cryoalign.methods.state import State
+from cryoalign.particles.ctf_use import ctf_line
 from cryoalign.particles.prepare import prepare
 from cryoalign.particles.stack import optics_of
 from cryoalign.runtime.processes import choose_device, process_group, rank, same_on_all_ranks
@@ -23,7 +24,7 @@ from cryoalign.runtime.processes import choose_device, process_group, rank, same
 # Settings that may change when a run is resumed, because the results do not depend on them.
 FREE = {
     *("output", "overwrite", "resume", "iterations", "device", "batch_size", "threads"),
-    *("embedding", "max_rejected", "root", "allow_outside"),
+    *("embedding", "max_rejected", "root", "allow_outside", "images.cache"),
 }
 REPLACED = ".replaced"  # folder that keeps the results of an earlier run until there are new ones
 
@@ -59,10 +60,13 @@ def run(
     with process_group(choose_device(config.device)):
         console = Console(quiet=True) if rank() else console or Console()
         stack = _read(config)
+        use = config.made().ctf_use(config.particle.ctf)
+        optics = None if use == "none" else optics_of(stack)  # refuses CTFs that are not complete
         config, state = _open_folder(config, stack)
         folder = config.output or Path()
         shown = f"{len(stack)} particles of {stack.shape[0]} x {stack.shape[1]} px -> {folder}"
         console.print(shown, highlight=False, soft_wrap=True)
+        console.print(ctf_line(use, stack, optics), highlight=False, soft_wrap=True)
         if state is not None:
             settled = ", settled" if state.done else ""
             console.print(f"continuing after iteration {state.iteration}{settled}", highlight=False)
@@ -92,6 +96,7 @@ def _align_and_write(
         max_rejected=config.max_rejected,
         progress=watch.progress,
     )
+    watch.console.print(particles.kept(), highlight=False, soft_wrap=True)
 
     def keep(state: State) -> None:
         if rank() == 0:
@@ -112,9 +117,6 @@ def _read(config: RunConfig) -> ParticleStack:
     """Open the particles, and check them and the references as far as headers and rows allow."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     method = config.made()
-    method.refuse_processes()
-    if config.particle.ctf and method.uses("particle.ctf"):
-        optics_of(stack)  # raises ValueError for a CTF that is not complete
     if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
         method.check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():

@@ -78,7 +78,7 @@ def _write_averages(folder: Path, alignment: Alignment) -> None:
     )
     write_class_averages_star(
         folder / "class_averages.star", AVERAGES, alignment.class_sizes, alignment.resolution,
-        alignment.pixel_size,
+        alignment.pixel_size, alignment.ctf,
     )  # fmt: skip
     alignment.save(folder / "alignment.npz")
 

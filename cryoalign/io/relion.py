@@ -96,6 +96,7 @@ def write_class_averages_star(
     class_sizes: Tensor,
     resolution: Tensor,
     pixel_size: float | None = None,
+    note: str = "",
 ) -> None:
     """Write the statistics of class averages in the form of RELION's model file.
 
@@ -105,6 +106,7 @@ def write_class_averages_star(
         class_sizes: (k,) number of particles in each class.
         resolution: (k,) in Å, or in pixels if ``pixel_size`` is None (a comment says so).
         pixel_size: Å per pixel of the averages.
+        note: a line for the top of the file.
     """
     sizes = np.asarray(class_sizes, np.int64)
     classes = StarTable.of(
@@ -119,10 +121,10 @@ def write_class_averages_star(
     if pixel_size is not None:
         general["rlnPixelSize"] = pixel_size
     blocks: dict[str, Block] = {"model_general": general, "model_classes": classes}
-    note = (
-        () if pixel_size else ("the pixel size is not known: rlnEstimatedResolution is in pixels",)
-    )
-    write_star(Path(path), StarTables(blocks, "model_classes", VERSION), note)
+    notes = [note] if note else []
+    if pixel_size is None:
+        notes.append("the pixel size is not known: rlnEstimatedResolution is in pixels")
+    write_star(Path(path), StarTables(blocks, "model_classes", VERSION), tuple(notes))
 
 
 def _rows(path: Path, keep: Tensor | np.ndarray | Sequence[int], n: int) -> np.ndarray:

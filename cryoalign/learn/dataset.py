@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cryoalign.images.ctf import Optics, optics_from_relion, phase_flip
+from cryoalign.images.ctf import FLAGS, Optics, optics_from_relion, phase_flip
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise, soft_mask
@@ -215,17 +215,18 @@ class FourierCrop:
 
 @dataclass(frozen=True)
 class PhaseFlip:
-    """Correct the sign of the CTF (`ctf.phase_flip`)."""
+    """Correct the sign of the CTF (`ctf.phase_flip`), where that was not done before."""
 
     def __call__(self, batch: Sample) -> Sample:
-        missing = [name for name in OPTICS if name not in batch]
+        missing = [name for name in OPTICS if name not in batch and name not in FLAGS]
         if missing:
             raise ValueError(
                 f"PhaseFlip needs {', '.join(missing)} of every particle: use a STAR file with "
                 "CTF columns, or leave PhaseFlip out"
             )
-        optics = Optics(**{name: batch[name] for name in OPTICS})
-        return {**batch, "image": phase_flip(batch["image"], optics)}
+        optics = Optics(**{name: batch[name] for name in OPTICS if name in batch})
+        flipped = {"phase_flipped": optics.flipped().phase_flipped}
+        return {**batch, **flipped, "image": phase_flip(batch["image"], optics)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ checkpoint from which it continues, if there is one, and calls a function after 
 """
 
 import difflib
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,15 +17,16 @@ from typing import Any, ClassVar, Self, TypeVar
 import pandas as pd
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics
+from cryoalign.images.ctf import Optics, implausible
 from cryoalign.methods.state import State
+from cryoalign.particles.ctf_use import CtfUse
 from cryoalign.particles.prepare import PreparedParticles, Progress, prepare
-from cryoalign.particles.settings import Box, Images, Particle
+from cryoalign.particles.settings import Box, Ctf, Images, Particle
 from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import world_size
+from cryoalign.runtime.processes import rank
 
 MOVED = {
     "batch_size": "give it to `prepare`, and the particles that it makes to the method",
@@ -50,7 +53,10 @@ class Method(ABC):
         instead: for some keys that the method does not use, the key that it has instead.
         in_order: whether averages are shown in the order of the column ``order`` of the class
             table, not by size.
-        in_processes: whether several processes may share the work.
+        ctf_uses: values of ``particle.ctf`` that the method has; ``auto`` is the first.
+
+    Raises:
+        ValueError: a value of ``particle.ctf`` that the method does not have.
     """
 
     particle: Particle = field(default_factory=Particle)
@@ -62,7 +68,10 @@ class Method(ABC):
     unused: ClassVar[frozenset[str]] = frozenset()
     instead: ClassVar[dict[str, str]] = {}
     in_order: ClassVar[bool] = False
-    in_processes: ClassVar[bool] = True
+    ctf_uses: ClassVar[tuple[CtfUse, ...]] = ("flip", "none")
+
+    def __post_init__(self) -> None:
+        self.ctf_use(self.particle.ctf)
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
@@ -73,6 +82,21 @@ class Method(ABC):
     def uses(cls, key: str) -> bool:
         """Whether the method uses a setting, given by its dotted key."""
         return key not in cls.unused and key.partition(".")[0] in {e.name for e in fields(cls)}
+
+    @classmethod
+    def ctf_use(cls, wanted: Ctf) -> CtfUse:
+        """What the method does with CTFs if ``particle.ctf`` is ``wanted``.
+
+        Raises:
+            ValueError: the method cannot do that.
+        """
+        for use in cls.ctf_uses:
+            if wanted in (use, "auto"):
+                return use
+        raise ValueError(
+            f"method={cls.name} has no CTF in a model: leave out particle.ctf={wanted}, or use "
+            "method=classify"
+        )
 
     @classmethod
     def needs_classes(cls, chosen: bool) -> bool:
@@ -102,11 +126,6 @@ class Method(ABC):
     def max_shift(self, box: Box) -> float:
         """Largest shift that is searched, in pixels of the prepared images."""
         return self.particle.max_shift_in(box)
-
-    def refuse_processes(self) -> None:
-        """Raise ValueError if several processes run and the method works in one only."""
-        if world_size() > 1 and not self.in_processes:
-            raise ValueError(f"method={self.name} runs in one process: start it without torchrun")
 
     @property
     def shift_key(self) -> str:
@@ -170,7 +189,6 @@ def align(
         ValueError: settings that do not fit the particles or each other, before the work starts; a
             state of another method or of other particles.
     """
-    method.refuse_processes()
     if not isinstance(particles, PreparedParticles):
         stack, images = as_stack(particles), images or Images()
         if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
@@ -183,6 +201,12 @@ def align(
     elif progress is not None:
         particles = particles.reporting_to(progress)
     method.check(particles.box, len(particles))
+    use = method.ctf_use(method.particle.ctf)
+    if use != "none":
+        particles = particles.phase_flipped()
+    if particles.optics is not None and rank() == 0:
+        for each in implausible(particles.optics):
+            warnings.warn(str(each), stacklevel=2)
     if resume is None:
         state = method.start(particles)
         if state.iteration and on_step is not None:
@@ -192,9 +216,10 @@ def align(
         _refuse_other_particles(state, method, particles)
     while not method.is_done(state):
         state = method.step(particles, state)
+        _refuse_not_finite(state)
         if on_step is not None:
             on_step(state)
-    return method.finish(particles, state)
+    return replace(method.finish(particles, state), ctf=particles.ctf_line(use))
 
 
 def align_with(
@@ -232,6 +257,17 @@ def shows_settings(method: type[Method]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def _refuse_not_finite(state: State) -> None:
+    """Make sure that scores are finite numbers."""
+    row = state.history[-1] if state.history else {}
+    for name in ("mean_score", "log_evidence"):
+        if not math.isfinite(row.get(name, 0.0)):
+            raise ValueError(
+                f"{name} is {row[name]} in iteration {state.iteration}: pixels or CTFs of some "
+                "particles are far from all others; `cryoalign check` lists what it finds"
+            )
 
 
 def _refuse_other_particles(state: State, method: Method, particles: PreparedParticles) -> None:

@@ -59,7 +59,7 @@ class ReferenceFree(Method):
 
     name = "rfa"
     purpose = "reference-free alignment, of one view"
-    unused = frozenset({"particle.ctf", "particle.max_shift", "search.shift_step"})
+    unused = frozenset({"particle.max_shift", "search.shift_step"})
     instead = {  # noqa: RUF012
         "particle.max_shift": "schedule.max_shift",
         "search.shift_step": "schedule.shift_step",

@@ -1,10 +1,11 @@
 """Two sections of the settings: properties of the particle, and how images are prepared."""
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
+from cryoalign.images.masks import Background
 from cryoalign.runtime.settings import settings
 
 
@@ -53,6 +54,16 @@ def in_pixels(length: str, box: Box, name: str) -> float:
     return float(number) / box.pixel_size
 
 
+Ctf = Literal["auto", "flip", "model", "none"]
+
+
+def _ctf(value: object) -> object:
+    """Refuse the values of earlier versions, and say what they are called now."""
+    if isinstance(value, bool):
+        raise ValueError("should be auto (which was true), flip, model or none (which was false)")
+    return value
+
+
 @settings
 class Particle:
     """Properties of the particle in its box. Lengths have a unit: ``36 px`` or ``130 A``."""
@@ -68,7 +79,12 @@ class Particle:
         description="largest distance of a particle from the centre of its box in x and y, px or A",
     )
     mirror: bool = Field(default=True, description="mirrored particles belong to the same class")
-    ctf: bool = Field(default=True, description="use the CTF if the STAR file has a defocus")
+    ctf: Annotated[Ctf, BeforeValidator(_ctf)] = Field(
+        default="auto",
+        description="what is done with the CTF, if the STAR file has a defocus: flip: phases are "
+        "flipped and averages weighted by CTF^2; model: also part of the likelihood (classify); "
+        "none: nothing; auto: model for classify, flip for the other methods",
+    )
 
     def __post_init__(self) -> None:
         if self.radius is not None and float(self.radius.split()[0]) == 0:
@@ -102,7 +118,17 @@ class Images:
         description="particles are normalised by the pixels beyond this radius, px of the input; "
         "null: half the box",
     )
+    background: Background = Field(
+        default="ramp",
+        description="what is subtracted: ramp: the plane that fits the pixels beyond "
+        "background_radius; constant: their mean; none: nothing",
+    )
     invert: bool = Field(default=False, description="invert the contrast; density should be bright")
+    cache: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: prepared images stay in memory, in up to a quarter of what is free (of "
+        "the GPU, then of the host), and the others are read again; none: all are read again",
+    )
 
     def box_of(self, size: int, pixel_size: float | None) -> Box:
         """Size of the prepared images, for images of ``size`` pixels of ``pixel_size`` Å."""

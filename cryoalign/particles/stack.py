@@ -63,8 +63,17 @@ def as_stack(particles: Stack | Array) -> Stack:
 
 
 def optics_of(stack: Stack) -> Optics | None:
-    """The CTFs in a stack's STAR file, or None if there are none."""
+    """The CTFs in a stack's STAR file, or None if it has no defocus.
+
+    Raises:
+        ValueError: a defocus, but no pixel size; or values that are missing or impossible.
+    """
     table = getattr(stack, "table", None)
-    if table is None or stack.pixel_size is None:
+    if table is None or "rlnDefocusU" not in table:
         return None
+    if stack.pixel_size is None:
+        raise ValueError(
+            "particles have rlnDefocusU, but neither the STAR file nor the header of the stack has "
+            "a pixel size: add the column rlnPixelSize (A), or set particle.ctf=none"
+        )
     return optics_from_relion(table, getattr(stack, "optics", None), stack.pixel_size)

@@ -247,6 +247,7 @@ def _numbers(alignment: Alignment, table: pd.DataFrame) -> list[tuple[str, str]]
         ("iterations", f"{len(alignment.history):,}"),
         ("size of the averages", f"{size} px{sampling}"),
         *more,
+        *((("CTF", alignment.ctf.removeprefix("CTF: ")),) if alignment.ctf else ()),
         *((name, _percent(value)) for name, value in alignment.figures.items()),
     ]
 

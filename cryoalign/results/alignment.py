@@ -33,7 +33,8 @@ class Alignment:
         pose: (n,) particle onto its class average, pixels of the *input*; NaN where set aside.
         class_number: (n,) int64, from 1; 0 = set aside.
         score: (n,) correlation coefficient with the reference; NaN where set aside.
-        averages: (k, size, size) means of the aligned, normalised members; zero if empty.
+        averages: (k, size, size) means of the aligned, normalised members, weighted by CTF^2 if
+            the CTF is used; zero if empty.
         frc: (k, shells) Fourier ring correlation of the half-set averages under the mask; shell i
             is the frequency i / size per pixel.
         resolution: (k,) where the FRC falls below 0.143, in Å (pixels if their size is unknown).
@@ -47,6 +48,7 @@ class Alignment:
         class_quality: k rows of further columns about the classes.
         tables: further tables by name that the method makes; a run writes each as CSV.
         figures: further numbers by name, for the report.
+        ctf: one line that says what was done with the CTF, and why.
     """
 
     pose: Pose
@@ -68,6 +70,7 @@ class Alignment:
     class_quality: pd.DataFrame = field(default_factory=pd.DataFrame)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    ctf: str = ""
 
     def __post_init__(self) -> None:
         n, k = len(self.pose), len(self.averages)
@@ -138,7 +141,7 @@ class Alignment:
             arrays |= _columns(name, table)
         numbers = {f"figure.{name}": value for name, value in self.figures.items()}
         numbers["pixel_size"] = np.nan if self.pixel_size is None else self.pixel_size
-        write_arrays(path, arrays | numbers | {"scale": self.scale})
+        write_arrays(path, arrays | numbers | {"scale": self.scale, "ctf": self.ctf})
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
@@ -159,6 +162,7 @@ class Alignment:
                 figures={name: float(value) for name, value in part_of(data, "figure.").items()},
                 pixel_size=None if np.isnan(data["pixel_size"]) else float(data["pixel_size"]),
                 scale=float(data["scale"]),
+                ctf=str(data.get("ctf", "")),
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,18 +11,20 @@ from pydantic import Field
 from torch import Tensor
 
 from cryoalign.images import frc
-from cryoalign.images.fourier import filter_shells, low_pass_curve
+from cryoalign.images.ctf import matched_filter
+from cryoalign.images.fourier import filter_shells, low_pass_curve, shell_index, shell_sums
 from cryoalign.images.geometry import pixel_grid
 from cryoalign.images.masks import masked
 from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose, compose
-from cryoalign.runtime.processes import sum_over_ranks
+from cryoalign.runtime.processes import ExactSum, sum_over_ranks
 from cryoalign.runtime.settings import settings
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
 TRUSTED = 4  # members of each half-set that a class needs for its own FRC to be used
+DAMPING = 0.02  # of the division by the mean CTF^2, which is 0.5 in general
 LOW_PASS = 0.1  # 1/px; averages of a few particles are mostly noise at higher frequencies
 
 
@@ -51,10 +53,13 @@ class ClassSums:
     Attributes:
         total: (2, k, size, size) float64 sums.
         count: (2, k) int64 numbers of members.
+        power: (2, k, shells) float64 sums of the members' CTF^2, if ``total`` is of particles times
+            their CTF; None if it is of particles as they are.
     """
 
     total: Tensor
     count: Tensor
+    power: Tensor | None = None
 
     @property
     def sizes(self) -> Tensor:
@@ -63,15 +68,20 @@ class ClassSums:
 
     def ordered(self, order: Tensor) -> ClassSums:
         """The same sums, with the classes in the order of the indices ``order`` (k,)."""
-        return ClassSums(self.total[:, order], self.count[:, order])
+        power = None if self.power is None else self.power[:, order]
+        return ClassSums(self.total[:, order], self.count[:, order], power)
 
     def averages(self) -> Tensor:
-        """(k, size, size) float32 means over both halves; zero if a class is empty."""
-        return _mean(self.total.sum(0), self.sizes)
+        """(k, size, size) float32 averages over both halves; zero if a class is empty.
+
+        With ``power`` they are sum(CTF * particle) / sum(CTF^2), by `corrected`; else means.
+        """
+        power = None if self.power is None else self.power.sum(0)
+        return corrected(self.total.sum(0), self.sizes, power)
 
     def half_averages(self) -> Tensor:
-        """(2, k, size, size) float32 means of each half."""
-        return _mean(self.total, self.count)
+        """(2, k, size, size) float32 averages of each half, as `averages`."""
+        return corrected(self.total, self.count, self.power)
 
     def frc(self, mask: Tensor | None = None) -> Tensor:
         """(k, shells) FRC of the half-averages, under a mask (size, size) if given.
@@ -85,8 +95,24 @@ class ClassSums:
         return frc.ring_correlation(halves[0], halves[1])
 
 
-def _mean(total: Tensor, count: Tensor) -> Tensor:
-    return (total / count.clamp(min=1)[..., None, None]).float()
+def corrected(total: Tensor, count: Tensor, power: Tensor | None) -> Tensor:
+    """(..., size, size) float32 averages from sums (...), corrected for the CTF if there is one.
+
+    Where sum(CTF^2) is small, at low frequency and near zeros that all members share, the division
+    is damped by `DAMPING` members. The Wiener filter, which also needs the signal-to-noise ratio,
+    is this times the filter by FRC (`class_filters`).
+
+    Args:
+        total: (..., size, size) sums of the members, or of the members times their CTF.
+        count: (...) numbers of members.
+        power: (..., shells) sums of CTF^2; None takes the mean.
+    """
+    mean = (total / count.clamp(min=1)[..., None, None]).float()
+    if power is None:
+        return mean
+    share = power / count.clamp(min=1)[..., None]  # mean CTF^2
+    curves = (1 / (share + DAMPING)).float()
+    return filter_shells(mean.flatten(0, -3), curves.flatten(0, -2)).reshape(mean.shape)
 
 
 def class_sums(
@@ -104,20 +130,59 @@ def class_sums(
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
-        particles.size, particles.device,
+        particles.size, particles.device, particles.part_of,
     )  # fmt: skip
+
+
+def ctf_weighted_sums(
+    particles: PreparedParticles, pose: Pose, label: Tensor, n_classes: int
+) -> ClassSums:
+    """Sums of particles times their CTF, and of CTF^2, by class and half-set.
+
+    CTF^2 is averaged over shells; members are turned by many angles, so that the astigmatism of
+    their sum is small.
+
+    Args:
+        particles: all particles, which have `optics`; every process adds its share.
+        pose: (n,) pose on the class average.
+        label: (n,) class index.
+        n_classes: number of classes.
+    """
+    optics, size, device = particles.optics, particles.size, particles.device
+    if optics is None:
+        raise ValueError("these particles have no CTF: use class_sums")
+    shell, shells = shell_index(size), size // 2 + 1
+    components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
+    power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
+
+    def read(rows: Tensor) -> Tensor:
+        factor, _ = matched_filter(optics[rows], size)
+        spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
+        return torch.fft.irfft2(spectra, s=(size, size))
+
+    sums = sum_parts(
+        particles.parts(), read, pose, label, particles.half, n_classes, size, device,
+        particles.part_of,
+    )  # fmt: skip
+    for rows in particles.parts():
+        _, square = matched_filter(optics[rows], size)
+        curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
+        group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
+        of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
+        power.add(of_batch.index_add_(0, number, curves.double()), group)
+    return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 
 def sum_parts(
     parts: Iterable[Tensor], read: Callable[[Tensor], Tensor], pose: Pose, label: Tensor,
     half: Tensor, n_classes: int, size: int, device: torch.device,
+    part_of: Callable[[Tensor], int] | None = None,
 ) -> ClassSums:  # fmt: skip
     """Sum aligned particles by class and half-set, over all processes.
 
     Images are moved by bicubic interpolation and added by a matrix product in a fixed order, so
-    that the result does not depend on the timing of threads. Sums are float64, whose rounding error
-    is far below the precision of the float32 averages, so that these do not depend on batch size or
-    number of processes.
+    that the result does not depend on the timing of threads. The sums of each part of the particles
+    are float64, those over parts exact: they do not depend on the number of processes.
 
     Args:
         parts: batches of indices (b,) into the n particles, those of this process.
@@ -128,20 +193,24 @@ def sum_parts(
         n_classes: number of classes.
         size: side of the images, pixels.
         device: device of the sums.
+        part_of: number of the part of the particles (`runtime.processes`) to which a batch belongs;
+            the batches of a part follow each other. None: all are of one part, on one process.
 
     Returns:
         The sums over the parts of all processes.
     """
+    exact = ExactSum(2 * n_classes, size * size, device)
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
-    count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
+    count, here = torch.zeros(2, 2 * n_classes, dtype=torch.int64)
 
-    def sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(rows: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
         images = read(rows)
         moved = pose[rows].to(device)
         # Only the groups that occur in this batch, so that the result is small.
         group = half[rows] * n_classes + label[rows]
         there, member, members = group.unique(return_inverse=True, return_counts=True)
         return (
+            part_of(rows) if part_of is not None else 0,
             there,
             members,
             sum_aligned(
@@ -149,13 +218,23 @@ def sum_parts(
             ),
         )
 
-    for there, members, part in map_in_order(sums, parts, workers_for(device)):
-        there = there.to(device)
-        total.index_add_(0, there, part.flatten(1))
-        count.index_add_(0, there, members.to(device))
+    def close_part() -> None:
+        groups = here.nonzero().squeeze(1)
+        exact.add(total[groups.to(device)], groups.to(device))
+        count.add_(here)
+        total.zero_(), here.zero_()
+
+    present = None
+    for number, there, members, images in map_in_order(sums, parts, workers_for(device)):
+        if number != present:
+            close_part()
+        present = number
+        total.index_add_(0, there.to(device), images.flatten(1))
+        here.index_add_(0, there, members)
+    close_part()
     return ClassSums(
-        sum_over_ranks(total).reshape(2, n_classes, size, size),
-        sum_over_ranks(count).reshape(2, n_classes),
+        exact.total().reshape(2, n_classes, size, size),
+        sum_over_ranks(count).reshape(2, n_classes).to(device),
     )
 
 

@@ -79,9 +79,7 @@ def judge(
     curvature, device = curvature_of(references, scope.rings), particles.device
     # On the device as a whole: a copy for each batch would wait for the batch before.
     comparison = _Comparison(found.pose.to(device), other.to(device), references, curvature, scope)
-    few = torch.arange(0, len(particles), math.ceil(len(particles) / SAMPLE))
-    sample = [comparison.shells(part.to(device), particles.read(part)) for part in few.split(CHUNK)]
-    typical = _typical_residual(torch.cat(sample, 1))
+    typical = _typical_residual(_sample_shells(particles, comparison))
 
     def columns(members: Tensor) -> Tensor:
         images = particles.read(members)
@@ -183,6 +181,20 @@ class _Comparison:
         """(b, 3, 3) of the poses of members (b,), from their images."""
         pose, other = self.pose[members], self.other[members]
         return covariance_on(images, self.references, self.curvature, other, pose, self.scope.rings)
+
+
+def _sample_shells(particles: PreparedParticles, comparison: _Comparison) -> Tensor:
+    """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
+    step = math.ceil(len(particles) / SAMPLE)
+    some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]
+
+    def shells(members: Tensor) -> Tensor:
+        there = members.to(particles.device)
+        return comparison.shells(there, particles.read(members)).transpose(0, 1)
+
+    made = [torch.zeros(0, 3, particles.size // 2, dtype=torch.float64, device=particles.device)]
+    made += map_in_order(shells, filter(len, some), workers_for(particles.device))
+    return gather_over_ranks(torch.cat(made)).transpose(0, 1)
 
 
 class _TypicalResidual(NamedTuple):

@@ -12,7 +12,7 @@ from cryoalign.images.masks import masked
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Found
 from cryoalign.results.alignment import Alignment, over_all_rows
-from cryoalign.results.averages import ClassSums, class_sums
+from cryoalign.results.averages import ClassSums, class_sums, ctf_weighted_sums
 from cryoalign.results.evidence import LEAST_EVIDENCE, Scope, judge
 from cryoalign.runtime.settings import settings
 
@@ -39,7 +39,8 @@ def conclude(
     Args:
         particles: the n particles that were aligned.
         found: (n,) their classes, poses and scores.
-        sums: sums of their classes.
+        sums: sums of their classes. If phases are flipped, the averages of the result are made
+            anew, weighted by CTF^2.
         scope: which poses were tried.
         history: a row per step.
         quality: what happens to junk; None marks it.
@@ -61,8 +62,11 @@ def conclude(
     order = sums.sizes.argsort(descending=True, stable=True)
     sums, order = sums.ordered(order), order.cpu()
     label = order.argsort()[label]
+    final = sums
+    if particles.flipped:  # then there are CTFs
+        final = ctf_weighted_sums(particles, pose, label, len(order))
     n, rows, size, scale = len(particles.stack), particles.rows, particles.size, particles.scale
-    curves = sums.frc(scope.mask)
+    curves = final.frc(scope.mask)
     table = pd.DataFrame({name: column.numpy() for name, column in judged.items()}, rows.numpy())
     whole, class_number, scored = over_all_rows(n, rows, label, pose, score, scale)
     compact = compactness(sums, scope.mask).cpu()
@@ -73,7 +77,7 @@ def conclude(
         pose=whole,
         class_number=class_number,
         score=scored,
-        averages=sums.averages().cpu(),
+        averages=final.averages().cpu(),
         frc=curves.cpu(),
         resolution=frc.resolution(curves, size, particles.pixel_size or scale).cpu(),
         class_sizes=sums.sizes.cpu(),

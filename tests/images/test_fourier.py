@@ -68,17 +68,43 @@ def test_soft_mask(size: int):
     np.testing.assert_array_equal(soft_mask(size, 6, 0).numpy(), radius <= 6)
 
 
-def test_normalise():
+@pytest.mark.parametrize("subtract", ["ramp", "constant", "none"])
+@pytest.mark.parametrize("size", [32, 33])
+def test_normalise_is_the_least_squares_fit(size: int, subtract: str):
     rng = np.random.default_rng(SEED)
-    size, radius = 32, 12.0
+    radius = 12.0
     y, x = np.mgrid[:size, :size] - size // 2
     outside = np.hypot(x, y) > radius
-    images = rng.normal(7, 3, (3, size, size)) + 20 * ~outside
-    found = normalise(torch.from_numpy(images), radius).numpy()
+    images = rng.normal(7, 3, (3, size, size)) + 20 * ~outside + 0.4 * x - 0.3 * y
+    found = normalise(torch.from_numpy(images), radius, subtract).numpy()
+    columns = {"ramp": [x**0, x, y], "constant": [x**0], "none": []}[subtract]
     for i in range(3):
-        ground = images[i][outside]
-        expected = (images[i] - ground.mean()) / ground.std(ddof=1)
-        np.testing.assert_allclose(found[i], expected, atol=1e-10)
+        fitted = np.zeros((size, size))
+        if columns:
+            basis = np.stack([each[outside] for each in columns], 1)
+            of_plane, *_ = np.linalg.lstsq(basis, images[i][outside])
+            fitted = sum(c * each for c, each in zip(of_plane, columns, strict=True))
+        left = images[i] - fitted
+        np.testing.assert_allclose(found[i], left / left[outside].std(ddof=1), atol=1e-10)
+
+
+def test_a_ramp_leaves_nothing_behind():
+    """The same image with any plane added is the same after it."""
+    rng = np.random.default_rng(SEED)
+    y, x = np.mgrid[:24, :24] - 12
+    noise = torch.from_numpy(rng.normal(size=(2, 24, 24)))
+    plane = torch.from_numpy(100 + 3.0 * x - 7.0 * y)
+    for radius in (10.0, 12.0, 13.5):
+        expected = normalise(noise, radius)
+        torch.testing.assert_close(normalise(noise + plane, radius), expected, atol=1e-10, rtol=0)
+
+
+def test_results_do_not_depend_on_the_number_of_images():
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn(67, 40, 40, generator=generator)
+    whole = normalise(images, 20.0)
+    for part in (slice(0, 1), slice(1, 30), slice(64, 67)):
+        assert torch.equal(normalise(images[part], 20.0), whole[part])
 
 
 def test_normalise_without_noise_and_without_anything():
@@ -86,10 +112,12 @@ def test_normalise_without_noise_and_without_anything():
     y, x = np.mgrid[:size, :size] - size // 2
     disc = 5.0 + 2.0 * (np.hypot(x, y) <= 8)
     clean, empty = torch.from_numpy(disc), torch.full((size, size), 5.0, dtype=torch.float64)
-    found = normalise(torch.stack([clean, empty]), radius)
+    plane = torch.from_numpy(1e4 + 30.0 * x + y)
+    found = normalise(torch.stack([clean, empty, plane]), radius)
     # No noise to scale to: background 0 and deviation 1 over all.
     np.testing.assert_allclose(found[0].numpy(), (disc - 5) / disc.std(ddof=1), atol=1e-10)
     assert torch.equal(found[1], torch.zeros(size, size, dtype=torch.float64))
+    assert float(found[2].abs().max()) < 1e-10
     with pytest.raises(ValueError, match="radius of 23 px leaves no background in a box of 32"):
         normalise(clean[None], 23.0)
 

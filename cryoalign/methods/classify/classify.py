@@ -14,7 +14,7 @@ from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
-from cryoalign.methods.classify.whitening import observe
+from cryoalign.methods.classify.whitening import observer
 from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
@@ -25,7 +25,6 @@ from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import shard, world_size
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Classification(Method):
     name = "classify"
     purpose = "classes from nothing, by likelihood"
     unused = frozenset({"averaging.centre"})
+    ctf_uses = ("model", "flip", "none")
     instead = {"iterations": "likelihood.cycles"}  # noqa: RUF012
 
     n_classes: int | None = None
@@ -60,11 +60,6 @@ class Classification(Method):
                 f"n_classes must be a whole number from 1 to half of the {n} usable particles, "
                 f"not {self.n_classes}: use at most {n // 2}"
             )
-        if n < world_size():
-            raise ValueError(
-                f"{n} usable particles are fewer than {world_size()} processes: start fewer "
-                "processes"
-            )
 
     def start(self, particles: PreparedParticles) -> State:
         return self._work(particles).begin()
@@ -74,8 +69,6 @@ class Classification(Method):
         return work.advance(state)
 
     def finish(self, particles: PreparedParticles, state: State) -> Alignment:
-        if self.particle.ctf:
-            particles = particles.phase_flipped()
         plan, size, device = self._plan(particles.box), particles.size, particles.device
         k, label = plan.n_classes, state["label"]
         mask = soft_mask(size, plan.radius, self.averaging.mask_edge, device)
@@ -103,11 +96,12 @@ class Classification(Method):
 
     def _work(self, particles: PreparedParticles) -> SplitAndMerge:
         plan, n = self._plan(particles.box), len(particles)
-        observations = observe(
-            particles.read, n, particles.size, particles.optics if self.particle.ctf else None,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift, shard(n),
+        optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
+        observe = observer(
+            particles.read, n, particles.size, optics, plan.ring(self.likelihood.end_detail),
+            plan.radius, plan.max_shift, particles.read_shared,
         )  # fmt: skip
-        return SplitAndMerge(plan, observations, particles, self.seed)
+        return SplitAndMerge(plan, observe, particles, self.seed)
 
 
 @shows_settings(Classification)

@@ -31,9 +31,9 @@ from cryoalign.operators.kernels import portable_only, usable
 DROPPED_POWER = 1e-4
 # The limits of the kernels and of rescoring.
 MOST_FREQUENCIES, MOST_RINGS = 640, 112
-# Size of the packed particles of a batch: at most this share of the free GPU memory, and at most
-# so many bytes, which are enough to keep any card busy.
-FREE_SHARE, MOST_BYTES = 0.25, 2**31
+# Size of the packed particles of a batch: at most this share of the GPU's memory, and at most so
+# many bytes, which are enough to keep any card busy.
+MEMORY_SHARE, MOST_BYTES = 0.0625, 2**31
 
 
 @dataclass(frozen=True)
@@ -274,14 +274,28 @@ def fused_logsumexp(
     """The operator `correlation_logsumexp`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    size = (len(particles), len(references), 1 + mirror)
-    out = references.new_empty(size, dtype=torch.float)
+    out = references.new_empty(len(particles), len(references), dtype=torch.float)
 
     def run(rows: slice, some: Tensor, packed: Task) -> None:
-        torch.ops.cryoalign_cuda.fused_logsumexp(*_task(*packed), temperature, out[rows])
+        logsumexp_packed(*packed, temperature, mirror, out[rows])
 
     _in_packed_batches(run, particles, references.resolve_conj().contiguous())
-    return temperature * torch.logsumexp(out / temperature, 2)
+    return out
+
+
+def logsumexp_packed(
+    particles: Packed,
+    references: Packed,
+    layout: Layout,
+    temperature: float,
+    mirror: bool,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` (n, k) with T log sum exp(score / T) of packed spectra, T the temperature."""
+    hands = out.new_empty(*out.shape, 1 + mirror)
+    task = _task(particles, references, layout)
+    torch.ops.cryoalign_cuda.fused_logsumexp(*task, temperature, hands)
+    out.copy_(temperature * torch.logsumexp(hands / temperature, 2))
 
 
 def _task(particles: Packed, references: Packed, layout: Layout) -> tuple[Any, ...]:
@@ -324,13 +338,16 @@ def _most_frequencies(index: int) -> int:
     return min(MOST_FREQUENCIES, 32 * k_steps)
 
 
+@functools.cache
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU. (How much is free takes a millisecond to find out.)"""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def in_batches(run: Callable[[slice], None], n: int, bytes_each: int, device: torch.device) -> None:
     """Call ``run`` with the rows of one batch of n particles after another. The packed spectra of a
-    batch, ``bytes_each`` per particle, fit the free GPU memory; a batch is halved if they do not.
-    """
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    fits = int(min(FREE_SHARE * free, MOST_BYTES)) // bytes_each
+    batch take ``bytes_each`` per particle; a batch is halved if they do not fit the free memory."""
+    fits = int(min(MEMORY_SHARE * _memory(device), MOST_BYTES)) // bytes_each
     batch = max(8, fits // 8 * 8)
     start = 0
     while start < n:
