@@ -223,7 +223,7 @@ SMALL = {"n": 60, "views": 3, "size": 48, "snr": (0.3,), "clean": 8}
 
 
 def test_the_end_of_a_run_is_measured_part_by_part():
-    made = ENTRIES["finish"](n=(120,), judged=60, k=2, size=24)
+    made = ENTRIES["finish"](n=(120,), judged=60, k=2, size=32)
     parts = {row["part"]: row["of"] for row in made.rows}
     assert parts == {
         "read STAR": 120, "averages": 60, "quality": 60, "write STAR": 120, "tables": 120,
