@@ -44,23 +44,29 @@ def write_results(
 ) -> None:  # fmt: skip
     """Write tables, averages, pictures and the report, each file completely or not at all.
 
-    ``doing`` is called with a few words about each part of the work before it starts. A second
-    thread, the only one that uses Matplotlib, draws while this one writes tables.
+    ``doing`` is called with a few words about each part of the work before it starts. Other threads
+    draw and compute t-SNE maps while this one writes tables. No two of them use Matplotlib at the
+    same time.
     """
     method = config.made()
     limit = method.max_shift(box_of(alignment)) * alignment.scale
-    with ThreadPoolExecutor(1) as artist:
-        drawn = artist.submit(draw, alignment, limit)
+    rows = _embedded_rows(config, alignment)
+    with ThreadPoolExecutor(3) as beside:
         doing(f"writing tables of {len(stack):,} particles, and drawing pictures")
+        drawn = beside.submit(draw, alignment, limit)
+        maps = []
+        if len(rows):
+            doing(f"mapping {len(rows):,} particles by t-SNE")
+            maps = [
+                beside.submit(_embedded, config, stack, alignment, rows, aligned)
+                for aligned in (None, alignment)
+            ]
         _write_tables(folder, stack, alignment)
         _write_averages(folder, alignment)
-        maps = None
-        if config.embedding:
-            doing(f"mapping particles by t-SNE, at most {EMBEDDED:,} of them")
-            maps = _embedding(config, stack, alignment)
         pictures = drawn.result()
-    if maps is not None:
-        pictures.append(picture("tsne.png", maps))
+        places = [each.result() for each in maps]
+    if places:
+        pictures.append(picture("tsne.png", _maps(places, alignment.class_number.numpy()[rows])))
     for each in pictures:
         with replacing(folder / each.name) as temporary:
             temporary.write_bytes(each.png)
@@ -150,20 +156,25 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
     )  # fmt: skip
 
 
-def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:
-    """t-SNE maps of some of the particles, coloured by class; None for fewer than four."""
+def _embedded_rows(config: RunConfig, alignment: Alignment) -> np.ndarray:
+    """Rows of the particles in the t-SNE maps; none for fewer than four, or without maps."""
     used = (alignment.class_number > 0).nonzero().flatten().numpy()
-    if len(used) < 4:
-        return None
-    chosen = np.random.default_rng(config.seed).choice(
-        used, min(EMBEDDED, len(used)), replace=False
-    )
-    rows = np.sort(chosen)
+    if not config.embedding or len(used) < 4:
+        return np.zeros(0, np.int64)
+    count = min(EMBEDDED, len(used))
+    return np.sort(np.random.default_rng(config.seed).choice(used, count, replace=False))
+
+
+def _embedded(
+    config: RunConfig, stack: ParticleStack, alignment: Alignment, rows: np.ndarray,
+    aligned: Alignment | None,
+) -> np.ndarray:  # fmt: skip
+    """(m, 2) t-SNE map of the particles in ``rows``, moved by their poses if ``aligned``."""
     radius = config.made().radius(box_of(alignment)) * alignment.scale
-    labels = alignment.class_number.numpy()[rows]
-    maps = [
-        embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
-        for aligned in (None, alignment)
-    ]
-    before, after = (neighbour_purity(places, labels) for places in maps)
-    return plot.embedding(maps[0], maps[1], labels, (before, after))
+    return embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
+
+
+def _maps(places: list[np.ndarray], labels: np.ndarray) -> Figure:
+    """The t-SNE maps before and after alignment, coloured by class."""
+    before, after = (neighbour_purity(each, labels) for each in places)
+    return plot.embedding(places[0], places[1], labels, (before, after))

@@ -358,7 +358,7 @@ def test_the_end_of_a_run_is_told_line_by_line(star, tmp_path):
     run(settings(star, tmp_path / "run", "iterations=1"), console=console)
     lines = text.getvalue().splitlines()
     after = lines[next(i for i, line in enumerate(lines) if line.startswith("iteration")) + 1 :]
-    wanted = ("judging 89 particles", "writing tables of 90", "mapping particles", "the report")
+    wanted = ("judging 89 particles", "writing tables of 90", "mapping 89 particles", "the report")
     assert len(after) == len(wanted)
     for words, line in zip(wanted, after, strict=True):
         assert words in line
