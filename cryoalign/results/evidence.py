@@ -188,7 +188,9 @@ class _Comparison:
 def _sample_shells(particles: PreparedParticles, comparison: _Comparison) -> Tensor:
     """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
     step = math.ceil(len(particles) / SAMPLE)
-    some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]
+    # Not `parts`, which would read every batch ahead.
+    parts = torch.arange(len(particles))[particles.own].split(particles.batch_size)
+    some = [few for part in parts for few in part[part % step == 0].split(CHUNK)]
 
     def shells(members: Tensor) -> Tensor:
         there = members.to(particles.device)

@@ -2,6 +2,7 @@
 
 from contextlib import chdir
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import mrcfile
@@ -10,10 +11,11 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from rich.console import Console
 from sklearn.metrics import adjusted_rand_score
 
 from cryoalign.app.run import Interrupted, run
-from cryoalign.app.run_folder import RUN_FILES
+from cryoalign.app.run_folder import RUN_FILES, write_csv
 from cryoalign.app.settings import load_config
 from cryoalign.io.formats import read_images
 from cryoalign.methods.state import State
@@ -348,3 +350,44 @@ def test_a_crash_brings_the_earlier_results_back(star, tmp_path, monkeypatch):
             with pytest.raises(RuntimeError, match="as from a library"):
                 run(settings(star, tmp_path / "run", "overwrite=true", "seed=5"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_end_of_a_run_is_told_line_by_line(star, tmp_path):
+    text = StringIO()
+    console = Console(file=text, width=200)
+    run(settings(star, tmp_path / "run", "iterations=1"), console=console)
+    lines = text.getvalue().splitlines()
+    after = lines[next(i for i, line in enumerate(lines) if line.startswith("iteration")) + 1 :]
+    wanted = ("judging 89 particles", "writing tables of 90", "mapping 89 particles", "the report")
+    assert len(after) == len(wanted)
+    for words, line in zip(wanted, after, strict=True):
+        assert words in line
+
+
+def test_a_table_of_numbers_is_written_as_pandas_writes_it(tmp_path):
+    """The same cells by both, also those that are not known, bit by bit."""
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"index": np.arange(500), "mirror": rng.integers(0, 2, 500)})
+    table["mirror"] = table["mirror"].astype("Int64").mask(table["index"] % 7 == 0)
+    for name, kind in (("single", np.float32), ("double", np.float64)):
+        table[name] = (rng.normal(0, 1, 500) * 10.0 ** rng.integers(-9, 9, 500)).astype(kind)
+        table.loc[::50, name] = np.nan
+    write_csv(tmp_path / "ours.csv", table)
+    table.to_csv(tmp_path / "pandas.csv", index=False)
+    ours, theirs = ((tmp_path / f"{name}.csv").read_text() for name in ("ours", "pandas"))
+    assert ours.splitlines()[0] == theirs.splitlines()[0]
+    for one, other in zip(ours.splitlines()[1:], theirs.splitlines()[1:], strict=True):
+        cells = list(zip(one.split(","), other.split(","), strict=True))
+        assert all(a == b or float(a) == float(b) for a, b in cells), (one, other)
+
+
+def test_floats_stay_floats_when_they_are_whole(tmp_path):
+    table = pd.DataFrame({"class_number": [1, 2], "junk_share": [0.0, 0.0]})
+    write_csv(tmp_path / "classes.csv", table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "classes.csv"), table)
+
+
+def test_texts_in_a_table_keep_commas(tmp_path):
+    table = pd.DataFrame({"index": [1, 2], "reason": ['NaN, or "inf"', "constant"]})
+    write_csv(tmp_path / "rejected.csv", table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rejected.csv"), table)

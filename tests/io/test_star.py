@@ -257,6 +257,19 @@ def test_a_long_table_keeps_every_cell(
         assert again[label].tolist() == wanted, label
 
 
+def test_a_table_of_one_column_ends_at_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows and the line of the next block are all one word."""
+    monkeypatch.setattr("cryoalign.io.star.BLOCK", 30)
+    rows = "1@a.mrcs\n" * 200
+    text = f"data_particles\nloop_\n_rlnImageName\n{rows}data_extra\nloop_\n_rlnX\n7\n8\n"
+    (tmp_path / "p.star").write_text(text)
+    tables = read_star(tmp_path / "p.star")
+    assert list(tables.blocks) == ["particles", "extra"]
+    assert tables.table.text("rlnImageName").to_pylist() == ["1@a.mrcs"] * 200
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_damage_in_a_long_table_is_told_with_row_and_line(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
