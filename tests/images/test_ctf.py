@@ -41,5 +41,5 @@ def test_columns_join_their_optics_group() -> None:
     assert optics[1:].defocus_u.tolist() == [2e4]
     assert optics.scaled(2.0).pixel_size.tolist() == [3.0, 3.0]
     assert optics_from_relion({"rlnImageName": ["1@a.mrcs"]}, groups, 1.5) is None
-    with pytest.raises(ValueError, match=r"no rlnVoltage.*particle\.ctf=false"):
+    with pytest.raises(ValueError, match=r"no rlnVoltage.*particle\.ctf=none"):
         optics_from_relion(particles, {"rlnOpticsGroup": [3, 7]}, 1.5)
