@@ -94,8 +94,8 @@ def optics_from_relion(
         pixel_size: of the images, Å.
 
     Raises:
-        ValueError: a column is missing though ``rlnDefocusU`` is there, or has a value that no CTF
-            has (`ctf_values.impossible`).
+        ValueError: a column is missing though ``rlnDefocusU`` is there.
+        ImpossibleError: values that no CTF has.
     """
     if "rlnDefocusU" not in particles:
         return None
@@ -119,7 +119,7 @@ def optics_from_relion(
         value = torch.from_numpy(column_of(name, label))
         if not ((value == 0) | (value == 1)).all():
             wrong = int(((value != 0) & (value != 1)).nonzero()[0])
-            raise ValueError(f"{label} = {value[wrong]:g} in row {wrong + 1}: must be 0 or 1")
+            raise ValueError(f"{label} = {value[wrong]:g} in row {wrong + 1}: write 0 or 1")
         values[name] = value == 1
     found = Optics(**values, pixel_size=torch.full((n,), pixel_size))
     refuse_impossible(found)
@@ -240,6 +240,12 @@ class Finding(NamedTuple):
         )
 
 
+class ImpossibleError(ValueError):
+    """Values that no CTF has: all ``findings``, which are also in the message."""
+
+    findings: tuple[Finding, ...] = ()
+
+
 class _Range(NamedTuple):
     """Values of a column that are possible, and those that are usual."""
 
@@ -264,7 +270,7 @@ RANGES = {
     "defocus_v": _DEFOCUS,
     "defocus_angle": _Range((-1e5, 1e5), (-360, 360), "degrees"),
     "voltage": _Range(
-        (1e-3, 1e7),
+        (1, 1e7),
         (60, 1300),
         "kV",
         ((2e4, math.inf, "it looks like volts: divide by 1000"),),
@@ -302,9 +308,11 @@ def implausible(optics: Optics) -> list[Finding]:
 
 
 def refuse_impossible(optics: Optics) -> None:
-    """Raise ValueError if `impossible` finds something."""
+    """Raise `ImpossibleError` if `impossible` finds something."""
     if found := impossible(optics):
-        raise ValueError("; ".join(str(each) for each in found))
+        error = ImpossibleError("; ".join(str(each) for each in found))
+        error.findings = tuple(found)
+        raise error
 
 
 def _inside(values: Tensor, limits: tuple[float, float]) -> Tensor:
