@@ -39,8 +39,12 @@ def star(tmp_path_factory):
 
 
 def settings(star, output, *more):
-    words = ("n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px", "device=cpu")
-    more = ("threads=1", *more)  # small work, perhaps on a busy machine: threads would wait
+    words = ("method=mra", "n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px")
+    more = (
+        "device=cpu",
+        "threads=1",
+        *more,
+    )  # small work, perhaps on a busy machine: threads would wait
     return load_config(None, [f"particles={star}", f"output={output}", *words, *more])
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oracle import some_optics
+from oracle import ctf_average, some_optics
 
 from bench.agreement import pose_errors
 from cryoalign.app.schema import known_keys
 from cryoalign.app.settings import RUN_KEYS, RunConfig, load_config
-from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
 from cryoalign.methods import METHODS
 from cryoalign.methods.assignment import Assignment
@@ -60,7 +59,7 @@ def data() -> tuple[Simulation, torch.Tensor]:
 
 
 def particles() -> PreparedParticles:
-    """With CTFs, which classify and isac use."""
+    """With CTFs."""
     return prepare(data()[1], optics=some_optics(120, pixel_size=4.0), device="cpu")
 
 
@@ -101,7 +100,7 @@ class Finished:
 def finished(name: str) -> Finished:
     made, own, told = method(name), particles(), []
     result = align(made, own, on_step=told.append)
-    start = method(name).start(particles())
+    start = method(name).start(particles().phase_flipped())
     return Finished(result, told if start.iteration else [start, *told], told)
 
 
@@ -269,11 +268,13 @@ def test_classes_are_sorted_by_size(name: str) -> None:
     assert len({(a, b) for a, b in zip(label.tolist(), number.tolist(), strict=True) if b}) == len(
         sizes
     )
-    flipped = particles().phase_flipped() if name in ("classify", "isac") else particles()
+    optics = some_optics(120, pixel_size=4.0)
+    assert result.ctf.endswith("averages weighted by CTF^2 (the input has CTFs)")
     quality = result.class_quality
     for c in range(len(sizes)):
         members = (number == c + 1).nonzero().squeeze(1)
-        again = transform(flipped.read(members), result.pose[used[members]]).mean(0)
+        own = used[members]
+        again = ctf_average(data()[1][own], optics[own], result.pose[own])
         likeness = np.corrcoef(again.flatten(), result.averages[c].flatten())[0, 1]
         assert likeness > 0.999
         if name == "mra":
@@ -373,7 +374,7 @@ def test_a_method_is_made_with_the_settings_of_the_run() -> None:
     for name, words in {
         "mra": ["n_classes=3", "settle=0.1", "search.ring_step=2", "assign.strategy=equal"],
         "rfa": ["iterations=3", "schedule.starts=4", "averaging.centre=mass"],
-        "classify": ["n_classes=7", "likelihood.cycles=1", "particle.ctf=false"],
+        "classify": ["n_classes=7", "likelihood.cycles=1", "particle.ctf=none"],
         "isac": ["isac.runs=3", "iterations=9", "particle.radius=9 px", "quality.junk=set_aside"],
     }.items():
         config = load_config(None, ["particles=a.star", f"method={name}", "seed=5", *words])

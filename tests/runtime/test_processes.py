@@ -41,9 +41,9 @@ def command(*words):
 @pytest.mark.parametrize(
     "more",
     [
-        ("n_classes=3", "particle.max_shift=1px"),
+        ("method=mra", "n_classes=3", "particle.max_shift=1px"),
         (
-            *("n_classes=3", "particle.max_shift=1px"),
+            *("method=mra", "n_classes=3", "particle.max_shift=1px"),
             *("assign.strategy=soft", "assign.anneal_iterations=2"),
         ),
         ("method=rfa", "schedule.max_shift=1", "schedule.shift_step=1", "schedule.starts=2"),
@@ -81,7 +81,7 @@ def test_two_processes_find_the_classes_that_one_finds(star, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("n_classes=100", "a whole number from 1 to the 99 usable particles"),  # in all
+        ("method=mra n_classes=100", "a whole number from 1 to the 99 usable particles"),  # in all
         ("n_classes=3 output={star.parent}", "not of a cryoalign run"),  # in process 0 only
     ],
 )
