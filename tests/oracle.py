@@ -98,7 +98,7 @@ def ctf(optics: Optics, size: int) -> torch.Tensor:
 
 def ctf_average(images: torch.Tensor, optics: Optics, pose: Pose) -> torch.Tensor:
     """(size, size) sum of CTF * particle over sum of CTF^2, of images as they were recorded, in
-    float64; the sum of CTF^2 is the mean over a circle of all angles, plus 2 % of the members."""
+    float64; the sum of CTF^2 is the mean over a circle of all angles, plus 0.1 % of the members."""
     n, size = len(images), images.shape[-1]
     transfer = ctf(optics, size)
     prepared = torch.fft.rfft2(normalise(images.double(), size / 2)) * transfer
@@ -106,7 +106,7 @@ def ctf_average(images: torch.Tensor, optics: Optics, pose: Pose) -> torch.Tenso
     radius = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     square = transfer.square().sum(0).numpy()
     rings = [square[radius.round() == ring].mean() for ring in range(size // 2 + 1)]
-    below = np.interp(radius, np.arange(size // 2 + 1), 1 / (np.array(rings) + 0.02 * n))
+    below = np.interp(radius, np.arange(size // 2 + 1), 1 / (np.array(rings) + 0.001 * n))
     return torch.fft.irfft2(torch.fft.rfft2(moved.sum(0)) * torch.from_numpy(below), s=(size, size))
 
 

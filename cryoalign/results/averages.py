@@ -24,7 +24,7 @@ from cryoalign.runtime.threads import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
 TRUSTED = 4  # members of each half-set that a class needs for its own FRC to be used
-DAMPING = 0.02  # of the division by the mean CTF^2, which is 0.5 in general
+DAMPING = 0.001  # of the division by the mean CTF^2, which is 0.5 at most frequencies, 0.01 at 0
 LOW_PASS = 0.1  # 1/px; averages of a few particles are mostly noise at higher frequencies
 
 
@@ -98,9 +98,8 @@ class ClassSums:
 def corrected(total: Tensor, count: Tensor, power: Tensor | None) -> Tensor:
     """(..., size, size) float32 averages from sums (...), corrected for the CTF if there is one.
 
-    Where sum(CTF^2) is small, at low frequency and near zeros that all members share, the division
-    is damped by `DAMPING` members. The Wiener filter, which also needs the signal-to-noise ratio,
-    is this times the filter by FRC (`class_filters`).
+    `DAMPING` is added to the mean CTF^2, for frequencies where it is close to zero in all members.
+    This times the filter by FRC (`class_filters`) is the Wiener filter.
 
     Args:
         total: (..., size, size) sums of the members, or of the members times their CTF.
