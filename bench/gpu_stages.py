@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, NamedTuple
 
@@ -46,7 +47,7 @@ def run(
 ) -> Result:
     """Microseconds of each stage of the search on a GPU, and its share of the measured ceilings.
 
-    Needs the kernels for images (Hopper). Rows: features (images to packed ring spectra at all
+    Rows: features (images to packed ring spectra at all
     shifts), search of packed spectra, rescoring from the images, refinement, class sums with what
     goes before them, and the whole from images to poses.
     """
@@ -123,16 +124,16 @@ def _search_stages(
     """What `best_match` does, in the layout of the references."""
     n, k = len(images), len(references)
     shifts = search.shifts("cuda")
-    side = round(len(shifts) ** 0.5)
+    reach = rings.last_ring + math.ceil(search.max_shift)
     layout = Layout.of_references(references)
     packed = peaks.pack_references(references, layout)
     image, spectra = 4.0 * images[0].numel(), len(shifts) * (64.0 * layout.fragments + 4)
     pairs = 2.0 * k  # of a particle: references and hands
 
     def features() -> peaks.Packed:
-        return kernel_images.pack_images(images, rings, side, layout)
+        return kernel_images.pack_images(images, rings, shifts, layout, reach)
 
-    yield "features", Stage(features, _features_work(rings, side), image + spectra)
+    yield "features", Stage(features, _features_work(layout, len(shifts)), image + spectra)
     made = features()
 
     def searched() -> tuple[Tensor, Tensor]:
@@ -146,14 +147,14 @@ def _search_stages(
 
     def rescored() -> None:
         kernel_images.rescore(
-            images, references, shifts, rings, side // 2, coarse, shift, CANDIDATES, score, place
+            images, references, shifts, rings, reach, coarse, shift, CANDIDATES, score, place
         )
 
     yield "rescore", Stage(rescored, 0.0, image + 8 * pairs + 12 * k)
 
 
-def _features_work(rings: Rings, side: int) -> float:
-    """Operations of a particle's features: rings in eights, shifts below each other in pairs."""
-    count = len(rings.radii())
-    eights = sum(16 * (h // 2) + 4 * (h % 2) < count for h in range(2 * -(-count // 16)))
-    return 2.0 * 4 * 64 * 64 * 8 * eights * side * 2 * -(-side // 2)
+def _features_work(layout: Layout, shifts: int) -> float:
+    """Operations of a particle's features on the tensor cores: 64 angles of 16 rings become 16
+    frequencies of one parity, where the layout keeps some of them."""
+    steps = [max(layout.steps[q : q + 2]) for q in range(0, len(layout.steps), 2)]
+    return 2.0 * 2 * 2 * 16 * 64 * 16 * sum(steps) * shifts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Annotated
 
@@ -20,9 +21,9 @@ from cryoalign.search.settings import Search
 def run(
     k: Annotated[tuple[int, ...], "references; 1 is reference-free alignment"] = (1, 10, 50),
     max_shift: Annotated[tuple[float, ...], "largest trial shifts, px"] = (3.0,),
-    n: Annotated[int | None, "particles; 128 on a CPU, 65536 on a GPU"] = None,
-    size: Annotated[int, "box, px"] = 90,
-    last_ring: Annotated[int, "outermost ring, px"] = 36,
+    n: Annotated[int | None, "particles; 128 on a CPU, 65536 or 4 GiB on a GPU"] = None,
+    size: Annotated[tuple[int, ...], "boxes, px"] = (90,),
+    last_ring: Annotated[int | None, "outermost ring, px; as by default if not given"] = None,
     snr: Annotated[float, "of the simulated particles"] = 0.1,
     iterations: Annotated[int, "iterations, of which the median after the first counts"] = 4,
     device: Annotated[str, "cpu or cuda"] = "cpu",
@@ -34,26 +35,31 @@ def run(
     and search alone (bench/plain.py), measured in the same run on a part of the particles.
     """
     where = choose_device(device)
-    n = n or (128 if where.type == "cpu" else 65536)
+    on_gpu = where.type == "cuda"
     rows: list[Row] = []
-    for reach in max_shift:
-        for classes in k:
-            images, views = particles(n, classes, size, snr, where)
-            search = Search(max_shift=reach, last_ring=last_ring)
-            seconds = _iteration(images, views, particle_of(last_ring, reach), iterations)
-            base = _plain(images[: 64 if where.type == "cpu" else 4096], views, search, where)
-            rows.append(
-                {
-                    "k": classes,
-                    "shifts": len(search.shifts()),
-                    "n": n,
-                    "particles/s": n / seconds,
-                    "ms/particle": 1e3 * seconds / n,
-                    "plain search, particles/s": base,
-                    "x plain search": n / seconds / base,
-                }
-            )
-    return Result(rows, [f"{size} px, last ring {last_ring} px, both hands, refined; {where.type}"])
+    for box, reach, classes in itertools.product(size, max_shift, k):
+        count = n or (min(65536, 2**32 // (4 * box**2)) if on_gpu else 128)
+        images, views = particles(count, classes, box, snr, where)
+        search = Search(max_shift=reach, last_ring=last_ring)
+        seconds = _iteration(images, views, particle_of(last_ring, reach), iterations)
+        few = images[: max(8, 2**25 // box**2) if on_gpu else 64]
+        base = _plain(few, views, search, where)
+        rows.append(
+            {
+                "box": box,
+                "last ring": search.rings(box).last_ring,
+                "k": classes,
+                "shifts": len(search.shifts()),
+                "n": count,
+                "particles/s": count / seconds,
+                "ms/particle": 1e3 * seconds / count,
+                "plain search, particles/s": base,
+                "x plain search": count / seconds / base,
+            }
+        )
+        del images, few
+    name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return Result(rows, [f"both hands, refined, on {name}"])
 
 
 def _iteration(images: torch.Tensor, views: torch.Tensor, particle: Particle, count: int) -> float:

@@ -104,7 +104,7 @@ def _iterate(folder: Path, job: dict[str, Any]) -> None:
     tiny = simulate(8, 1, size=48)  # libraries load and plan much when first used
     align_multi_reference(tiny.images, tiny.views, iterations=1, device=job["device"])
     cuda = job["device"] == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     align_multi_reference(
         read_particles(folder / "particles.mrcs"),
         folder / "views.mrcs",
@@ -112,11 +112,11 @@ def _iterate(folder: Path, job: dict[str, Any]) -> None:
         particle=particle_of(job["last_ring"], job["max_shift"]),
         device=job["device"],
     )
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     print(json.dumps([before, peak]))
 
 
-def _resident(what: str) -> float:
+def resident(what: str) -> float:
     """Bytes of VmRSS (now) or VmHWM (peak).
 
     Linux' own account of this program comes first: ``getrusage`` also counts what the process held

@@ -146,6 +146,12 @@ class Found(NamedTuple):
         return torch.cat([label, self.pose.to_table(), score], 1)
 
     @classmethod
+    def cat(cls, parts: Sequence[Found]) -> Found:
+        """The results of several batches as one."""
+        labels, poses, scores = zip(*parts, strict=True)
+        return cls(torch.cat(labels), Pose.cat(poses), torch.cat(scores))
+
+    @classmethod
     def from_table(cls, table: Tensor) -> Found:
         """The columns that `to_table` makes."""
         return cls(table[:, 0].long(), Pose.from_table(table[:, 1:5]), table[:, 5].float())

@@ -18,11 +18,10 @@ from cryoalign.io.problems import Problem
 from cryoalign.io.stack import ParticleStack
 from cryoalign.io.survey import Survey, survey
 from cryoalign.methods.base import Method
+from cryoalign.particles.cache import places_for
 from cryoalign.particles.ctf_use import ctf_line
-from cryoalign.particles.prepare import CACHE_SHARE
 from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import optics_of
-from cryoalign.runtime.threads import available_memory
 
 # Memory of a run, fitted to the peak memory of six runs (64 to 176 px, 500 to 5000 particles, 3 to
 # 5 classes on 2 cores); the estimate was within 10 % of each.
@@ -108,7 +107,7 @@ def check_stack(
     path, images = Path(path), images or Images()
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
     problems = [*found.problems, *_geometry_problems(found, images.box)]
-    n = len(found.star.particles) if found.star is not None else len(found.file_of)
+    n = len(found.star.table) if found.star is not None else len(found.file_of)
     warnings, ctf = [*found.warnings], ""
     if method is not None:
         problems += _method_problems(found, method, images, n)
@@ -177,9 +176,11 @@ def _method_problems(found: Survey, method: Method, images: Images, n: int) -> I
 
 def _memory(found: Survey, n: int, prepared: Images) -> int:
     """Peak memory of a run in bytes, without references and classes, which need little."""
-    table = 0 if found.star is None else int(found.star.particles.memory_usage(deep=True).sum())
+    table = 0 if found.star is None else found.star.table.nbytes
     height, width = found.shape or (0, 0)
     images = _IMAGES + _COPIES * min(n, EMBEDDED)
-    kept = 4 * n * (prepared.box or width) ** 2  # prepared images, while they fit
-    kept = kept if kept <= CACHE_SHARE * available_memory(torch.device("cpu")) else 0
+    kept = 0
+    if prepared.cache == "auto":
+        room = sum(place.budget for place in places_for(torch.device("cpu")))
+        kept = min(room, 4 * n * (prepared.box or width) ** 2)
     return _PROGRAM + 2 * table + _RESULT * n + images * height * width * 4 + kept

@@ -9,6 +9,7 @@ import torch
 
 from cryoalign.operators import kernels
 from cryoalign.operators.kernels import build, cpu
+from cryoalign.operators.kernels.images import MOST_RINGS
 
 
 class Finding(NamedTuple):
@@ -59,4 +60,16 @@ def _gpus() -> list[Finding]:
         major, minor = torch.cuda.get_device_capability(i)
         memory = f"{card.total_memory / 2**30:.0f} GiB"
         findings.append(Finding(f"GPU {i}", f"{card.name}, {memory}, capability {major}.{minor}"))
+        if kernels.usable(torch.device("cuda", i)):
+            findings.append(_served(i))
     return findings
+
+
+def _served(index: int) -> Finding:
+    """Which searches run in PyTorch on a GPU, although the kernels are loaded."""
+    memory = torch.ops.cryoalign_cuda.shared_limit(index) // 1024
+    return Finding(
+        f"GPU {index}, in PyTorch",
+        f"searches whose first stage has more than {MOST_RINGS} rings, or images that do not fit "
+        f"the {memory} KB of shared memory of a block",
+    )

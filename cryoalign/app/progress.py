@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cryoalign.methods.base import Method
 from cryoalign.methods.state import State
+from cryoalign.results.evidence import JUDGE
 from cryoalign.runtime.processes import world_size
 
 
@@ -40,6 +41,7 @@ class Watch:
     def __init__(self, console: Console, method: Method, done: int = 0) -> None:
         """Show the progress of a method that has done ``done`` steps before this run."""
         self.console, self.method, self.done = console, method, done
+        self.doing = ""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -62,6 +64,16 @@ class Watch:
 
     def progress(self, doing: str, done: int, total: int) -> None:
         """Update the bar; the arguments are those of `particles.prepare.Progress`."""
+        if doing == JUDGE:
+            if self.doing != JUDGE:
+                self.say(f"judging {total:,} particles: junk, error bars, classes")
+            self.doing = doing
+            particles = min(done * world_size(), total)
+            self.bar.update(
+                self.task, description="judging particles", completed=particles, total=total
+            )
+            return
+        self.doing = doing
         if doing not in ("read", "align", "average"):  # the number of these steps is not known
             self.bar.update(self.task, description=f"{doing}, step {done}", total=None)
             return
@@ -89,6 +101,11 @@ class Watch:
             self.console.print(self.method.line(row), highlight=False, soft_wrap=True)
         self.done = state.iteration
 
-    def finishing(self) -> None:
-        """Show that the iterations are over and files are being written."""
-        self.bar.update(self.task, description="writing results", total=None)
+    def finishing(self, doing: str) -> None:
+        """Print a line about work after the iterations, before it starts."""
+        self.say(doing)
+        self.bar.update(self.task, description=doing, total=None)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, highlight=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from cryoalign.runtime.processes import choose_device, process_group, rank, same
 # Settings that may change when a run is resumed, because the results do not depend on them.
 FREE = {
     *("output", "overwrite", "resume", "iterations", "device", "batch_size", "threads"),
-    *("embedding", "max_rejected", "root", "allow_outside"),
+    *("embedding", "max_rejected", "root", "allow_outside", "images.cache"),
 }
 REPLACED = ".replaced"  # folder that keeps the results of an earlier run until there are new ones
 
@@ -96,6 +96,7 @@ def _align_and_write(
         max_rejected=config.max_rejected,
         progress=watch.progress,
     )
+    watch.console.print(particles.kept(), highlight=False, soft_wrap=True)
 
     def keep(state: State) -> None:
         if rank() == 0:
@@ -108,8 +109,7 @@ def _align_and_write(
 
     alignment = align(method, particles, resume=state, on_step=keep)
     if rank() == 0:
-        watch.finishing()
-        write_results(folder, config, stack, alignment)
+        write_results(folder, config, stack, alignment, watch.finishing)
         _discard_replaced(folder)
 
 
@@ -117,7 +117,6 @@ def _read(config: RunConfig) -> ParticleStack:
     """Open the particles, and check them and the references as far as headers and rows allow."""
     stack = read_particles(config.particles, root=config.root, allow_outside=config.allow_outside)
     method = config.made()
-    method.refuse_processes()
     if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square
         method.check(config.images.box_of(stack.shape[0], stack.pixel_size))
     if config.references not in SEEDINGS and not Path(config.references).is_file():

@@ -1,10 +1,14 @@
 """The files of a run folder."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from matplotlib.figure import Figure
+from pyarrow import csv
 
 from cryoalign.app.settings import RunConfig, used_mapping
 from cryoalign.io.formats import write_images
@@ -30,14 +34,44 @@ RUN_FILES = (
     *("histograms.png", "frc.png", "history.png", "quality.png", "tsne.png"),
 )
 """All files that a run writes and that ``overwrite`` removes."""
+BATCH = 2**14  # rows of a CSV file that are made into text at a time
 EMBEDDED = 2000  # largest number of particles in the t-SNE maps; limits the time
 
 
 def write_results(
-    folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment
-) -> None:
-    """Write tables, averages, pictures and the report, each file completely or not at all."""
-    _write_tables(folder, stack, alignment)
+    folder: Path, config: RunConfig, stack: ParticleStack, alignment: Alignment,
+    doing: Callable[[str], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Write tables, averages, pictures and the report, each file completely or not at all.
+
+    ``doing`` is called with a few words about each part of the work before it starts. A second
+    thread, the only one that uses Matplotlib, draws while this one writes tables.
+    """
+    method = config.made()
+    limit = method.max_shift(box_of(alignment)) * alignment.scale
+    with ThreadPoolExecutor(1) as artist:
+        drawn = artist.submit(draw, alignment, limit)
+        doing(f"writing tables of {len(stack):,} particles, and drawing pictures")
+        _write_tables(folder, stack, alignment)
+        _write_averages(folder, alignment)
+        maps = None
+        if config.embedding:
+            doing(f"mapping particles by t-SNE, at most {EMBEDDED:,} of them")
+            maps = _embedding(config, stack, alignment)
+        pictures = drawn.result()
+    if maps is not None:
+        pictures.append(picture("tsne.png", maps))
+    for each in pictures:
+        with replacing(folder / each.name) as temporary:
+            temporary.write_bytes(each.png)
+    doing("writing the report")
+    write_report(
+        alignment, folder, used_mapping(config), pictures, max_shift=limit,
+        shift_key=method.shift_key,
+    )  # fmt: skip
+
+
+def _write_averages(folder: Path, alignment: Alignment) -> None:
     write_images(folder / AVERAGES, alignment.filtered_averages(), alignment.pixel_size)
     write_images(
         folder / "class_averages_unfiltered.mrcs", alignment.averages, alignment.pixel_size
@@ -47,19 +81,6 @@ def write_results(
         alignment.pixel_size, alignment.ctf,
     )  # fmt: skip
     alignment.save(folder / "alignment.npz")
-    method = config.made()
-    limit = method.max_shift(box_of(alignment)) * alignment.scale
-    pictures = draw(alignment, limit)
-    maps = _embedding(config, stack, alignment) if config.embedding else None
-    if maps is not None:
-        pictures.append(picture("tsne.png", maps))
-    for each in pictures:
-        with replacing(folder / each.name) as temporary:
-            temporary.write_bytes(each.png)
-    write_report(
-        alignment, folder, used_mapping(config), pictures, max_shift=limit,
-        shift_key=method.shift_key,
-    )  # fmt: skip
 
 
 def write_step(folder: Path, method: Method, state: State, box: Box) -> None:
@@ -86,9 +107,20 @@ def box_of(alignment: Alignment) -> Box:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as a CSV file, completely or not at all."""
+    """Write a table as a CSV file, completely or not at all; cells that are not known are empty."""
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
+        types = pd.api.types
+        if all(types.is_numeric_dtype(k) and not types.is_bool_dtype(k) for k in table.dtypes):
+            # Only numbers: many times faster than by pandas.
+            columns = pa.Table.from_pandas(table, preserve_index=False)
+            with temporary.open("wb") as file:
+                file.write((",".join(table.columns) + "\n").encode())
+                options = csv.WriteOptions(
+                    include_header=False, quoting_style="none", batch_size=BATCH
+                )
+                csv.write_csv(columns, file, options)
+        else:
+            table.to_csv(temporary, index=False)
 
 
 def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> None:

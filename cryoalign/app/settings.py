@@ -99,11 +99,12 @@ class RunConfig:
     likelihood: Likelihood = Field(default_factory=Likelihood)
     quality: Quality = Field(default_factory=Quality)
     isac: Isac = Field(default_factory=Isac)
-    min_class_share: float = Field(
-        default=0.2,
+    min_class_share: float | None = Field(
+        default=None,
         ge=0,
         le=1,
-        description="classes smaller than this share of the mean size are given new members",
+        description="classes smaller than this share of the mean size are given new members; null: "
+        "0.2, or 0 if references are given, so that rare views keep theirs",
     )
     settle: float = Field(
         default=0.002, ge=0, le=1, description="stop when at most this share changes class"

@@ -60,12 +60,13 @@ class Rings:
 
 
 def angular_samples(last_ring: int) -> int:
-    """Number of angles at which samples on the last ring are at most one pixel apart.
+    """Number of angles at which samples on the last ring are at most 1.2 pixels apart.
 
-    256 up to 40 px (as in SPARX), then the next multiple of 64 without a prime factor above 5,
-    for a fast FFT.
+    256 up to 48 px (SPARX: up to 40 px), then the next multiple of 64 without a prime factor above
+    5, for a fast FFT. At 1.2 px, the frequencies that are lost lie above 0.42 cycles per pixel,
+    where linear interpolation leaves hardly any signal.
     """
-    needed = max(256, math.ceil(2 * math.pi * last_ring))
+    needed = max(256, math.ceil(2 * math.pi * last_ring / 1.2))
     fast = (64 * 2**i * 3**j * 5**k for i in range(12) for j in range(4) for k in range(4))
     return min(n for n in fast if n >= needed)
 

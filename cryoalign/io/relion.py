@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from cryoalign.io.paths import plain, resolve
 from cryoalign.io.stack import ParticleStack
-from cryoalign.io.star import Block, StarTables, write_star
+from cryoalign.io.star import Block, StarTable, StarTables, as_texts, write_star
 from cryoalign.pose import Pose, from_relion, to_relion
 
 VERSION = 30001  # RELION 3.1 writes this number; its files have optics groups
+POSE = (
+    *("rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY"),
+    "rlnIsFlip",
+)
 SCORE = "cryoalignScore"
 CLASS_SIZE = "cryoalignClassSize"
 # RELION requires these columns in an optics table. It uses them only with defocus columns.
@@ -27,11 +32,12 @@ def read_pose(stack: ParticleStack) -> Pose:
 
     Raises ValueError if the STAR file has no poses.
     """
-    if "rlnAnglePsi" not in stack.table:
+    table = None if stack.star is None else stack.star.table
+    if table is None or "rlnAnglePsi" not in table:
         raise ValueError(
             f"{stack.path}: no column rlnAnglePsi, so there are no poses; align the particles first"
         )
-    columns = {str(label): values.to_numpy() for label, values in stack.table.items()}
+    columns = {label: table.numbers(label) for label in POSE if label in table}
     # `survey` refuses origins in Å without a pixel size.
     return from_relion(columns, stack.pixel_size or 1.0)
 
@@ -46,10 +52,11 @@ def write_particles_star(
 ) -> None:
     """Write the kept particles with pose, class and score as a STAR file.
 
-    All blocks and columns of an input STAR file are kept. The columns of psi, class, ``rlnIsFlip``
-    (0 or 1) and the origins are set; origins are in Å, or in pixels in the layout of RELION 3.0. A
-    plain stack gets the layout of RELION 3.1 with one optics group, whose microscope values are
-    placeholders. If its pixel size is not known, 1 Å is written and a warning is given.
+    All blocks and columns of an input STAR file are kept, and cells that are not set stay as they
+    were written. The columns of psi, class, ``rlnIsFlip`` (0 or 1) and the origins are set; origins
+    are in Å, or in pixels in the layout of RELION 3.0. A plain stack gets the layout of RELION 3.1
+    with one optics group, whose microscope values are placeholders. If its pixel size is not known,
+    1 Å is written and a warning is given.
 
     Args:
         path: the .star file to write. If writing fails, an existing file stays as it was.
@@ -78,7 +85,7 @@ def write_particles_star(
     columns = _pose_columns(tables, kept, stack.pixel_size)
     columns["rlnClassNumber"] = np.asarray(class_number)[rows]
     columns[SCORE] = np.asarray(score, np.float64)[rows].round(6)
-    particles = tables.particles.iloc[rows].reset_index(drop=True).assign(**columns)
+    particles = tables.table.rows(rows).assign(**columns)
     blocks = {**tables.blocks, tables.particles_name: particles}
     write_star(path, StarTables(blocks, tables.particles_name, tables.version), comments)
 
@@ -102,9 +109,9 @@ def write_class_averages_star(
         note: a line for the top of the file.
     """
     sizes = np.asarray(class_sizes, np.int64)
-    classes = pd.DataFrame(
+    classes = StarTable.of(
         {
-            "rlnReferenceImage": [f"{i:06d}@{stack_name}" for i in range(1, len(sizes) + 1)],
+            "rlnReferenceImage": _image_names(stack_name, len(sizes)),
             "rlnClassDistribution": (sizes / max(int(sizes.sum()), 1)).round(6),
             "rlnEstimatedResolution": np.asarray(resolution, np.float64).round(6),
             CLASS_SIZE: sizes,
@@ -139,9 +146,9 @@ def _pose_columns(
     columns = to_relion(pose, pixel_size or 1.0)
     origins = {axis: columns.pop(f"rlnOrigin{axis}Angst") for axis in "XY"}
     for axis, origin in origins.items():
-        if tables.optics is not None or f"rlnOrigin{axis}Angst" in tables.particles:
+        if tables.optics is not None or f"rlnOrigin{axis}Angst" in tables.table:
             columns[f"rlnOrigin{axis}Angst"] = origin
-        if tables.optics is None or f"rlnOrigin{axis}" in tables.particles:
+        if tables.optics is None or f"rlnOrigin{axis}" in tables.table:
             columns[f"rlnOrigin{axis}"] = origin / (pixel_size or 1.0)
     return {label: values.round(6) for label, values in columns.items()}
 
@@ -168,10 +175,21 @@ def one_group_tables(stack_name: str, n: int, size: int, pixel_size: float) -> S
     """
     optics = {"rlnOpticsGroup": 1, "rlnOpticsGroupName": "opticsGroup1", **_PLACEHOLDERS}
     optics |= {"rlnImagePixelSize": pixel_size, "rlnImageSize": size, "rlnImageDimensionality": 2}
-    names = [f"{i:06d}@{stack_name}" for i in range(1, n + 1)]
-    particles = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": 1})
-    blocks: dict[str, Block] = {"optics": pd.DataFrame([optics]), "particles": particles}
+    particles = {
+        "rlnImageName": _image_names(stack_name, n),
+        "rlnOpticsGroup": np.ones(n, np.int64),
+    }
+    blocks: dict[str, Block] = {
+        "optics": StarTable.of({label: [value] for label, value in optics.items()}),
+        "particles": StarTable.of(particles),
+    }
     return StarTables(blocks, "particles", VERSION)
+
+
+def _image_names(stack_name: str, n: int) -> pa.Array:
+    """(n,) RELION's names of the images of a stack, from 000001@stack."""
+    numbers = pc.utf8_lpad(as_texts(np.arange(1, n + 1)), 6, "0")
+    return pc.binary_join_element_wise(numbers, stack_name, "@")
 
 
 def _name_for(stack: Path, star: Path) -> str:

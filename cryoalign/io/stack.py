@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from cryoalign.io.survey import Survey, survey
 class ParticleStack(Dataset[Tensor]):
     """Particle images that stay on disk, in the order of the rows of the input.
 
-    ``stack[i]`` is one image and ``stack.read(rows)`` is a batch. A file is mapped into memory only
+    ``stack[i]`` is one image and ``stack.read(rows)`` is a batch. A file is open only
     for the duration of a read, so memory does not grow with the number of particles, any number of
-    files can be used, and the stack can be pickled (for the workers of a ``DataLoader``).
+    files can be used, and the stack can be pickled (for the workers of a ``DataLoader``). Several
+    threads can read at the same time.
 
     Attributes:
         path: the STAR file or the stack.
@@ -54,7 +56,11 @@ class ParticleStack(Dataset[Tensor]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """The STAR file's columns, one row per particle; no columns for a plain stack."""
+        """The STAR file's columns, one row per particle; no columns for a plain stack.
+
+        A new DataFrame at each call, in which a column is numbers if all its cells are numbers.
+        ``star.table`` has single columns, and every cell as it is written.
+        """
         if self.star is None:
             return pd.DataFrame(index=range(len(self)))
         return self.star.particles
@@ -78,16 +84,26 @@ class ParticleStack(Dataset[Tensor]):
         Raises IndexError for a row that does not exist, InputError if a file has changed.
         """
         wanted = self._rows(rows)
-        out = np.empty((len(wanted), *self.shape), np.float32)
-        file_of, image_of = self._file_of[wanted], self._image_of[wanted]
-        order = np.lexsort((image_of, file_of))
-        starts = np.flatnonzero(np.diff(file_of[order], prepend=-1))
-        with np.errstate(over="ignore"):  # too large for float32: infinite, which `screen` finds
-            for run in np.split(order, starts[1:]) if len(order) else ():
-                source = self.files[file_of[run[0]]].open()
-                for place in run:
-                    out[place] = source[image_of[place]]
-        return torch.from_numpy(out)
+        return self._read_into(torch.empty(len(wanted), *self.shape), wanted)
+
+    def read_into(self, out: Tensor, rows: Sequence[int] | slice | np.ndarray | Tensor) -> Tensor:
+        """As `read`, into a tensor (b, h, w) float32 in the host's memory; returns it.
+
+        The memory may be pinned, from which copies to a GPU are fastest.
+        """
+        return self._read_into(out, self._rows(rows))
+
+    def _read_into(self, out: Tensor, wanted: np.ndarray) -> Tensor:
+        file_of, image_of, there = self._file_of[wanted], self._image_of[wanted], out.numpy()
+        places = np.arange(len(wanted))
+        if (file_of[1:] != file_of[:-1]).any() or (image_of[1:] < image_of[:-1]).any():
+            places = np.lexsort((image_of, file_of))
+            file_of, image_of = file_of[places], image_of[places]
+        starts = [0, *(np.flatnonzero(file_of[1:] != file_of[:-1]) + 1).tolist(), len(places)]
+        for start, end in pairwise(starts if len(places) else []):
+            file = self.files[file_of[start]]
+            file.read_into(there, image_of[start:end], places[start:end])
+        return out
 
     def _rows(self, rows: Sequence[int] | slice | np.ndarray | Tensor) -> np.ndarray:
         if isinstance(rows, slice):

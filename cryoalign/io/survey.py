@@ -3,19 +3,19 @@
 ``read_particles`` raises the problems that are found; ``cryoalign check`` lists them.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cryoalign.io.formats import read_header
 from cryoalign.io.images import ImageFile
 from cryoalign.io.paths import resolve
 from cryoalign.io.problems import InputError, Problem, row_problems
-from cryoalign.io.star import StarTables, read_star
+from cryoalign.io.star import StarTable, StarTables, read_star
 
 # Columns that must hold finite numbers in every row if they are present.
 NUMBERS = (
@@ -27,7 +27,7 @@ NUMBERS = (
     *("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"),
 )
 PIXEL_SIZE_DIFFERS = 0.03  # share by which the pixel sizes of STAR file and header may differ
-_IMAGE_NAME = re.compile(r"^([0-9]{1,12})@(.+)$")
+_IMAGE_NAME = "^(?P<number>[0-9]{1,12})@(?P<stack>.+)$"
 _SAME_SCALE = (
     "run each optics group by itself, or re-extract the particles at one pixel size and box "
     "(in RELION: Extract with 'Rescale particles')"
@@ -98,41 +98,35 @@ def _survey_stack(found: Survey) -> None:
 
 def _survey_star(found: Survey, root: Path | None, allow_outside: bool) -> None:
     star = found.star
-    if star is None or star.particles.empty:
+    if star is None or not len(star.table):
         what = "lists no particles"
         found.problems.append(Problem(found.path, None, what, "give a STAR file with particles"))
         return
-    for name, table in (("optics", star.optics), (star.particles_name, star.particles)):
+    for name, table in (("optics", star.optics_table), (star.particles_name, star.table)):
         if table is not None:
             found.problems += _number_problems(found.path, name, table)
     if not found.problems:  # pixel sizes are computed from columns that must be numbers
         found.pixel_size, problems = _pixel_size(found.path, star)
         found.problems += problems
-    _locate(found, star.particles["rlnImageName"], root, allow_outside)
+    _locate(found, star.table.text("rlnImageName"), root, allow_outside)
     _compare_pixel_sizes(found)
     found.problems += _size_problems(found, star)
 
 
-def _numbers(table: pd.DataFrame, label: str) -> np.ndarray:
-    """(n,) float64 column; NaN for a cell that is not a number."""
-    return pd.to_numeric(table[label], errors="coerce").to_numpy(np.float64)
-
-
-def _number_problems(path: Path, block: str, table: pd.DataFrame) -> Iterator[Problem]:
+def _number_problems(path: Path, block: str, table: StarTable) -> Iterator[Problem]:
     for label in (label for label in NUMBERS if label in table):
-        cells = table[label].to_numpy()
 
-        def what(row: int, label: str = label, cells: np.ndarray = cells) -> str:
-            return f"{label} = '{cells[row]}' in data_{block} is not a finite number"
+        def what(row: int, label: str = label) -> str:
+            return f"{label} = '{table.cell(row, label)}' in data_{block} is not a finite number"
 
-        rows = np.flatnonzero(~np.isfinite(_numbers(table, label)))
+        rows = np.flatnonzero(~np.isfinite(table.numbers(label)))
         yield from row_problems(path, rows, what, "correct the number or remove the row")
 
 
 def _pixel_size(path: Path, star: StarTables) -> tuple[float | None, list[Problem]]:
     """Å per pixel if all rows agree; None if a file of RELION 3.0 does not give it."""
     sizes, problems = _pixel_sizes(path, star)
-    needing = {"rlnOriginXAngst", "rlnOpticsGroup"} & set(star.particles)
+    needing = {"rlnOriginXAngst", "rlnOpticsGroup"} & set(star.table.labels)
     if sizes is None and not problems and needing:
         what = f"{' and '.join(sorted(needing))} in data_{star.particles_name}, but no data_optics"
         problems = [Problem(path, None, what, "add it, with rlnImagePixelSize")]
@@ -152,7 +146,7 @@ def _pixel_size(path: Path, star: StarTables) -> tuple[float | None, list[Proble
 
 def _pixel_sizes(path: Path, star: StarTables) -> tuple[np.ndarray | None, list[Problem]]:
     """(n,) pixel size of each particle; None if a file of RELION 3.0 does not give it."""
-    particles, optics = star.particles, star.optics
+    particles, optics = star.table, star.optics_table
     if optics is None:
         return _pixel_sizes_of_one_block(particles), []
     needed = [(optics, "optics", "rlnOpticsGroup"), (optics, "optics", "rlnImagePixelSize")]
@@ -160,30 +154,30 @@ def _pixel_sizes(path: Path, star: StarTables) -> tuple[np.ndarray | None, list[
         if label not in table:
             what = f"data_{name} has no column {label}"
             return None, [Problem(path, None, what, "add it, or export the file again")]
-    groups = _numbers(optics, "rlnOpticsGroup")
+    groups, group_of = optics.numbers("rlnOpticsGroup"), particles.numbers("rlnOpticsGroup")
+    order = groups.argsort()
     if len(np.unique(groups)) < len(groups):
         return None, [Problem(path, None, "data_optics lists a group twice", "remove one of them")]
-    size_of = dict(zip(groups, _numbers(optics, "rlnImagePixelSize"), strict=True))
-    group_of = pd.Series(_numbers(particles, "rlnOpticsGroup"))
     problems = row_problems(
         path,
-        np.flatnonzero(~group_of.isin(groups)),
+        np.flatnonzero(~np.isin(group_of, groups)),
         lambda row: f"rlnOpticsGroup {group_of[row]:g} is not in data_optics",
         "add the group to data_optics or correct the row",
     )
-    return group_of.map(size_of).to_numpy(np.float64), problems
+    place = order[np.searchsorted(groups[order], group_of).clip(max=len(groups) - 1)]
+    return optics.numbers("rlnImagePixelSize")[place], problems
 
 
-def _pixel_sizes_of_one_block(particles: pd.DataFrame) -> np.ndarray | None:
+def _pixel_sizes_of_one_block(particles: StarTable) -> np.ndarray | None:
     """(n,) Å per pixel, from magnification and detector if they are given (RELION 3.0); None if
     nothing gives it."""
     if "rlnImagePixelSize" in particles:
-        return _numbers(particles, "rlnImagePixelSize")
-    if not {"rlnDetectorPixelSize", "rlnMagnification"} <= set(particles):
-        return _numbers(particles, "rlnPixelSize") if "rlnPixelSize" in particles else None
-    micrometres = _numbers(particles, "rlnDetectorPixelSize")
+        return particles.numbers("rlnImagePixelSize")
+    if not {"rlnDetectorPixelSize", "rlnMagnification"} <= set(particles.labels):
+        return particles.numbers("rlnPixelSize") if "rlnPixelSize" in particles else None
+    micrometres = particles.numbers("rlnDetectorPixelSize")
     with np.errstate(divide="ignore", invalid="ignore"):
-        return micrometres * 1e4 / _numbers(particles, "rlnMagnification")
+        return micrometres * 1e4 / particles.numbers("rlnMagnification")
 
 
 def _compare_pixel_sizes(found: Survey) -> None:
@@ -209,20 +203,25 @@ def _compare_pixel_sizes(found: Survey) -> None:
             return
 
 
-def _locate(found: Survey, names: pd.Series, root: Path | None, allow_outside: bool) -> None:
+def _locate(found: Survey, names: pa.ChunkedArray, root: Path | None, allow_outside: bool) -> None:
     """Find the stack and the image of each row."""
-    parts = names.str.extract(_IMAGE_NAME)  # columns 0: number, 1: stack; NaN without a match
+    parts = pc.extract_regex(names, _IMAGE_NAME).combine_chunks()  # null without a match
+    number, stack_name = parts.flatten()
     found.problems += row_problems(
         found.path,
-        np.flatnonzero(parts[1].isna()),
-        lambda row: f"rlnImageName '{names.iloc[row]}' does not name an image of a stack",
+        np.flatnonzero(stack_name.is_null()),
+        lambda row: f"rlnImageName '{names[row].as_py()}' does not name an image of a stack",
         "write it as number@stack, e.g. 000001@particles.mrcs, numbers from 1",
     )
-    numbers = pd.to_numeric(parts[0]).fillna(1).to_numpy(np.int64)
+    numbers = number.fill_null("1").cast(pa.int64()).to_numpy()
     files: list[ImageFile] = []
     file_of = np.full(len(names), -1, np.int32)
-    rows_of = parts[1].groupby(parts[1].to_numpy(), sort=False).indices
-    for name, rows in ((name, np.asarray(rows)) for name, rows in rows_of.items()):
+    encoded = stack_name.dictionary_encode()
+    stack_of = encoded.indices.fill_null(-1).to_numpy()
+    order = np.argsort(stack_of, kind="stable")
+    bounds = np.searchsorted(stack_of[order], np.arange(len(encoded.dictionary) + 1))
+    for i, name in enumerate(encoded.dictionary.to_pylist()):
+        rows = order[bounds[i] : bounds[i + 1]]
         try:
             stack = read_header(resolve(str(name), found.path, root, allow_outside))
         except (InputError, OSError) as error:
@@ -268,10 +267,13 @@ def _size_problems(found: Survey, star: StarTables) -> Iterator[Problem]:
             what = f"images of {found.files[first].path} are {shape[0]} x {shape[1]}, where {has}"
             what += f" ({shapes.count(shape)} of {len(shapes)} stacks)"
             yield Problem(found.path, int(np.argmax(found.file_of == first)) + 1, what, _SAME_SCALE)
-    if star.optics is None or not {"rlnOpticsGroup", "rlnImageSize"} <= set(star.optics):
+    optics, label = star.optics_table, "rlnOpticsGroup"
+    if optics is None or not {label, "rlnImageSize"} <= set(optics.labels):
         return
-    sizes = _numbers(star.optics, "rlnImageSize")
-    used = star.optics["rlnOpticsGroup"].isin(set(star.particles.get("rlnOpticsGroup", ())))
-    for row in np.flatnonzero(used.to_numpy() & np.isfinite(sizes) & (sizes != width)):
+    if label not in star.table:
+        return
+    sizes = optics.numbers("rlnImageSize")
+    used = np.isin(optics.numbers(label), star.table.numbers(label))
+    for row in np.flatnonzero(used & np.isfinite(sizes) & (sizes != width)):
         what = f"data_optics, row {row + 1}: images of {sizes[row]:g} pixels, where {has}"
         yield Problem(found.path, None, what, "correct rlnImageSize, or " + _SAME_SCALE)

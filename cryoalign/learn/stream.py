@@ -102,7 +102,7 @@ class ParticleStream(IterableDataset[Sample]):
         self, blocks: list[torch.Tensor], generator: np.random.Generator
     ) -> Iterator[Sample]:
         """The samples of the blocks of a window."""
-        # One read per block, because a file that is mapped counts as memory until the read ends.
+        # One read per block, so that raw images are in memory once.
         held: list[Sample] = []
         for block in blocks:
             part = self.dataset.raw(block)

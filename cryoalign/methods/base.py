@@ -26,7 +26,7 @@ from cryoalign.particles.stack import Stack, as_stack
 from cryoalign.results.alignment import Alignment
 from cryoalign.results.quality import Quality
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import rank, world_size
+from cryoalign.runtime.processes import rank
 
 MOVED = {
     "batch_size": "give it to `prepare`, and the particles that it makes to the method",
@@ -53,7 +53,6 @@ class Method(ABC):
         instead: for some keys that the method does not use, the key that it has instead.
         in_order: whether averages are shown in the order of the column ``order`` of the class
             table, not by size.
-        in_processes: whether several processes may share the work.
         ctf_uses: values of ``particle.ctf`` that the method has; ``auto`` is the first.
 
     Raises:
@@ -69,7 +68,6 @@ class Method(ABC):
     unused: ClassVar[frozenset[str]] = frozenset()
     instead: ClassVar[dict[str, str]] = {}
     in_order: ClassVar[bool] = False
-    in_processes: ClassVar[bool] = True
     ctf_uses: ClassVar[tuple[CtfUse, ...]] = ("flip", "none")
 
     def __post_init__(self) -> None:
@@ -128,11 +126,6 @@ class Method(ABC):
     def max_shift(self, box: Box) -> float:
         """Largest shift that is searched, in pixels of the prepared images."""
         return self.particle.max_shift_in(box)
-
-    def refuse_processes(self) -> None:
-        """Raise ValueError if several processes run and the method works in one only."""
-        if world_size() > 1 and not self.in_processes:
-            raise ValueError(f"method={self.name} runs in one process: start it without torchrun")
 
     @property
     def shift_key(self) -> str:
@@ -196,7 +189,6 @@ def align(
         ValueError: settings that do not fit the particles or each other, before the work starts; a
             state of another method or of other particles.
     """
-    method.refuse_processes()
     if not isinstance(particles, PreparedParticles):
         stack, images = as_stack(particles), images or Images()
         if stack.shape[0] == stack.shape[1]:  # `prepare` refuses images that are not square

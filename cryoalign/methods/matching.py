@@ -19,7 +19,7 @@ from cryoalign.methods.assignment import (
 from cryoalign.methods.references import AlignAndAverage, find_all, over_batches
 from cryoalign.pose import Found, Pose
 from cryoalign.results.averages import ClassSums, sum_parts
-from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks, shard
+from cryoalign.runtime.processes import gather_over_ranks, same_on_all_ranks
 from cryoalign.search.match import Target, log_evidence, match_all, refine_match
 
 LEAST_WEIGHT = 0.01  # soft averages leave out smaller weights, which would only take time
@@ -82,7 +82,7 @@ def assign_particles(
 
 def refined(work: AlignAndAverage, target: Target, matched: Matched, label: Tensor) -> Found:
     """Refine the poses of all particles on their classes ``label`` (n,)."""
-    start = shard(len(work.particles)).start
+    start = work.particles.own.start
 
     def one(members: Tensor) -> Found:
         chosen = label[members.to(label.device)]
@@ -124,7 +124,7 @@ def soft_sums(
         fine: (n,) refined poses on the likeliest classes.
         k: number of classes to sum, k' or more.
     """
-    particles, start = work.particles, shard(len(work.particles)).start
+    particles, own = work.particles, work.particles.own
     label, likeliest = label.to(weights.device), weights.argmax(1)
     weights = torch.nn.functional.pad(weights, (0, k - weights.shape[1]))
     moved = (label != likeliest).nonzero().squeeze(1)
@@ -136,27 +136,32 @@ def soft_sums(
     group = half * k + column
     total = torch.zeros(2 * k, device=row.device).index_add(0, group, weight)
     weight = weight * (torch.bincount(group, minlength=2 * k) / total.clamp(min=1e-12))[group]
-    own = (row >= start) & (row < shard(len(particles)).stop)
-    row, column, weight, half = (each[own] for each in (row, column, weight, half))
+    here = (row >= own.start) & (row < own.stop)
+    row, column, weight, half = (each[here] for each in (row, column, weight, half))
     chosen = column == label[row]
-    coarse = matched.pose[row - start, column.clamp(max=matched.scores.shape[1] - 1)]
+    coarse = matched.pose[row - own.start, column.clamp(max=matched.scores.shape[1] - 1)]
     pose = fine.to(row.device)[row].where(chosen, coarse)
 
     def read(entries: Tensor) -> Tensor:
         images = particles.read(row[entries.to(row.device)].cpu())
         return images * weight[entries.to(weight.device)][:, None, None]
 
-    parts = [part for part in torch.arange(len(row)).split(particles.batch_size) if len(part)]
+    # Batches of entries hold the entries of a batch of particles, or a part of them.
+    batch, length = particles.batch_size, particles.part_length
+    number, rows = torch.arange(len(row)), row.cpu()
+    counts = torch.bincount((rows - own.start) // batch)
+    parts = [part for some in number.split(counts.tolist()) for part in some.split(batch)]
     return sum_parts(
-        parts, read, pose.to("cpu"), column.cpu(), half.cpu(), k, particles.size, particles.device
-    )
+        [part for part in parts if len(part)], read, pose.to("cpu"), column.cpu(), half.cpu(), k,
+        particles.size, particles.device, lambda entries: int(rows[entries[0]]) // length,
+    )  # fmt: skip
 
 
 def _correntropies(work: AlignAndAverage, target: Target, matched: Matched) -> Tensor:
     """(n, k) correntropies: means of exp(-d^2 / 2 s^2) over the pixels under the mask, where d is
     particle minus reference and s^2 twice the variance of the background, which is 1 (Sorzano et
     al. 2010)."""
-    start, mask = shard(len(work.particles)).start, work.mask()
+    start, mask = work.particles.own.start, work.mask()
     inside = mask > 0.5
     references = target.templates[:, 0][:, inside]  # (k, p)
 

@@ -58,7 +58,8 @@ class MultiReference(Method):
         search: how poses are searched.
         assign: which class a particle joins.
         averaging: how averages become references.
-        min_class_share: see above; 0 never gives a class new members.
+        min_class_share: see above; 0 never gives a class new members. None is 0.2, or 0 if
+            references are given, so that rare views keep theirs.
         settle: the run stops when at most this share of the particles changes class.
     """
 
@@ -71,7 +72,7 @@ class MultiReference(Method):
     search: SearchSettings = field(default_factory=SearchSettings)
     assign: Assignment = field(default_factory=Assignment)
     averaging: Averaging = field(default_factory=Averaging)
-    min_class_share: float = 0.2
+    min_class_share: float | None = None
     settle: float = 0.002
 
     @classmethod
@@ -96,6 +97,13 @@ class MultiReference(Method):
     def _chosen(self) -> bool:
         """Whether the first references are chosen from the particles."""
         return isinstance(self.references, str) and self.references in SEEDINGS
+
+    @property
+    def _least_share(self) -> float:
+        """The share of the mean size below which a class is given new members."""
+        if self.min_class_share is not None:
+            return self.min_class_share
+        return 0.2 if self._chosen or self.assign.start_classes else 0.0
 
     @property
     def most_steps(self) -> int:
@@ -145,7 +153,7 @@ class MultiReference(Method):
         if not (last or settled):
             if (state.iteration + 1) % self.assign.level_iterations == 0:
                 k = min(2 * k, wanted)
-            fewest = self.min_class_share * len(label) / k
+            fewest = self._least_share * len(label) / k
             fewest = max(fewest, float(k > len(state["references"])))
             label, split = split_largest(label, score, k, fewest)
         sizes = torch.bincount(label, minlength=k)

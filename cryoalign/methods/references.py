@@ -220,7 +220,7 @@ def seed_references(particles: PreparedParticles, how: str, n_classes: int, seed
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(particles), generator=generator)[:n_classes]
-    images = particles.read(same_on_all_ranks(chosen))
+    images = particles.read_shared(same_on_all_ranks(chosen))
     return filter_shells(images, low_pass_curve(particles.size, LOW_PASS).to(images.device))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from cryoalign.images.geometry import pixel_grid, sample
 from cryoalign.images.polar import Rings
 from cryoalign.images.templates import annulus, with_turn
+from cryoalign.operators.kernels import cpu as cpu_kernels
 from cryoalign.operators.kernels import images as kernel_images
 from cryoalign.operators.registration import operator
 from cryoalign.pose import Pose, wrap_degrees
@@ -69,7 +70,12 @@ def _fake(
     return angle.new_empty(angle.shape), shift.new_empty(shift.shape), angle.new_empty(angle.shape)
 
 
-@operator(check=_check, fake=_fake, cuda=kernel_images.refine_poses)
+@operator(
+    check=_check,
+    fake=_fake,
+    cpu=cpu_kernels.refine_poses,
+    cuda=kernel_images.refine_poses,
+)
 def refine_poses(
     images: Tensor,
     templates: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,20 +14,27 @@ from torch import Tensor
 from cryoalign.images.ctf import Optics, phase_flip, refuse_impossible
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.masks import background, normalise
+from cryoalign.particles.cache import ImageCache, places_for
 from cryoalign.particles.ctf_use import CtfUse, ctf_line
-from cryoalign.particles.screen import refuse_above, screen
+from cryoalign.particles.reading import Made, ReadAhead, read_chunks
+from cryoalign.particles.screen import faults, refuse_above, screen, table_of
 from cryoalign.particles.settings import Box, Images
 from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import choose_device, gather_over_ranks, shard
-from cryoalign.runtime.threads import available_memory
+from cryoalign.runtime.processes import (
+    choose_device,
+    gather_over_ranks,
+    part_length,
+    shard,
+    world_size,
+)
+from cryoalign.runtime.threads import map_in_order, workers_for
 
 Progress = Callable[[str, int, int], None]
 """Called from time to time with the name of the present work, the amount done, and the total."""
 
 CPU_BATCH = 64  # particles; the arrays of a batch then fit a CPU's cache
 CUDA_BATCH_BYTES = 2**29  # bytes of the images of a batch; a GPU needs many particles at a time
-CACHE_SHARE = 0.25  # largest share of the free memory for prepared images
 
 
 def prepare(
@@ -60,8 +66,10 @@ def prepare(
 class PreparedParticles:
     """The usable particles of a stack, prepared batch by batch.
 
-    Prepared images are kept in memory after they are made, if all of them take at most a quarter
-    of the free memory (of the GPU, if that is the device).
+    All images are read once when this is made, to find the unusable ones, and prepared in the same
+    pass. Prepared images are kept in memory (`particles.cache`) unless ``images.cache`` is
+    ``none``. Those for which there is no room are read and prepared again whenever they are needed;
+    memory therefore does not grow with the number of particles.
 
     Attributes:
         rows: (n,) rows of the stack that are used.
@@ -97,23 +105,27 @@ class PreparedParticles:
         self.background_radius = images.background_radius or width / 2
         background(width, self.background_radius)  # raises errors before any image is read
         self.stack, self.images, self.device, self.progress = stack, images, device, progress
-        self.rejected = _screened(stack, progress)
-        refuse_above(self.rejected, len(stack), max_rejected)
-        good = torch.ones(len(stack), dtype=torch.bool)
-        good[torch.tensor(self.rejected["index"].tolist(), dtype=torch.int64)] = False
-        self.rows = good.nonzero().squeeze(1)
         self.size, self.pixel_size = images.box_of(width, stack.pixel_size)
         self.scale = width / self.size
-        self.fingerprint = f"{_fingerprint(stack)}-{self.size}"
+        self._given_optics = optics
+        self._unflipped: Optics | None = None  # CTFs before phases were flipped
         usual = CPU_BATCH
         if device.type == "cuda":
             usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
         self.batch_size = batch_size or usual
-        self._given_optics = optics
-        self._unflipped: Optics | None = None  # CTFs before phases were flipped
-        self._cache = _Cache(len(self), self.size, device)
+        # Until it is known which images are usable, a process has its share of all.
+        own = shard(len(stack), part_length(len(stack), self.batch_size))
+        self._caches = {False: self._new_cache(range(len(stack))[own])}  # by: phases flipped
+        self.rejected = self._first_pass()
+        refuse_above(self.rejected, len(stack), max_rejected)
+        good = torch.ones(len(stack), dtype=torch.bool)
+        good[torch.tensor(self.rejected["index"].tolist(), dtype=torch.int64)] = False
+        self.rows = good.nonzero().squeeze(1)
+        self._caches[False].keep_only(self._own_rows()[1])
+        self.fingerprint = f"{_fingerprint(stack)}-{self.size}"
         # Particles from which these were chosen by `only`, and the indices of these.
         self._whole: tuple[PreparedParticles, Tensor] | None = None
+        self._ahead: ReadAhead | None = None  # while `parts` is used
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,12 +162,14 @@ class PreparedParticles:
         """The same particles with phases flipped where the CTF is negative; itself without CTFs."""
         if self.optics is None or self.flipped:
             return self
-        other = copy.copy(self)
+        other = self._copy()
         other.__dict__.pop("optics", None)  # cached for the particles as they were
         if self._whole is not None:
             whole, members = self._whole
             other._whole = whole.phase_flipped(), members
-        other._unflipped, other._cache = self.optics, _Cache(len(self), self.size, self.device)
+        elif True not in self._caches:
+            self._caches[True] = self._new_cache(self._own_rows()[1])
+        other._unflipped = self.optics
         return other
 
     def ctf_line(self, use: CtfUse) -> str:
@@ -165,7 +179,7 @@ class PreparedParticles:
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
         """The same particles with another function for the progress."""
-        other = copy.copy(self)
+        other = self._copy()
         other.progress = progress
         return other
 
@@ -180,7 +194,7 @@ class PreparedParticles:
         others[members] = False
         left = pd.DataFrame({"index": self.rows[others].numpy()})
         left["reason"] = pd.array([reasons] * len(left) if isinstance(reasons, str) else reasons)
-        other = copy.copy(self)
+        other = self._copy()
         other.__dict__.pop("optics", None)  # cached for the present rows
         if len(left):
             tables = [self.rejected, left] if len(self.rejected) else [left]
@@ -192,98 +206,178 @@ class PreparedParticles:
 
     def read(self, members: Tensor) -> Tensor:
         """(b, size, size) prepared images of the particles with indices ``members`` (b,)."""
-        if self._whole is not None:
-            whole, own = self._whole
-            return whole.read(own[members])
-        kept = self._cache.get(members)
-        if kept is not None:
-            return kept
-        images = self.stack.read(self.rows[members]).to(self.device)
-        images = -images if self.images.invert else images
-        images = normalise(images, self.background_radius, self.images.background)
-        images = fourier_resize(images, self.size)
-        if self._unflipped is not None:
-            images = phase_flip(images, self._unflipped[members])
-        self._cache.put(members, images)
-        return images
+        root, own = self._root(members)
+        made = self._ahead.take(members) if self._ahead is not None else None
+        made = made or root._make(own)
+        if made.new:
+            root._cache.put(root.rows[own].numpy(), made.images)
+        return made.images
+
+    def read_shared(self, members: Tensor) -> Tensor:
+        """(b, size, size) images of any particles (b,), on every process. Each is read by the
+        process that has it, which may keep it rounded (float16 on a GPU)."""
+        own = self.own
+        here = ((members >= own.start) & (members < own.stop)).nonzero().squeeze(1)
+        found = [torch.zeros(0, self.size, self.size, device=self.device)]
+        if len(here):
+            found.append(self.read(members[here]))
+        order = gather_over_ranks(here).argsort()
+        return gather_over_ranks(torch.cat(found))[order.to(self.device)]
+
+    @property
+    def part_length(self) -> int:
+        """Number of particles of the parts that processes take (`runtime.processes`)."""
+        return part_length(len(self), self.batch_size)
+
+    @property
+    def own(self) -> slice:
+        """The particles of this process."""
+        return shard(len(self), self.part_length)
+
+    def part_of(self, batch: Tensor) -> int:
+        """Number of the part (`runtime.processes`) of the particles of a batch (b,)."""
+        return int(batch[0]) // self.part_length
 
     def parts(self, doing: str | None = None) -> Iterator[Tensor]:
         """Indices (b,) of the particles of each batch of this process, in order.
 
+        With a single worker (on a GPU, or on a CPU with one thread), the batch that follows is
+        read and prepared by another thread while the caller uses the present one; ``read`` gives
+        it then. Several workers read their batches at the same time.
+
         Args:
             doing: name of the work for the progress; None reports nothing.
         """
+        # Asked now: while the parts are used, PyTorch may have fewer threads.
+        return self._parts(doing, workers_for(self.device) == 1)
+
+    def _parts(self, doing: str | None, ahead: bool) -> Iterator[Tensor]:
         done = 0
-        for part in torch.arange(len(self))[shard(len(self))].split(self.batch_size):
-            if len(part):
+        # The particles of a process begin with a batch, so that batches are the same for any number
+        # of processes.
+        parts = torch.arange(len(self))[self.own].split(self.batch_size)
+        parts = [part for part in parts if len(part)]
+        reader = self._ahead = ReadAhead(self.device) if ahead else None
+        try:
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                if reader is not None and following is not None:
+                    self._read_ahead(following, reader)
                 yield part
                 done += len(part)
                 if doing is not None:
                     self.report(doing, done, len(self))
+        finally:
+            self._ahead = None
+            if reader is not None:
+                reader.close()
+
+    def kept(self) -> str:
+        """Where the prepared images of this process are, for the log."""
+        where = f" (in each of {world_size()} processes)" * (world_size() > 1)
+        return (
+            f"Prepared particles: {self._caches[False].described(len(self._own_rows()[0]))}{where}"
+        )
 
     def report(self, doing: str, done: int, total: int) -> None:
         """Call ``progress``, if there is one."""
         if self.progress is not None:
             self.progress(doing, done, total)
 
+    def _copy(self) -> PreparedParticles:
+        other = copy.copy(self)
+        other._ahead = None
+        return other
 
-class _Cache:
-    """Prepared images of this process's particles in memory, or nothing if there is too little
-    memory. Threads may share it. What it gives must not be written to."""
+    def _root(self, members: Tensor) -> tuple[PreparedParticles, Tensor]:
+        """The particles from which these were chosen in the first place, and indices of these."""
+        if self._whole is None:
+            return self, members
+        whole, own = self._whole
+        return whole._root(own[members])
 
-    def __init__(self, n: int, size: int, device: torch.device) -> None:
-        own = shard(n)
-        self.first, count = own.start, own.stop - own.start
-        self.shape, self.device = (count, size, size), device
-        self.images: Tensor | None = None
-        self.lock, self.complete = threading.Lock(), False
-        self.there = torch.zeros(count, dtype=torch.bool)
-        self.has_room = 4 * count * size**2 <= CACHE_SHARE * available_memory(device)
+    @property
+    def _cache(self) -> ImageCache:
+        return self._caches[self.flipped]
 
-    def get(self, members: Tensor) -> Tensor | None:
-        """(b, size, size) images, or None if one of them is not here."""
-        if self.images is None or not len(members):
-            return None
-        index = members.numpy() - self.first  # many times faster than PyTorch on so few numbers
-        if index.min() < 0 or index.max() >= len(self.there):  # of another process
-            return None
-        if not (self.complete or self.there[index].all()):
-            return None
-        if (index[1:] - index[:-1] == 1).all():
-            return self.images[int(index[0]) : int(index[-1]) + 1]  # adjacent images need no copy
-        return self.images[torch.from_numpy(index).to(self.device)]
+    def _new_cache(self, rows: range) -> ImageCache:
+        places = places_for(self.device) if self.images.cache == "auto" else ()
+        return ImageCache(len(self.stack), rows, self.size, self.device, places)
 
-    def put(self, members: Tensor, images: Tensor) -> None:
-        """Keep those of images (b, size, size) that are this process's, if there is enough memory
-        for all of its particles."""
-        here = (members >= self.first) & (members < self.first + len(self.there))
-        if not self.has_room or not here.any():
-            return
-        with self.lock, torch.inference_mode(False):
-            if self.images is None:
-                self.images = torch.empty(self.shape, device=self.device)
-        rows = members[here] - self.first
-        self.images[rows.to(self.device)] = images[here.to(images.device)]
-        self.there[rows] = True
-        self.complete = bool(self.there.all())
+    def _own_rows(self) -> tuple[Tensor, range]:
+        """Rows of the particles of this process, and the range in which they are."""
+        own = self.rows[self.own]
+        return own, range(int(own[0]), int(own[-1]) + 1) if len(own) else range(0)
 
+    def _first_pass(self) -> pd.DataFrame:
+        """Read all images once: the table of the unusable ones, which is the same on every process.
 
-def _screened(stack: Stack, progress: Progress | None) -> pd.DataFrame:
-    """`particles.screen.screen` of the whole stack, with the result on every process."""
-    rows = torch.arange(len(stack))[shard(len(stack))]
-    done = 0
+        The others are prepared and kept, as far as there is room.
+        """
+        stack, cache, workers = self.stack, self._caches[False], workers_for(self.device)
 
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress("read", done, len(stack))
+        def look(part: Tensor, images: Tensor | None) -> tuple[int, dict[int, str]]:
+            images = stack.read(part).to(self.device) if images is None else images
+            reasons, rows = faults(images), part.numpy()
+            if reasons:
+                good = [i for i in range(len(part)) if i not in reasons]
+                rows, images = rows[good], images[good]
+            if cache.has_room(rows):
+                cache.put(rows, self._prepared(images))
+            return len(part), {int(part[i]): reason for i, reason in reasons.items()}
 
-    found = screen(stack, progress=report, rows=rows)
-    bad = torch.tensor(found["index"].tolist(), dtype=torch.int64)
-    everyone = gather_over_ranks(bad)
-    # The reasons are not gathered: the few bad images of other processes are read again.
-    return found if len(everyone) == len(bad) else screen(stack, rows=everyone)
+        rows = torch.arange(cache.rows.start, cache.rows.stop)
+        if workers == 1:
+            chunks: Iterator[tuple[Tensor, Tensor | None]] = read_chunks(
+                stack, rows, self.device, CPU_BATCH
+            )
+        else:  # every worker reads its own
+            chunks = ((part, None) for part in rows.split(CPU_BATCH) if len(part))
+        looked = map_in_order(lambda chunk: look(*chunk), chunks, workers)
+        found: dict[int, str] = {}
+        done = 0
+        for count, reasons in looked:
+            found |= reasons
+            done += count
+            self.report("read", done, len(stack))
+        everyone = gather_over_ranks(torch.tensor(list(found), dtype=torch.int64))
+        # The reasons are not gathered: the few bad images of other processes are read again.
+        return table_of(found) if len(everyone) == len(found) else screen(stack, rows=everyone)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """(b, size, size) prepared images from those of the stack (b, h, w)."""
+        if len(images) == 1:  # the FFT of a single image has other rounding errors than of several
+            return self._prepared(images.expand(2, -1, -1))[:1]
+        images = -images if self.images.invert else images
+        images = normalise(images, self.background_radius, self.images.background)
+        return fourier_resize(images, self.size)
+
+    def _load(self, rows: Tensor) -> Tensor:
+        """(b, size, size) prepared images of rows (b,), read from the stack."""
+        chunks = read_chunks(self.stack, rows, self.device, max(1, len(rows)))
+        parts = [self._prepared(images) for _, images in chunks]
+        none = torch.empty(0, self.size, self.size, device=self.device)
+        return parts[0] if len(parts) == 1 else torch.cat([none, *parts])
+
+    def _read_ahead(self, members: Tensor, reader: ReadAhead) -> None:
+        """Let another thread make the images of particles, unless they are on the device."""
+        root, own = self._root(members)
+        if not root._cache.holds(root.rows[own].numpy()):
+            reader.start(members, lambda: root._make(own))
+
+    def _make(self, members: Tensor) -> Made:
+        """Images of particles, from memory or from the stack; these are not those of `only`."""
+        rows = self.rows[members]
+        kept = self._cache.get(rows.numpy())
+        if kept is not None:
+            return Made(kept, False)
+        if self._unflipped is None:
+            return Made(self._load(rows), True)
+        images = self._caches[False].get(rows.numpy())
+        images = self._load(rows) if images is None else images
+        if len(members) == 1:  # as in `_prepared`
+            images, members = images.expand(2, -1, -1), members.expand(2)
+            return Made(phase_flip(images, self._unflipped[members])[:1], True)
+        return Made(phase_flip(images, self._unflipped[members]), True)
 
 
 def _fingerprint(stack: Stack) -> str:

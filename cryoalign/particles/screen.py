@@ -1,6 +1,6 @@
 """Find the images that cannot be used: with invalid pixels, or without any contrast."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import pandas as pd
@@ -39,13 +39,18 @@ def screen(
         Columns index (0-based row) and reason, with one row for each unusable image, in order.
     """
     rows = torch.arange(len(stack)) if rows is None else rows
-    found: list[tuple[int, str]] = []
+    found: dict[int, str] = {}
     for part in rows.split(batch_size) if len(rows) else ():
         reasons = faults(stack.read(part))
-        found.extend((int(part[i]), reason) for i, reason in reasons.items())
+        found |= {int(part[i]): reason for i, reason in reasons.items()}
         if progress is not None:
             progress(len(part))
-    table = pd.DataFrame(found, columns=["index", "reason"])
+    return table_of(found)
+
+
+def table_of(found: Mapping[int, str]) -> pd.DataFrame:
+    """The table of `screen` from reasons by row, in their order."""
+    table = pd.DataFrame(list(found.items()), columns=["index", "reason"])
     return table.astype({"index": "int64"})
 
 

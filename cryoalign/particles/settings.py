@@ -124,6 +124,11 @@ class Images:
         "background_radius; constant: their mean; none: nothing",
     )
     invert: bool = Field(default=False, description="invert the contrast; density should be bright")
+    cache: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: prepared images stay in memory, in up to a quarter of what is free (of "
+        "the GPU, then of the host), and the others are read again; none: all are read again",
+    )
 
     def box_of(self, size: int, pixel_size: float | None) -> Box:
         """Size of the prepared images, for images of ``size`` pixels of ``pixel_size`` Å."""

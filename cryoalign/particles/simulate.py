@@ -19,7 +19,7 @@ from torch import Tensor
 from cryoalign.images.ctf import COLUMNS, Optics, ctf_2d, refuse_impossible
 from cryoalign.io.formats import write_images
 from cryoalign.io.relion import one_group_tables
-from cryoalign.io.star import Block, StarTables, write_star
+from cryoalign.io.star import Block, StarTable, StarTables, write_star
 from cryoalign.pose import Pose
 from cryoalign.runtime.files import replacing
 
@@ -357,8 +357,9 @@ def _with_optics(tables: StarTables, optics: Optics) -> StarTables:
     value = {label: getattr(optics, name).double().numpy() for name, label in COLUMNS.items()}
     own = {label: value[label].round(2) for label in value if label.startswith("rlnDefocus")}
     shared = {label: value[label][0].round(6) for label in value if label not in own}
+    frame = tables.optics if tables.optics is not None else pd.DataFrame()
     blocks: dict[str, Block] = {
-        "optics": pd.DataFrame(tables.blocks["optics"]).assign(**shared),
-        "particles": tables.particles.assign(**own),
+        "optics": StarTable.of(frame.assign(**shared)),
+        "particles": StarTable.of(tables.particles.assign(**own)),
     }
     return replace(tables, blocks=blocks)

@@ -18,7 +18,7 @@ from cryoalign.images.masks import masked
 from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Pose, compose
-from cryoalign.runtime.processes import sum_over_ranks
+from cryoalign.runtime.processes import ExactSum, sum_over_ranks
 from cryoalign.runtime.settings import settings
 from cryoalign.runtime.threads import map_in_order, workers_for
 
@@ -129,7 +129,7 @@ def class_sums(
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
-        particles.size, particles.device,
+        particles.size, particles.device, lambda rows: int(rows[0]) // particles.part_length,
     )  # fmt: skip
 
 
@@ -152,32 +152,36 @@ def ctf_weighted_sums(
         raise ValueError("these particles have no CTF: use class_sums")
     shell, shells = shell_index(size), size // 2 + 1
     components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
-    power = torch.zeros(2 * n_classes, shells, dtype=torch.float64)
+    power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
 
     def read(rows: Tensor) -> Tensor:
         factor, _ = matched_filter(optics[rows], size)
         spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
         return torch.fft.irfft2(spectra, s=(size, size))
 
-    sums = sum_parts(particles.parts(), read, pose, label, particles.half, n_classes, size, device)
+    sums = sum_parts(
+        particles.parts(), read, pose, label, particles.half, n_classes, size, device,
+        particles.part_of,
+    )  # fmt: skip
     for rows in particles.parts():
         _, square = matched_filter(optics[rows], size)
         curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
-        power.index_add_(0, particles.half[rows] * n_classes + label[rows], curves.double())
-    power = sum_over_ranks(power.to(device)).reshape(2, n_classes, shells)
-    return replace(sums, power=power)
+        group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
+        of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
+        power.add(of_batch.index_add_(0, number, curves.double()), group)
+    return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 
 def sum_parts(
     parts: Iterable[Tensor], read: Callable[[Tensor], Tensor], pose: Pose, label: Tensor,
     half: Tensor, n_classes: int, size: int, device: torch.device,
+    part_of: Callable[[Tensor], int] | None = None,
 ) -> ClassSums:  # fmt: skip
     """Sum aligned particles by class and half-set, over all processes.
 
     Images are moved by bicubic interpolation and added by a matrix product in a fixed order, so
-    that the result does not depend on the timing of threads. Sums are float64, whose rounding error
-    is far below the precision of the float32 averages, so that these do not depend on batch size or
-    number of processes.
+    that the result does not depend on the timing of threads. The sums of each part of the particles
+    are float64, those over parts exact: they do not depend on the number of processes.
 
     Args:
         parts: batches of indices (b,) into the n particles, those of this process.
@@ -188,20 +192,24 @@ def sum_parts(
         n_classes: number of classes.
         size: side of the images, pixels.
         device: device of the sums.
+        part_of: number of the part of the particles (`runtime.processes`) to which a batch belongs;
+            the batches of a part follow each other. None: all are of one part, on one process.
 
     Returns:
         The sums over the parts of all processes.
     """
+    exact = ExactSum(2 * n_classes, size * size, device)
     total = torch.zeros(2 * n_classes, size * size, dtype=torch.float64, device=device)
-    count = torch.zeros(2 * n_classes, dtype=torch.int64, device=device)
+    count, here = torch.zeros(2, 2 * n_classes, dtype=torch.int64)
 
-    def sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(rows: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
         images = read(rows)
         moved = pose[rows].to(device)
         # Only the groups that occur in this batch, so that the result is small.
         group = half[rows] * n_classes + label[rows]
         there, member, members = group.unique(return_inverse=True, return_counts=True)
         return (
+            part_of(rows) if part_of is not None else 0,
             there,
             members,
             sum_aligned(
@@ -209,13 +217,23 @@ def sum_parts(
             ),
         )
 
-    for there, members, part in map_in_order(sums, parts, workers_for(device)):
-        there = there.to(device)
-        total.index_add_(0, there, part.flatten(1))
-        count.index_add_(0, there, members.to(device))
+    def close_part() -> None:
+        groups = here.nonzero().squeeze(1)
+        exact.add(total[groups.to(device)], groups.to(device))
+        count.add_(here)
+        total.zero_(), here.zero_()
+
+    present = None
+    for number, there, members, images in map_in_order(sums, parts, workers_for(device)):
+        if number != present:
+            close_part()
+        present = number
+        total.index_add_(0, there.to(device), images.flatten(1))
+        here.index_add_(0, there, members)
+    close_part()
     return ClassSums(
-        sum_over_ranks(total).reshape(2, n_classes, size, size),
-        sum_over_ranks(count).reshape(2, n_classes),
+        exact.total().reshape(2, n_classes, size, size),
+        sum_over_ranks(count).reshape(2, n_classes).to(device),
     )
 
 

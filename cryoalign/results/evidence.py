@@ -30,10 +30,11 @@ from cryoalign.images.polar import Rings
 from cryoalign.particles.prepare import PreparedParticles
 from cryoalign.pose import Found, Pose
 from cryoalign.results.averages import TRUSTED, ClassSums, class_filters
-from cryoalign.results.pose_errors import Curvature, covariance_on, curvature_of
+from cryoalign.results.pose_errors import CUDA_CHUNK, Curvature, covariance_on, curvature_of
 from cryoalign.runtime.processes import gather_over_ranks
 from cryoalign.runtime.threads import map_in_order, workers_for
 
+JUDGE = "judge"  # name of this work for the progress
 CHUNK = 64  # particles at a time, while noise is measured
 SAMPLE = 2000  # particles that noise and its spread are measured on, at most
 LEAST_EVIDENCE = math.log(20)  # nats; 1 in 20 images of pure noise has as much
@@ -75,22 +76,31 @@ def judge(
     references = held_out(sums, scope.mask)
     half = particles.half
     other = found.label + len(sums.sizes) * (1 - half)  # the average of the other half
-    curvature = curvature_of(references, scope.rings)
-    comparison = _Comparison(particles, found.pose, other, references, curvature, scope)
-    few = torch.arange(0, len(particles), math.ceil(len(particles) / SAMPLE))
-    sample = [comparison.shells(part, particles.read(part)) for part in few.split(CHUNK)]
-    typical = _typical_residual(torch.cat(sample, 1))
+    curvature, device = curvature_of(references, scope.rings), particles.device
+    # On the device as a whole: a copy for each batch would wait for the batch before.
+    comparison = _Comparison(found.pose.to(device), other.to(device), references, curvature, scope)
+    typical = _typical_residual(_sample_shells(particles, comparison))
 
     def columns(members: Tensor) -> Tensor:
         images = particles.read(members)
-        sd = comparison.covariance(members, images).diagonal(dim1=1, dim2=2).sqrt()
-        shells = comparison.shells(members, images)
-        z = _z_score(shells, typical)
-        evidence = z.clamp(min=0).square() / 2 - math.log(scope.trials)
-        return torch.cat([torch.stack([evidence, _unlikeness(shells, typical)], 1), sd], 1)
+        first, size = int(members[0]), images.shape[-1]
+        # A GPU's batches are much larger than a CPU's.
+        chunk = len(images) if device.type == "cpu" else max(1, CUDA_CHUNK // size**2)
+        made = []
+        for start in range(0, len(images), chunk):
+            some = images[start : start + chunk]
+            # The particles of a batch follow each other.
+            part = slice(first + start, first + start + len(some))
+            sd = comparison.covariance(part, some).diagonal(dim1=1, dim2=2).sqrt()
+            shells = comparison.shells(part, some)
+            z = _z_score(shells, typical)
+            evidence = z.clamp(min=0).square() / 2 - math.log(scope.trials)
+            unlike = _unlikeness(shells, typical)
+            made.append(torch.cat([torch.stack([evidence, unlike], 1), sd], 1))
+        return torch.cat(made)
 
     made = [torch.zeros(0, 5, dtype=torch.float64, device=particles.device)]
-    made += map_in_order(columns, particles.parts(), workers_for(particles.device))
+    made += map_in_order(columns, particles.parts(JUDGE), workers_for(particles.device))
     evidence, unlike, *sd = gather_over_ranks(torch.cat(made).cpu()).unbind(1)
     oddness = torch.zeros_like(unlike)
     if len(unlike) >= FEW:
@@ -130,16 +140,15 @@ def held_out(sums: ClassSums, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Particles and the averages that they are compared with."""
+    """Poses of particles and the averages that they are compared with, on their device."""
 
-    particles: PreparedParticles
     pose: Pose
     other: Tensor  # (n,) index of each particle's reference
     references: Tensor  # (2 k, size, size)
     curvature: Curvature
     scope: Scope
 
-    def shells(self, members: Tensor, images: Tensor) -> Tensor:
+    def shells(self, members: Tensor | slice, images: Tensor) -> Tensor:
         """Products of members (b,) with their references, on the shells from 1 on.
 
         Returns:
@@ -148,8 +157,8 @@ class _Comparison:
         """
         size, device = images.shape[-1], images.device
         # The reference is moved, because interpolation would damp the particle's noise.
-        back = self.pose[members].to(device).inverse()
-        own = transform(self.references[self.other[members].to(device)], back)
+        back = self.pose[members].inverse()
+        own = transform(self.references[self.other[members]], back)
         mask = transform(self.scope.mask.expand_as(images), back)
         mean = (images * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
         particle = (images - mean[:, None, None]) * mask
@@ -168,9 +177,24 @@ class _Comparison:
         count = count * mask.square().mean((1, 2))[:, None].clamp(min=1e-6)
         return torch.stack([left.clamp(min=0) / count, xy, yy])[..., 1:]
 
-    def covariance(self, members: Tensor, images: Tensor) -> Tensor:
-        pose, other = self.pose[members].to(images.device), self.other[members].to(images.device)
+    def covariance(self, members: Tensor | slice, images: Tensor) -> Tensor:
+        """(b, 3, 3) of the poses of members (b,), from their images."""
+        pose, other = self.pose[members], self.other[members]
         return covariance_on(images, self.references, self.curvature, other, pose, self.scope.rings)
+
+
+def _sample_shells(particles: PreparedParticles, comparison: _Comparison) -> Tensor:
+    """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
+    step = math.ceil(len(particles) / SAMPLE)
+    some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]
+
+    def shells(members: Tensor) -> Tensor:
+        there = members.to(particles.device)
+        return comparison.shells(there, particles.read(members)).transpose(0, 1)
+
+    made = [torch.zeros(0, 3, particles.size // 2, dtype=torch.float64, device=particles.device)]
+    made += map_in_order(shells, filter(len, some), workers_for(particles.device))
+    return gather_over_ranks(torch.cat(made)).transpose(0, 1)
 
 
 class _TypicalResidual(NamedTuple):

@@ -1,6 +1,10 @@
 """Operations over several processes; the only module that imports ``torch.distributed``.
 
-With a single process they return their arguments, so the same code serves both cases.
+A single process uses the same code. Results do not depend on the number of processes, bit for bit,
+by three rules. The particles are divided into parts whose borders do not depend on the number of
+processes, and a process takes whole parts. Batches do not cross the borders of parts, so that every
+matrix product has the same shape on any number of processes. Sums over parts are exact
+(`ExactSum`), so that their order does not matter.
 """
 
 import os
@@ -22,18 +26,98 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(n: int) -> slice:
-    """The part of n particles of process r of W: from r n // W up to (r + 1) n // W."""
-    return slice(rank() * n // world_size(), (rank() + 1) * n // world_size())
+PARTS = 96
+"""Largest number of parts: so many processes can share the work, and 2, 3, 4, 6, 8 … share it
+equally."""
+
+
+def part_length(n: int, batch: int, parts: int = PARTS) -> int:
+    """Number of particles of a part, if n particles are divided into at most ``parts`` parts of
+    whole batches. It does not depend on the number of processes."""
+    return batch * max(1, -(-n // (batch * parts)))
+
+
+def shard(n: int, length: int = 1) -> slice:
+    """The particles of this process: whole parts of ``length`` particles. All processes have the
+    same number of parts, or one more; the last of all parts may be shorter, and a process has no
+    particles if there are fewer parts than processes."""
+    count = -(-n // length)
+    start, stop = ((rank() + i) * count // world_size() * length for i in (0, 1))
+    return slice(min(start, n), min(stop, n))
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the tensors of all processes (of the same shape), on every process."""
-    if world_size() == 1:
-        return tensor
-    total = _for_backend(tensor).clone()
-    dist.all_reduce(total)
-    return total.to(tensor.device)
+    """The sum of the whole numbers of all processes (tensors of one shape), on every process.
+
+    Raises:
+        TypeError: the numbers are not whole, so that their sum would depend on their order.
+    """
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"sums of {tensor.dtype} depend on the order: use ExactSum")
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+DIGIT = 44  # bits of a digit of `ExactSum`; an int64 has room for 2^19 additions
+LOWEST, NOT_FINITE = -22, 24  # place of the digits of the smallest values; of NaN and infinity
+ONES = tuple(2.0 ** (DIGIT * place) for place in range(LOWEST - 1, NOT_FINITE))
+
+
+class ExactSum:
+    """Sums of rows of numbers over all processes, which no order and no number of processes change.
+
+    A number is written as two digits to the base 2^44, whole numbers that are added exactly. Both
+    digits of a row stand at the same places for all processes: the upper one at the first digit of
+    the largest magnitude that was ever added to the row. What lies below the lower digit is left
+    out: at most 2^-44 (6e-14) of that magnitude in every addition, down to 2^-88. This is the idea
+    of Demmel & Nguyen (2015), "Parallel reproducible summation".
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        """Sums (rows, columns) of zero."""
+        self.digits = torch.zeros(2, rows, columns, dtype=torch.int64, device=device)
+        self.place = torch.full((rows,), LOWEST, device=device)  # of the upper digit
+        ones = torch.tensor(ONES, dtype=torch.float64, device=device)  # exact: powers of two
+        nan, zero = ones.new_tensor([torch.nan]), ones.new_zeros(1)
+        self.ones, self.shares = torch.cat([ones, nan]), torch.cat([ones.reciprocal(), zero])
+
+    def add(self, values: Tensor, rows: Tensor | None = None) -> None:
+        """Add values (b, columns) to the rows with indices ``rows`` (b,), each at most once; None:
+        to all."""
+        if rows is None:
+            rows = torch.arange(len(self.place), device=self.place.device)
+        values = values.double()
+        largest = values.abs().amax(1)
+        # frexp: a magnitude from 2^(e - 1) to 2^e
+        place = (largest.frexp().exponent - 1).div(DIGIT, rounding_mode="floor").clamp(min=LOWEST)
+        place = torch.where(largest > 0, place, LOWEST)
+        place = torch.where(largest.isfinite(), place, NOT_FINITE)
+        self._raise(torch.maximum(self.place[rows], place), rows)
+        scaled = values * self._at(self.shares, self.place[rows])
+        upper = scaled.long()  # without what follows the point
+        self.digits[0].index_add_(0, rows, upper)
+        self.digits[1].index_add_(0, rows, ((scaled - upper) * 2.0**DIGIT).long())
+
+    def total(self) -> Tensor:
+        """(rows, columns) float64 sums over all processes, on every process; NaN in a row to which
+        NaN or infinity was added."""
+        self._raise(_reduced(self.place, dist.ReduceOp.MAX), slice(None))
+        upper, lower = sum_over_ranks(self.digits).double()
+        return upper * self._at(self.ones, self.place) + lower * self._at(self.ones, self.place - 1)
+
+    def _at(self, table: Tensor, place: Tensor) -> Tensor:
+        """(rows, 1) entries of a table that begins one place below `LOWEST`."""
+        return table[place - (LOWEST - 1)][:, None]
+
+    def _raise(self, place: Tensor, rows: Tensor | slice) -> None:
+        """Move the upper digits of rows to higher places: digits too low for these are left out."""
+        by = place - self.place[rows]
+        if not by.any():
+            return
+        upper, lower = self.digits[:, rows]
+        by = by[:, None]
+        self.digits[1, rows] = torch.where(by == 0, lower, torch.where(by == 1, upper, 0))
+        self.digits[0, rows] = torch.where(by == 0, upper, 0)
+        self.place[rows] = place
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
@@ -50,6 +134,15 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     dist.all_gather(parts, padded)
     joined = torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
     return joined.to(tensor.device)
+
+
+def _reduced(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    """The tensors of all processes (of one shape), reduced to one on every process."""
+    if world_size() == 1:
+        return tensor
+    total = _for_backend(tensor).clone()
+    dist.all_reduce(total, how)
+    return total.to(tensor.device)
 
 
 def same_on_all_ranks(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -48,16 +48,36 @@ _one_thread = _OneThread()
 
 
 def map_in_order(
-    function: Callable[[Item], Outcome], items: Iterable[Item], workers: int
+    function: Callable[[Item], Outcome],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    ahead: bool = False,
 ) -> Iterator[Outcome]:
     """Yield ``function(item)`` for each item, in their order.
 
     ``workers`` threads compute at the same time, each with one PyTorch thread. At most one more
-    item than there are workers is taken in advance, which limits memory. An error stops the rest.
+    item than there are workers is taken in advance, which limits memory. An error stops the rest,
+    and the threads have ended when the caller gets it. Items that come from a generator are
+    closed at the end.
+
+    Args:
+        function: is called once for each item.
+        items: any number of them.
+        workers: number of threads; a single worker is the caller's own thread.
+        ahead: True gives a single worker a thread too, which computes the next outcome while the
+            caller uses the present one.
     """
-    if workers <= 1:
-        yield from map(function, items)
-        return
+    with contextlib.closing(items) if isinstance(items, Generator) else contextlib.nullcontext():
+        if workers <= 1 and not ahead:
+            yield from map(function, items)
+        else:
+            yield from _in_threads(function, items, max(1, workers))
+
+
+def _in_threads(
+    function: Callable[[Item], Outcome], items: Iterable[Item], workers: int
+) -> Iterator[Outcome]:
     # Also in this thread, because some libraries have one number for the whole process.
     _one_thread.enter()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -91,6 +111,12 @@ def keep_freed_memory() -> None:
 def workers_for(device: torch.device) -> int:
     """Number of workers for a device: PyTorch's number of threads on a CPU, 1 on a GPU."""
     return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def readers() -> int:
+    """Number of threads that read files for a GPU: PyTorch's number of threads, at most 8, which
+    are enough to copy from the page cache as fast as a GPU takes it."""
+    return min(8, torch.get_num_threads())
 
 
 def available_memory(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from cryoalign.images.geometry import radius_grid, sample_at, sampling_places
 from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
 from cryoalign.images.templates import templates_of
 from cryoalign.operators.kernels import cpu
+from cryoalign.operators.kernels.images import KERNEL_ANGLES
 from cryoalign.operators.ring_products import RingFactors, hand_peaks, ring_factors
 from cryoalign.pose import Pose
 from cryoalign.search.refine import grid_pose, refine_on
@@ -36,6 +37,8 @@ LEAST_RINGS = 16
 # kept 0.75 lost 16 of the 463 poses found exhaustively, 0.65 lost 49 of 443 and 0.52 lost 166 of
 # 439. Molecules keep 0.86 to 0.95.
 FACTORS, LEAST_KEPT = (2.0, 1.5, 1.25), 0.85
+# Larger boxes are searched on still fewer pixels, if so many rings remain.
+LARGE_FACTORS, LARGE_RINGS = (4.0, 3.0), 40
 # Share of the power that must exceed the noise, measured at the highest frequencies; with less,
 # the references' structure cannot be located. White noise has 0 +- 0.03, averages of a single
 # particle at SNR 0.02 have 0.35, and molecules more.
@@ -45,7 +48,7 @@ LEAST_STRUCTURE = 0.1
 # without signal, 1 / sqrt(pixels).
 COARSE_KEPT, COARSE_MARGIN = 8, 1.5
 FINE_KEPT, FINE_MARGIN = 2, 1.0
-COARSE_STEPS, FINE_STEPS = 1, 1  # Gauss-Newton steps at low and at full resolution
+COARSE_STEPS = 1  # Gauss-Newton steps at low resolution
 BATCH = 1024  # particles at a time, in all stages together
 # In PyTorch's coarse search: particles at a time that share sampling weights, and the most bytes
 # of their spectra; entries of the correlation table at a time, and the particles that share them.
@@ -96,7 +99,8 @@ def prepare_coarse(
     last = max(2, math.floor(rings.last_ring / factor))
     first = min(last, max(1, round(rings.first_ring / factor)))
     step = max(1, round(rings.ring_step / factor))
-    low = Rings(first, last, step, angles=_angles(last))
+    on_gpu = references.device.type == "cuda"
+    low = Rings(first, last, step, angles=KERNEL_ANGLES if on_gpu else _angles(last))
     reduced = fourier_shrink(references, small)
     spectra = reference_spectra(reduced, low)
     shifts = coarse_shifts(max_shift / factor).to(references)
@@ -108,7 +112,7 @@ def prepare_coarse(
 
 
 def coarse_factor(references: Tensor, rings: Rings) -> float:
-    """The most image pixels per coarse pixel that references (k, size, size) allow, 1 to 2."""
+    """The most image pixels per coarse pixel that references (k, size, size) allow, 1 to 4."""
     coarsest = rings.last_ring / LEAST_RINGS
     if coarsest <= 1:
         return 1.0
@@ -124,7 +128,8 @@ def coarse_factor(references: Tensor, rings: Rings) -> float:
     most = _kept_power(structure, 1.0)
     if most < LEAST_STRUCTURE * _kept_power(power, 1.0):
         return 1.0
-    factors = (min(factor, coarsest) for factor in FACTORS)
+    factors = [each for each in LARGE_FACTORS if rings.last_ring / each >= LARGE_RINGS]
+    factors += [min(each, coarsest) for each in FACTORS]
     return next(
         (each for each in factors if _kept_power(structure, each) >= LEAST_KEPT * most), 1.0
     )
@@ -186,7 +191,7 @@ def _batch_poses(
     low = _refined(small, coarse.templates, low, coarse.rings, COARSE_STEPS)
     low = _best(low, low.score, n, FINE_KEPT, FINE_MARGIN * deviation)
     start = low._replace(pose=_scaled(low.pose, coarse.factor))
-    fine = _refined(images, templates, start, rings, FINE_STEPS)
+    fine = _refined(images, templates, start, rings, fine_steps(coarse.factor))
     # At full resolution, averages of few particles fit a particle's noise better the noisier they
     # are. The sum of both resolutions' scores chooses between classes more reliably.
     last = _best(fine, fine.score + low.score, n, 1, 0.0)
@@ -219,7 +224,13 @@ def refine_coarse(
     start = Pose(pose.angle, pose.shift / coarse.factor, pose.mirror)
     small = fourier_shrink(images, coarse.size)
     low, _ = refine_on(small, coarse.templates, label, start, coarse.rings, COARSE_STEPS)
-    return refine_on(images, templates, label, _scaled(low, coarse.factor), rings, FINE_STEPS)
+    start = _scaled(low, coarse.factor)
+    return refine_on(images, templates, label, start, rings, fine_steps(coarse.factor))
+
+
+def fine_steps(factor: float) -> int:
+    """Gauss-Newton steps at full resolution, after one of ``factor`` image pixels per pixel."""
+    return 1 if factor <= 2 else 2
 
 
 def _scaled(pose: Pose, factor: float) -> Pose:

@@ -21,6 +21,12 @@ from cryoalign.search.coarse_to_fine import (
     prepare_coarse,
     refine_coarse,
 )
+from cryoalign.search.kernel_search import (
+    KernelSearch,
+    kernel_match,
+    kernel_poses,
+    prepare_kernel_search,
+)
 from cryoalign.search.refine import refine_on
 from cryoalign.search.settings import Search
 
@@ -103,6 +109,7 @@ class Target:
         templates: (k, 3, size, size) images and derivatives, for refinement.
         spectra: (k, r, m) ring spectra, for an exhaustive search; otherwise None.
         screen: coarse references, for an adaptive search; otherwise None.
+        kernels: the same for the GPU's kernels, where they serve the search; otherwise None.
     """
 
     search: Search
@@ -110,6 +117,7 @@ class Target:
     templates: Tensor
     spectra: Tensor | None
     screen: CoarseReferences | None
+    kernels: KernelSearch | None = None
 
 
 def prepare_target(references: Tensor, search: Search) -> Target:
@@ -122,9 +130,10 @@ def prepare_target(references: Tensor, search: Search) -> Target:
     references = references.detach()  # the choice of a pose has no gradient
     rings = search.rings(references.shape[-1])
     templates = templates_of(references)
-    if search.is_adaptive(references.device):
+    if search.is_adaptive:
         screen = prepare_coarse(references, rings, search.max_shift, search.mirror)
-        return Target(search, rings, templates, None, screen)
+        kernels = prepare_kernel_search(templates, screen, rings)
+        return Target(search, rings, templates, None, screen, kernels)
     return Target(search, rings, templates, reference_spectra(references, rings), None)
 
 
@@ -145,6 +154,8 @@ def best_poses(images: Tensor, target: Target) -> Found:
     _check_images(images, target.templates[:, 0])
     keep_freed_memory()
     images = images.detach()
+    if target.kernels is not None:
+        return kernel_poses(images, target.kernels)
     if target.screen is not None:
         return Found(*adaptive_poses(images, target.templates, target.screen, target.rings))
     assert target.spectra is not None
@@ -158,6 +169,8 @@ def best_poses(images: Tensor, target: Target) -> Found:
 def match_all(images: Tensor, target: Target) -> Match:
     """Scores and poses of every particle with every reference before refinement: on the whole grid,
     or on the coarse grid of an adaptive search."""
+    if target.kernels is not None:
+        return Match(*kernel_match(images.detach(), target.kernels))
     if target.screen is not None:
         return Match(*coarse_poses(images.detach(), target.screen))
     assert target.spectra is not None

@@ -26,8 +26,7 @@ class SearchSettings:
     mode: Literal["exhaustive", "adaptive"] | None = Field(
         default=None,
         description="exhaustive: search the whole grid; adaptive: search a coarse grid on smaller "
-        "images and refine the best few poses; null: adaptive on a CPU if refine is true, else "
-        "exhaustive",
+        "images and refine the best few poses; null: adaptive if refine is true, else exhaustive",
     )
 
     def __post_init__(self) -> None:
@@ -78,11 +77,10 @@ class Search(SearchSettings):
     )
     mirror: bool = Field(default=True, description="try mirrored particles too")
 
-    def is_adaptive(self, device: torch.device) -> bool:
-        """Whether the search on this device is adaptive."""
-        return self.mode == "adaptive" or (
-            self.mode is None and self.refine and device.type == "cpu"
-        )
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the search is adaptive."""
+        return self.mode == "adaptive" or (self.mode is None and self.refine)
 
     def rings(self, size: int) -> Rings:
         """The rings in a box of ``size`` pixels.

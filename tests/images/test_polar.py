@@ -55,10 +55,10 @@ def test_gradients_of_spectra() -> None:
 
 
 @pytest.mark.parametrize(
-    ("last_ring", "angles"), [(10, 256), (36, 256), (40, 256), (41, 320), (60, 384), (90, 576)]
+    ("last_ring", "angles"), [(10, 256), (36, 256), (48, 256), (49, 320), (60, 320), (90, 512)]
 )
-def test_angles_resolve_a_pixel_on_the_last_ring(last_ring: int, angles: int) -> None:
-    assert angular_samples(last_ring) == angles >= 2 * np.pi * last_ring
+def test_angles_resolve_nearly_a_pixel_on_the_last_ring(last_ring: int, angles: int) -> None:
+    assert angular_samples(last_ring) == angles >= 2 * np.pi * last_ring / 1.2
 
 
 def test_rings_that_make_no_sense() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from torch.utils.data import DataLoader
 
-from cryoalign.io.formats import read_images, write_images
+from cryoalign.io import images as module
+from cryoalign.io.formats import read_header, read_images, write_images
 from cryoalign.io.problems import InputError
-from cryoalign.io.stack import read_particles
+from cryoalign.io.stack import ParticleStack, read_particles
+from cryoalign.io.survey import Survey
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
@@ -259,12 +262,85 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         read_images(tmp_path / "nowhere.mrcs")
 
 
-def test_a_file_cut_after_its_survey_is_told(tmp_path: Path) -> None:
-    _write(tmp_path / "x.mrcs", _images("f4"))
-    stack = read_particles(tmp_path / "x.mrcs")
-    (tmp_path / "x.mrcs").write_bytes(b"")
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_a_file_cut_after_its_survey_is_told(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "x.mrcs"
+    _write(path, _images(dtype))
+    stack, whole = read_particles(path), path.read_bytes()
+    for length in (0, 1000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"x\.mrcs.*rewritten during the run"):
+            stack.read([0])
+    path.unlink()
     with pytest.raises(InputError, match=r"x\.mrcs.*rewritten during the run"):
         stack.read([0])
+
+
+@pytest.mark.parametrize("most", [1, 100, 7 * 6 * 4 + 3])
+def test_a_run_that_ends_early_is_told_and_short_reads_go_on(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file cut while it is read; and a system that reads fewer bytes at a time than asked."""
+    images, path = _images("f4", (9, 6, 7)), tmp_path / "x.mrcs"
+    _write(path, images)
+    stack, end = read_particles(path), path.stat().st_size
+
+    def short(file: int, buffers: list[memoryview], offset: int) -> int:
+        got = 0
+        for buffer in buffers:
+            part = os.pread(
+                file, min(len(buffer), most - got, max(0, end - offset - got)), offset + got
+            )
+            buffer[: len(part)] = part
+            got += len(part)
+        return got
+
+    monkeypatch.setattr(os, "preadv", short)
+    rows = [3, 4, 5, 1, 0, 8, 8]
+    np.testing.assert_array_equal(stack.read(rows).numpy(), images[rows])
+    end -= 5
+    with pytest.raises(InputError, match=r"x\.mrcs.*ends at byte .*rewritten during the run"):
+        stack.read(rows)
+    assert torch.equal(stack.read([0, 7]), torch.from_numpy(images[[0, 7]]))
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f2", "i2", "u1", "f8"])
+def test_any_rows_of_several_files_in_any_order(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs, gaps, repeats, backwards; more images than are converted or read at a time."""
+    monkeypatch.setattr(module, "PART", 5 * 6 * 7 * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(module, "BUFFERS", 3)
+    stacks = [_images(dtype[-2:], (40, 6, 7), seed).astype(dtype) for seed in (1, 2)]
+    for name, images in zip("ab", stacks, strict=True):
+        np.save(tmp_path / f"{name}.npy", images)
+    rng = np.random.default_rng(7)
+    file_of, image_of = rng.integers(0, 2, 300), rng.integers(0, 40, 300)
+    file_of[:90], image_of[:90] = 0, np.r_[:40, 39:-1:-1, 5:15]
+    files = tuple(read_header(tmp_path / f"{name}.npy") for name in "ab")
+    stack = ParticleStack(Survey(tmp_path, files=files, file_of=file_of, image_of=image_of))
+    wanted = np.stack([stacks[f][i] for f, i in zip(file_of, image_of, strict=True)]).astype("f4")
+    for rows in (np.arange(300), np.arange(40), rng.permutation(300), rng.integers(0, 300, 70)):
+        np.testing.assert_array_equal(stack.read(rows).numpy(), wanted[rows])
+        out = torch.full((len(rows), 6, 7), torch.nan)
+        assert stack.read_into(out, rows) is out
+        np.testing.assert_array_equal(out.numpy(), wanted[rows])
+
+
+def test_a_run_of_images_is_one_read(
+    tmp_path: Path, make_stack: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_stack("x.mrcs", n=200)
+    stack = read_particles(tmp_path / "x.mrcs")
+    calls = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *given: calls.append(len(given[1])) or real(*given))
+    stack.read(range(200))
+    stack.read(np.r_[0:50, 60:70, 199])
+    assert calls == [1, 1, 1, 1]
+    calls.clear()
+    stack.read(np.random.default_rng(0).permutation(200))  # into 200 places, from one run
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("suffix", [".mrcs", ".npy"])

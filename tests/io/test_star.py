@@ -18,6 +18,7 @@ from cryoalign.io.formats import write_images
 from cryoalign.io.problems import InputError
 from cryoalign.io.relion import read_pose, write_class_averages_star, write_particles_star
 from cryoalign.io.stack import ParticleStack, read_particles
+from cryoalign.io.star import StarTable, StarTables, as_texts, read_star, write_star
 from cryoalign.pose import Pose
 
 MakeStack = Callable[..., np.ndarray]
@@ -219,6 +220,116 @@ def test_a_single_block_without_pixel_size(tmp_path: Path, make_stack: MakeStack
     assert "no data_optics" in _problems(path)[0][1]
 
 
+def _long_table(n: int, ends: str = "\n") -> tuple[str, dict[str, list[str]]]:
+    """A table in RELION's layout with blanks of every kind, and its cells by label."""
+    rng = np.random.default_rng(3)
+    cells = {
+        "rlnImageName": [f"{i % 4 + 1:06d}@a.mrcs" for i in range(n)],
+        "rlnMicrographName": [f"mic{i // 50:03d}.mrc" for i in range(n)],
+        "rlnAnglePsi": [f"{v:.6f}" for v in rng.normal(0, 60, n)],
+        "rlnDefocusU": [f"{v:.3e}" for v in rng.uniform(1e4, 3e4, n)],
+        "rlnMicrographId": [f"{i % 7:04d}" for i in range(n)],
+        "rlnComment": ["data_x" if i % 5 else "nan" for i in range(n)],
+    }
+    gaps = [" ", "  ", "\t", " \t   "]
+    lines = ["# version 30001", "data_particles", "loop_"]
+    lines += [f"_{label} #{i}" for i, label in enumerate(cells, 1)]
+    for i, row in enumerate(zip(*cells.values(), strict=True)):
+        lines.append("  " * (i % 3) + gaps[i % 4].join(row) + " \t"[: i % 3])
+    return ends.join([*lines, "", "data_extra", "_rlnSomething 1.50", ""]), cells
+
+
+@pytest.mark.parametrize("block", [2**20, 5000])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_long_table_keeps_every_cell(
+    tmp_path: Path, block: int, ends: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long table, lines are parsed at once; the cells are those of the lines."""
+    monkeypatch.setattr("cryoalign.io.star.BLOCK", block)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    text, cells = _long_table(3000, ends)
+    (tmp_path / "p.star").write_bytes(text.encode())
+    tables = read_star(tmp_path / "p.star")
+    assert tables.version == 30001
+    assert list(tables.blocks) == ["particles", "extra"]
+    for label, wanted in cells.items():
+        assert tables.table.text(label).to_pylist() == wanted, label
+    frame = tables.particles
+    assert frame["rlnMicrographId"].tolist() == [int(cell) for cell in cells["rlnMicrographId"]]
+    assert frame["rlnDefocusU"].tolist() == [float(cell) for cell in cells["rlnDefocusU"]]
+    assert frame["rlnComment"].tolist() == cells["rlnComment"]
+    write_star(tmp_path / "q.star", tables)
+    again = starfile.read(tmp_path / "q.star", parse_as_string=list(cells))["particles"]
+    del cells["rlnComment"]  # starfile takes the text "nan" for a number
+    for label, wanted in cells.items():
+        assert again[label].tolist() == wanted, label
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_damage_in_a_long_table_is_told_with_row_and_line(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryoalign.io.star.BLOCK", 5000)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    lines = _long_table(3000)[0].split("\n")
+    first = 3 + 6  # lines before the first row
+    lines[first + 2000] += " one_more"
+    lines[first + 2500] = lines[first + 2500].replace("mic", 'm"ic')
+    (tmp_path / "p.star").write_text("\n".join(lines))
+    found = _problems(tmp_path / "p.star")
+    assert [row for row, _ in found] == [2001, 2501]
+    assert found[0][1] == f"line {first + 2001}: 7 values for 6 labels"
+    assert "a quote inside a value" in found[1][1]
+    lines[first + 1500] += "\x00"
+    (tmp_path / "p.star").write_text("\n".join(lines))
+    assert f"line {first + 1501} contains the character" in _problems(tmp_path / "p.star")[0][1]
+
+
+def test_what_relion_reads_too(tmp_path: Path, make_stack: MakeStack) -> None:
+    """Comments among labels, tables of one row as pairs, values that begin like labels."""
+    make_stack("a.mrcs")
+    path = tmp_path / "p.star"
+    optics = "data_optics\n_rlnOpticsGroup 1\n_rlnImagePixelSize 2.50\n"
+    path.write_text(optics + "data_particles\n_rlnImageName 2@a.mrcs\n_rlnOpticsGroup 1\n")
+    stack = read_particles(path)
+    assert (len(stack), stack.pixel_size) == (1, 2.5)
+    write_star(tmp_path / "q.star", stack.star)  # type: ignore[arg-type]
+    assert read_particles(tmp_path / "q.star").pixel_size == 2.5
+    labels = "_rlnMicrographName\n# a comment\n\n_rlnImageName\n_rlnComment\n"
+    rows = "data_1.mrc 1@a.mrcs loop_\n_2.mrc 2@a.mrcs x\ndata_3.mrc 3@a.mrcs _y\n"
+    path.write_text(f"data_\nloop_\n{labels}{rows}")
+    names = ["data_1.mrc", "_2.mrc", "data_3.mrc"]
+    table = read_particles(path).table
+    assert table["rlnMicrographName"].tolist() == names
+    write_star(tmp_path / "q.star", read_particles(path).star)  # type: ignore[arg-type]
+    again = read_particles(tmp_path / "q.star").table
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_cells_that_need_quotes_get_them(tmp_path: Path) -> None:
+    cells = {
+        "rlnFirst": ["_x", "data_", "loop_", "#1", "", "plain"],
+        "rlnImageName": ["1@two words.mrcs", "2@a", "'b", "#c", "", "_d"],
+    }
+    written = StarTables({"particles": StarTable.of(cells)}, "particles")
+    write_star(tmp_path / "p.star", written)
+    table = read_star(tmp_path / "p.star").table
+    for label, wanted in cells.items():
+        assert table.text(label).to_pylist() == wanted, label
+
+
+def test_numbers_are_written_with_six_decimals_or_all_digits() -> None:
+    values = np.array([1.0, -0.25, 12.345678, 1 / 3, 3e-7, np.nan, -np.inf, 1e15, 0.1 + 0.2])
+    wanted = ["1.000000", "-0.250000", "12.345678", "0.3333333333333333", "3e-7", "nan", "-inf"]
+    texts = as_texts(values).to_pylist()
+    assert texts[:7] == wanted
+    assert [float(text) for text in texts[7:]] == [1e15, 0.1 + 0.2]
+    assert as_texts(np.array([7, -3])).to_pylist() == ["7", "-3"]
+    many = np.random.default_rng(0).normal(0, 1000, 2000).round(6)
+    assert as_texts(many).to_pylist() == [f"{value:.6f}" for value in many.tolist()]
+
+
 # ---- what is refused
 
 
@@ -288,6 +399,7 @@ def test_files_that_are_no_particle_lists(tmp_path: Path) -> None:
     for name, content, words in (
         ("empty.star", b"", "no data_ block"),
         ("binary.star", bytes(range(256)), "not a text file"),
+        ("latin.star", "data_\n# \xc5\n".encode("latin-1"), "byte 8 is not UTF-8"),
         ("words.star", b"hello\n", "before the first data_"),
         ("none.star", b"data_particles\nloop_\n_rlnImageName\n", "no particles"),
         ("two.star", 2 * b"data_%d\nloop_\n_rlnImageName\n1@a.mrcs\n" % (1, 2), "several"),
@@ -337,7 +449,12 @@ def test_names_that_lead_outside_need_leave(tmp_path: Path, make_stack: MakeStac
     assert len(read_particles(_one_row(star, "link/a.mrcs"))) == 1
 
 
-def test_mutated_files_are_refused_or_read_as_they_stand(star: Path) -> None:
+@pytest.mark.parametrize("block", [2**20, 50])
+def test_mutated_files_are_refused_or_read_as_they_stand(
+    star: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line, and several lines parsed at once."""
+    monkeypatch.setattr("cryoalign.io.star.BLOCK", block)
     images = {
         name: read_particles(star.parent / name).read(slice(None)) for name in ("a.mrcs", "b.mrcs")
     }
@@ -487,7 +604,7 @@ def test_every_column_and_block_is_kept_as_text(star: Path, tmp_path: Path) -> N
     pd.testing.assert_frame_equal(again.optics, stack.optics)  # the unused group too
     assert again.star is not None
     assert again.star.blocks["extra"] == {"rlnSomething": "1.50", "rlnPhrase": "a b"}
-    for cell in ("007", "1.50", "15301.123456", "15300.000000", "None", "nan", "<NA>", "103"):
+    for cell in ("007", "1.50", "15301.123456", "1.53e4", "None", "nan", "<NA>", "103"):
         assert re.search(rf"(?m)(^|\t){re.escape(cell)}(\t|$)", text), cell
 
 

@@ -142,6 +142,16 @@ def test_unusable_particles_are_set_aside(data: Simulation) -> None:
         prepare(images, max_rejected=0.01)
 
 
+def test_given_references_of_rare_views_keep_their_particles() -> None:
+    data = simulate(n=400, n_classes=5, size=40, snr=0.3, max_shift=1.5, seed=3)
+    members = [(data.class_number == k + 1).nonzero().squeeze(1) for k in range(5)]
+    rows = torch.cat([members[0], members[1], members[2][:3], members[3][:4], members[4][:5]])
+    found = align_multi_reference(
+        data.images[rows], data.views, iterations=6, particle=PARTICLE, settle=0
+    )
+    assert torch.equal(reference_number(found), data.class_number[rows])
+
+
 def test_more_classes_than_views_and_empty_classes(data: Simulation) -> None:
     found = align_multi_reference(
         data.images[:40], "random", n_classes=12, iterations=3, particle=PARTICLE, settle=0
@@ -250,7 +260,9 @@ def test_half_sets_follow_the_rows_of_the_input(data: Simulation) -> None:
 
 def test_a_class_that_dies_is_re_seeded(data: Simulation) -> None:
     twins = torch.cat([data.views, data.views[:1]])
-    found = align_multi_reference(data.images, twins, iterations=3, settle=0, particle=PARTICLE)
+    found = align_multi_reference(
+        data.images, twins, iterations=3, settle=0, particle=PARTICLE, min_class_share=0.2
+    )
     assert found.history["split_classes"].iloc[0] == 1
     assert (found.class_sizes > 0).all()
 

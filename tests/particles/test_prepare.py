@@ -1,5 +1,9 @@
 """Particles as alignment gets them: what is set aside, and what preparation does to the rest."""
 
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,10 @@ from oracle import some_optics
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
-from cryoalign.methods.references import seed_references
-from cryoalign.particles import prepare as module
+from cryoalign.io.formats import write_images
+from cryoalign.io.stack import read_particles
+from cryoalign.methods.references import over_batches, seed_references
+from cryoalign.particles import cache, reading
 from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Images
 from cryoalign.particles.stack import TensorStack
@@ -74,19 +80,22 @@ def test_the_input_is_not_written_to():
     np.testing.assert_array_equal(images.numpy(), before.numpy())
 
 
+@pytest.mark.parametrize("box", [20, 24])
 @pytest.mark.parametrize("batch", [1, 4, 7, N])
-def test_batches_are_all_particles_in_order_bit_for_bit(batch: int):
+def test_batches_are_all_particles_in_order_bit_for_bit(batch: int, box: int):
+    """Also a batch of one, which an FFT of 24 pixels computes differently by itself."""
     images = noise()
     images[2] = 0.0
-    particles = prepared(images, Images(box=20), batch_size=batch)
+    settings = Images(box=box, cache="none")
+    particles = prepared(images, settings, batch_size=batch)
     parts = list(particles.parts())
     assert torch.cat(parts).tolist() == list(range(N - 1))
     assert max(map(len, parts)) == min(batch, N - 1)
     alone = torch.cat([particles.read(torch.tensor([i])) for i in range(N - 1)])
-    again = prepared(images, Images(box=20), batch_size=batch)  # of which nothing is in memory yet
+    again = prepared(images, Images(box=box), batch_size=batch)  # in memory
     assert torch.equal(everything(again), alone)
     some = torch.tensor([20, 3, 3, 7])
-    for each in (particles, again, prepared(images, Images(box=20))):
+    for each in (particles, again):
         assert torch.equal(each.read(some), alone[some])
 
 
@@ -122,7 +131,7 @@ def test_box_scales_pixels_and_shifts(box: int):
     assert particles.pixel_size == pytest.approx(1.5 * SIZE / box)
     small = particles.read(torch.tensor([0]))
     np.testing.assert_allclose(
-        small.numpy(), fourier_resize(normalise(images[:1], 14.0), box).numpy(), atol=1e-6
+        small.numpy(), fourier_resize(normalise(images, 14.0), box)[:1].numpy(), atol=1e-6
     )
     # A shift of the small image is ``scale`` times as many pixels of the input: this one, from
     # the input's place of the blob, brings it to the small image's centre.
@@ -194,14 +203,17 @@ def test_seeds_are_low_passed_particles_chosen_by_the_seed():
 
 
 class Counted(TensorStack):
-    """A stack that remembers which rows are read of it."""
+    """A stack that remembers which rows are read of it, and fails at one of them if told so."""
 
-    def __init__(self, images: torch.Tensor) -> None:
+    def __init__(self, images: torch.Tensor, bad: int = -1) -> None:
         super().__init__(images, 1.5)
         self.rows: list[int] = []
+        self.bad = bad
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         self.rows += rows.tolist()
+        if self.bad in rows.tolist():
+            raise OSError(f"row {self.bad} is gone")
         return super().read(rows)
 
 
@@ -227,7 +239,7 @@ def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.
     images = noise()
     images[2] = torch.nan
     kept = kinds(images)
-    monkeypatch.setattr(module, "CACHE_SHARE", 0.0)
+    monkeypatch.setattr(cache, "SHARE", 0.0)
     made = kinds(images)
     for name, particles in kept.items():
         n, stack = len(particles), particles.stack
@@ -258,6 +270,151 @@ def test_what_is_kept_in_memory_is_what_would_be_made_again(monkeypatch: pytest.
         assert torch.equal(kept[name].read(all_of_it), kept["flipped"].read(members))
         assert not torch.equal(kept[name].read(all_of_it), kept["whole"].read(members))
         assert kept[name].rows.tolist() == [0, 4, 5, 6, 7, 12, 21]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_images_are_read_once(threads: int):
+    """To find the unusable ones and to prepare the others; 16 more are read for the fingerprint."""
+    images = noise()
+    images[2], images[17] = torch.nan, 3.0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stack = Counted(images)
+        seen: list[tuple[str, int, int]] = []
+        particles = prepare(stack, device="cpu", progress=lambda *done: seen.append(done))
+        found = everything(particles)
+    finally:
+        torch.set_num_threads(before)
+    assert len(stack.rows) == N + 16
+    assert sorted(stack.rows[:N]) == list(range(N))
+    assert seen[-1] == ("read", N, N)
+    good = [i for i in range(N) if i not in (2, 17)]
+    assert torch.equal(found, normalise(images[good], SIZE / 2))
+    assert particles.rejected["index"].tolist() == [2, 17]
+
+
+def test_with_room_for_some_the_others_are_read_again(monkeypatch: pytest.MonkeyPatch):
+    images = noise()
+    expected = everything(prepared(images))
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 5 * 4 * SIZE**2)
+    monkeypatch.setattr(cache, "BLOCKS", 1)
+    monkeypatch.setattr(cache, "available_memory", lambda device: 4 * 12 * 4 * SIZE**2)
+    stack = Counted(images)
+    particles = prepare(stack, device="cpu", batch_size=5)
+    for _ in range(2):
+        stack.rows.clear()
+        assert torch.equal(everything(particles), expected)
+        assert sorted(stack.rows) == list(
+            range(10, N)
+        )  # two blocks of five fit into the room for 12
+    words = particles.kept()
+    assert "41 kB" in words
+    assert "kept in memory" in words
+    assert f"{N - 10} of {N} images are read again" in words
+    stack.rows.clear()
+    none = prepare(stack, Images(cache="none"), device="cpu", batch_size=5)
+    stack.rows.clear()
+    assert torch.equal(everything(none), expected)
+    assert sorted(stack.rows) == list(range(N))
+    assert f"{N} of {N} images are read again" in none.kept()
+    assert "kept in" not in none.kept()
+
+
+class Slow(Counted):
+    """A stack that says when a read begins and ends."""
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        self.begun.set()
+        assert self.go_on.wait(10)
+        return super().read(rows)
+
+    begun, go_on = threading.Event(), threading.Event()
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(one_thread: None):
+    images = noise()
+    stack = Slow(images)
+    stack.go_on.set()
+    particles = prepare(stack, Images(cache="none"), device="cpu", batch_size=10)
+    expected = everything(prepared(images))
+    stack.rows.clear()
+    parts = particles.parts()
+    for start in (0, 10, 20):
+        stack.begun.clear()
+        stack.go_on.clear()
+        part = next(parts)
+        if start < 20:
+            assert stack.begun.wait(10)  # the next batch, while this one is not yet used
+        stack.go_on.set()
+        assert torch.equal(particles.read(part), expected[start : start + 10])
+    assert next(parts, None) is None
+    assert sorted(stack.rows) == list(range(N))  # each once, by whichever thread
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [3, 12, 29])
+def test_an_error_of_a_reading_thread_reaches_the_caller_and_ends_all_threads(
+    threads: int, bad: int
+):
+    before, running = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(OSError, match=f"row {bad} is gone"):
+            prepare(Counted(noise(), bad), device="cpu")
+        assert threading.active_count() == running
+        stack = Counted(noise())
+        particles = prepare(stack, Images(cache="none"), device="cpu", batch_size=5)
+        stack.bad = bad
+        with pytest.raises(OSError, match=f"row {bad} is gone"):
+            over_batches(particles, particles.read)
+        assert threading.active_count() == running
+        with pytest.raises(KeyboardInterrupt):  # Ctrl-C while a batch is worked on
+            over_batches(particles, _interrupted)
+        assert threading.active_count() == running
+        stack.bad = -1
+        assert len(over_batches(particles, particles.read)) == 6  # and it goes on
+    finally:
+        torch.set_num_threads(before)
+
+
+def _interrupted(members: torch.Tensor) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["auto", "none"])
+def test_a_gpu_gets_what_a_cpu_gets(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch):
+    """From a file, in many chunks, read ahead by threads; unusable images in several of them."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    images = torch.randn(1000, 32, 32, generator=torch.Generator().manual_seed(3)) * 9 + 4
+    images[5], images[700, 3, 3] = 1.0, torch.nan
+    write_images(tmp_path / "x.mrcs", images, 2.0)
+    stack = read_particles(tmp_path / "x.mrcs")
+    settings = Images(box=24, cache=how)
+    expected = prepare(stack, settings, device="cpu", optics=some_optics(1000))
+    monkeypatch.setattr(reading, "CUDA_CHUNK_BYTES", 37 * 4 * 32**2)
+    found = prepare(stack, settings, device="cuda", optics=some_optics(1000), batch_size=101)
+    assert found.rejected.equals(expected.rejected)
+    assert ("kept in GPU memory" in found.kept()) == (how == "auto")
+    for ours, theirs in (
+        (found, expected),
+        (found.phase_flipped(), expected.phase_flipped()),
+        (found.only(torch.arange(3, 900, 7), "x"), expected.only(torch.arange(3, 900, 7), "x")),
+    ):
+        for _ in range(2):  # as made, and as kept
+            images = everything(ours).cpu()
+            rounding = 2e-5 if how == "none" else 4e-3  # of float16: 2^-11 of 5 standard deviations
+            np.testing.assert_allclose(images, everything(theirs), atol=rounding)
 
 
 def test_a_part_has_its_own_rows_reasons_halves_and_ctfs():

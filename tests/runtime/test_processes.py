@@ -1,8 +1,10 @@
-"""Two processes under torchrun give what one gives, and an error is told once."""
+"""Processes under torchrun give what one gives, bit for bit, and an error is told once."""
 
 import os
 import subprocess
 import sys
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,12 @@ from cryoalign.app.run import run
 from cryoalign.app.settings import load_config
 from cryoalign.io.formats import read_images
 from cryoalign.particles.simulate import simulate, write_simulation
+from cryoalign.runtime import processes
+from tests.runtime.runs_of_all_methods import RUNS
+from tests.same_results import STACKS, TABLES
+
+LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +33,19 @@ def star(tmp_path_factory):
 SAME = ("device=cpu", "embedding=false", "threads=1")
 
 
-def command(*words):
-    """Run ``cryoalign run`` with two processes; the finished launcher."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def command(*words, processes=2):
+    """Run ``cryoalign run`` with several processes; the finished launcher."""
     return subprocess.run(
-        [sys.executable, *launch, "-m", "cryoalign", "run", *words, *SAME],
+        [
+            sys.executable,
+            *LAUNCH,
+            f"--nproc-per-node={processes}",
+            "-m",
+            "cryoalign",
+            "run",
+            *words,
+            *SAME,
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -38,44 +54,147 @@ def command(*words):
     )
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("method=mra", "n_classes=3", "particle.max_shift=1px"),
-        (
-            *("method=mra", "n_classes=3", "particle.max_shift=1px"),
-            *("assign.strategy=soft", "assign.anneal_iterations=2"),
-        ),
-        ("method=rfa", "schedule.max_shift=1", "schedule.shift_step=1", "schedule.starts=2"),
-    ],
-    ids=["mra", "soft", "rfa"],
-)
-def test_two_processes_give_what_one_gives(star, tmp_path, more):
-    words = (f"particles={star}", *more, "iterations=3")
-    process = command(*words, f"output={tmp_path / '2'}")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("iteration   2") == 1  # one process speaks
-    run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))
-    one, two = (pd.read_csv(tmp_path / name / "particles.csv") for name in "12")
-    pd.testing.assert_frame_equal(one, two, check_exact=True)
-    assert one["class_number"].eq(0).sum() == 2  # the unusable ones, one in each process's share
-    averages = [read_images(tmp_path / name / "class_averages.mrcs") for name in "12"]
-    assert torch.equal(*averages)
-    history = [pd.read_csv(tmp_path / name / "history.csv") for name in "12"]
-    np.testing.assert_allclose(history[0]["mean_score"], history[1]["mean_score"], atol=1e-5)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of `runs_of_all_methods` by 1, 2 and 3 processes."""
+    simulation = simulate(124, 3, size=32, snr=0.5, max_shift=1.0, seed=5, defocus=(1.0, 2.0))
+    simulation.images[7], simulation.images[110] = torch.nan, 1.0
+    star = write_simulation(tmp_path_factory.mktemp("more"), simulation)
+    script = Path(__file__).with_name("runs_of_all_methods.py")
+    made = {}
+    for count in (1, 2, 3):
+        made[count] = tmp_path_factory.mktemp(f"by{count}")
+        launch = [*LAUNCH, f"--nproc-per-node={count}"] if count > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, str(script), str(made[count]), str(star), *RUNS],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return made
 
 
-def test_two_processes_find_the_classes_that_one_finds(star, tmp_path):
-    """Blocks of particles begin elsewhere, so sums are rounded otherwise: no more than that."""
-    words = (f"particles={star}", "n_classes=3", "method=classify", "particle.max_shift=1px")
-    process = command(*words, f"output={tmp_path / '2'}")
-    assert process.returncode == 0, process.stderr
+def assert_same(a, b):
+    """Every column of every table but for times, and every pixel."""
+    for name in TABLES:
+        assert (a / name).exists() == (b / name).exists()
+        if (a / name).exists():
+            one, two = (
+                pd.read_csv(x / name).drop(columns="seconds", errors="ignore") for x in (a, b)
+            )
+            pd.testing.assert_frame_equal(one, two, check_exact=True)
+    for name in STACKS:
+        assert (a / name).exists() == (b / name).exists()
+        if (a / name).exists():
+            assert torch.equal(*(read_images(x / name) for x in (a, b)))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_several_processes_give_what_one_gives(folders, name, count):
+    one, several = folders[1] / name, folders[count] / name
+    assert_same(one, several)
+    rows = pd.read_csv(one / "particles.csv")
+    assert rows["class_number"][[7, 110]].eq(0).all()  # unusable, in the first and the last part
+    assert rows["class_number"].gt(0).mean() > 0.3
+
+
+@pytest.mark.long
+def test_many_small_classes_are_those_of_one_process(tmp_path):
+    """Rounding once decided which of many classes are found here: 20 views, 30 particles each."""
+    simulation = simulate(600, 20, size=48, snr=0.2, seed=5)
+    simulation.images[7], simulation.images[500] = torch.nan, 3.0
+    star = write_simulation(tmp_path / "stack", simulation)
+    words = (f"particles={star}", "n_classes=20", "method=classify", "seed=3")
     run(load_config(None, [*words, f"output={tmp_path / '1'}", *SAME]))
-    one, two = (pd.read_csv(tmp_path / name / "particles.csv") for name in "12")
-    assert (one["class_number"] == two["class_number"]).mean() > 0.98
-    shifts = ["shift_x", "shift_y"]
-    assert np.nanmedian((one[shifts] - two[shifts]).abs()) < 0.02
-    assert one["class_number"].eq(0).sum() == two["class_number"].eq(0).sum() == 2
+    for count in (2, 3):  # the third has no particles: there are two parts
+        process = command(*words, f"output={tmp_path / str(count)}", processes=count)
+        assert process.returncode == 0, process.stderr
+        assert_same(tmp_path / "1", tmp_path / str(count))
+
+
+def test_one_process_speaks(star, tmp_path):
+    words = ("method=mra", "n_classes=3", "particle.max_shift=1px", "iterations=3")
+    process = command(f"particles={star}", *words, f"output={tmp_path / '2'}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("iteration   2") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 600, 100_000])
+def test_processes_have_whole_parts_of_one_division(monkeypatch, n, count):
+    length = processes.part_length(n, 64, 24)
+    assert length % 64 == 0
+    assert -(-n // length) <= 24
+    monkeypatch.setattr(processes, "world_size", lambda: count)
+    owned = []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        own = processes.shard(n, length)
+        assert own.start in (n, own.start // length * length)
+        owned.append(range(n)[own])
+    assert [i for own in owned for i in own] == list(range(n))
+    if n >= 100_000:
+        assert max(map(len, owned)) - min(map(len, owned)) <= length + length % 64 + 64
+
+
+def sum_in(order, values, rows, size):
+    exact = processes.ExactSum(size, values.shape[2], torch.device("cpu"))
+    for i in order:
+        exact.add(values[i], rows[i])
+    return exact.total()
+
+
+def test_exact_sums_do_not_depend_on_the_order_and_are_the_sums_of_fractions():
+    rng = np.random.default_rng(4)
+    count, size, some, columns = 40, 6, 3, 5
+    # Rows of all magnitudes, and within them chunks that differ by 10^18 and cancel.
+    scale = 10.0 ** (rng.integers(-9, 9, (count, some, 1)))
+    values = rng.normal(size=(count, some, columns)) * scale
+    values[20:] = -values[:20] * (1 + 1e-9 * rng.normal(size=(20, some, columns)))
+    rows = np.array([rng.permutation(size)[:some] for _ in range(count)])
+    rows[20:] = rows[:20]
+    truth = [[Fraction(0)] * columns for _ in range(size)]
+    largest = np.zeros(size)
+    for chunk, where in zip(values, rows, strict=True):
+        for line, row in zip(chunk, where, strict=True):
+            largest[row] = max(largest[row], abs(line).max())
+            truth[row] = [t + Fraction(float(v)) for t, v in zip(truth[row], line, strict=True)]
+    values, rows = torch.from_numpy(values), torch.from_numpy(rows)
+    first = sum_in(range(count), values, rows, size)
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(count)
+        assert torch.equal(sum_in(order, values, rows, size), first)
+    error = np.abs(first.numpy() - np.array(truth, dtype=float)).max(1)
+    assert (error <= count * 2.0**-44 * largest).all()
+    plain = [
+        torch.zeros(size, columns, dtype=torch.float64).index_add(
+            0, rows[list(order)].flatten(), values[list(order)].flatten(0, 1)
+        )
+        for order in (range(count), range(count - 1, -1, -1))
+    ]
+    assert not torch.equal(*plain)  # the order does change a sum of floating-point numbers
+
+
+def test_exact_sums_hold_the_smallest_and_largest_numbers_and_tell_what_is_not_finite():
+    numbers = [5e-324, 1e-290, 1.5e308, torch.inf, torch.nan, 3.0]
+    values = torch.tensor(numbers, dtype=torch.float64)[:, None]
+    exact = processes.ExactSum(6, 1, torch.device("cpu"))
+    exact.add(values)
+    exact.add(torch.zeros(6, 1))
+    total = exact.total()[:, 0]
+    assert total[0] == 0
+    assert total[1:3].tolist() == [1e-290, 1.5e308]
+    assert total[3:5].isnan().all()
+    assert total[5] == 3
+
+
+def test_sums_that_depend_on_the_order_are_refused():
+    with pytest.raises(TypeError, match="use ExactSum"):
+        processes.sum_over_ranks(torch.ones(2))
 
 
 @pytest.mark.parametrize(

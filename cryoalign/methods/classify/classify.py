@@ -14,7 +14,7 @@ from cryoalign.images.polar import Rings
 from cryoalign.methods.base import Method, align_with, shows_settings
 from cryoalign.methods.classify.settings import Likelihood, Plan
 from cryoalign.methods.classify.split_and_merge import SplitAndMerge
-from cryoalign.methods.classify.whitening import observe
+from cryoalign.methods.classify.whitening import observer
 from cryoalign.methods.references import refine_on_averages
 from cryoalign.methods.state import State
 from cryoalign.particles.prepare import PreparedParticles
@@ -25,7 +25,6 @@ from cryoalign.results.averages import Averaging, class_sums
 from cryoalign.results.evidence import Scope, trials_of
 from cryoalign.results.quality import conclude, posterior_and_margin
 from cryoalign.runtime.arrays import Array
-from cryoalign.runtime.processes import shard, world_size
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,6 @@ class Classification(Method):
             raise ValueError(
                 f"n_classes must be a whole number from 1 to half of the {n} usable particles, "
                 f"not {self.n_classes}: use at most {n // 2}"
-            )
-        if n < world_size():
-            raise ValueError(
-                f"{n} usable particles are fewer than {world_size()} processes: start fewer "
-                "processes"
             )
 
     def start(self, particles: PreparedParticles) -> State:
@@ -103,11 +97,11 @@ class Classification(Method):
     def _work(self, particles: PreparedParticles) -> SplitAndMerge:
         plan, n = self._plan(particles.box), len(particles)
         optics = particles.optics if self.ctf_use(self.particle.ctf) == "model" else None
-        observations = observe(
-            particles.read, n, particles.size, optics,
-            plan.ring(self.likelihood.end_detail), plan.radius, plan.max_shift, shard(n),
+        observe = observer(
+            particles.read, n, particles.size, optics, plan.ring(self.likelihood.end_detail),
+            plan.radius, plan.max_shift, particles.read_shared,
         )  # fmt: skip
-        return SplitAndMerge(plan, observations, particles, self.seed)
+        return SplitAndMerge(plan, observe, particles, self.seed)
 
 
 @shows_settings(Classification)

@@ -26,10 +26,13 @@ from torch import Tensor
 
 from cryoalign.images.fourier import rfft_weights
 from cryoalign.images.frc import wiener_factors
-from cryoalign.methods.classify.fourier_rings import FourierRings, ring_features
+from cryoalign.methods.classify.fourier_rings import FourierRings, move_half_circles, ring_features
 
 # Entries of a block of the table: fits a CPU's cache, and keeps the number of GPU launches small.
-BLOCK = {"cpu": 2**21, "cuda": 2**27}
+BLOCK = {"cpu": 2**21, "cuda": 2**28}
+AT_A_TIME = {"cpu": 128, "cuda": 2048}  # particles whose features are made at a time
+BAND = 4  # frequencies of a matrix product on a CPU; its inner rings without signal are left out
+PIECES = 32  # parts of a sum over particles that a GPU computes at the same time
 HIGHEST_FRC = 0.999  # larger FRCs count as this in the filter, as every class image has noise
 NEGLIGIBLE = -25.0  # smallest log of weight / largest weight of a particle; exp(-25) is 1e-11
 
@@ -39,7 +42,8 @@ class Features:
     """Particles ready for the E-step.
 
     Attributes:
-        rows: (m, n, s, 2 r) float32, real and imaginary part of each ring next to each other.
+        rows: (m, n, s, 2 r) float32, for frequencies 0, 2, 4, … and then 1, 3, 5, …; real and
+            imaginary part of each ring next to each other.
         weight: (n, r) ring means of CTF^2 / noise.
         shifts: (s, 2) trial shifts, added to each particle's own shift, pixels.
         rings: rings of the features.
@@ -53,9 +57,20 @@ class Features:
     def __len__(self) -> int:
         return len(self.weight)
 
+    @property
+    def spectra(self) -> Tensor:
+        """(n, s, r, m) complex features, frequencies in natural order."""
+        pairs = torch.view_as_complex(self.rows.unflatten(-1, (-1, 2)).contiguous())
+        return natural_order(pairs).permute(1, 2, 3, 0)
+
     def take(self, members: Tensor) -> Features:
         """The features of the particles with indices ``members`` (b,)."""
         return Features(self.rows[:, members], self.weight[members], self.shifts, self.rings)
+
+    def part(self, start: int, stop: int) -> Features:
+        """The features of the particles from ``start`` up to ``stop``, not copied."""
+        some = slice(start, stop)
+        return Features(self.rows[:, some], self.weight[some], self.shifts, self.rings)
 
 
 def features(
@@ -73,10 +88,13 @@ def features(
     rows = torch.empty(
         rings.n_frequencies, len(polar), len(shifts), 2 * rings.last, device=polar.device
     )
-    for start in range(0, len(polar), 128):
-        part = slice(start, start + 128)
-        made = ring_features(polar[part], own[part, None] + shifts, rings)  # (b, s, r, m)
-        rows[:, part] = torch.view_as_real(made.permute(3, 0, 1, 2)).flatten(-2)
+    n_even, size = len(rows[::2]), AT_A_TIME[polar.device.type]
+    for start in range(0, len(polar), size):
+        part = slice(start, start + size)
+        centred = move_half_circles(polar[part], own[part], rings)
+        made = ring_features(centred, shifts, rings)  # (b, s, r, m)
+        made = torch.view_as_real(made.permute(3, 0, 1, 2)).flatten(-2)
+        rows[:n_even, part], rows[n_even:, part] = made[::2], made[1::2]
     return Features(rows, weight[:, : rings.last].contiguous(), shifts, rings)
 
 
@@ -123,122 +141,221 @@ def expect(
         half: (n,) 0 or 1, the half-set of every particle; None alternates.
         mirror: whether mirrored particles are tried.
     """
-    device = classes.device
-    half = torch.arange(len(data), device=device) % 2 if half is None else half.to(device)
+    device, n = classes.device, len(data)
+    half = torch.arange(n) % 2 if half is None else half.cpu()
     order = half.argsort(stable=True)
-    model = _model(data.rings, classes, mirror)
-    gradient = torch.zeros(2, *model.columns.shape, device=device)
-    n_block = max(1, BLOCK[device.type] // (model.per_shift * len(data.shifts)))
-    n_even = len(data) - int(half.sum())
-    bounds = [*range(0, n_even, n_block), *range(n_even, len(order), n_block), len(order)]
-    parts: list[tuple[Tensor, ...]] = []
+    if not torch.equal(order, torch.arange(n)):
+        data = data.take(order.to(device))
+    model = model_of(data.rings, classes[None], mirror)
+    n_even = n - int(half.sum())
+    size = block_size(device, model.per_shift * len(data.shifts))
+    bounds = [*range(0, n_even, size), *range(n_even, n, size), n]
+    gradient = torch.zeros(2, *model.columns.shape, device=device)  # (2, 2, m, 1, 2 r, k h)
+    parts: list[Posterior] = []
     for start, stop in itertools.pairwise(bounds):
-        into = gradient[int(start >= n_even)]
-        parts.append(_expect_block(data, order[start:stop], model, into))
-    back = order.argsort()
-    posterior = Posterior(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
-    share, weight = posterior.share[order], data.weight[order]
+        some = data.part(start, stop)
+        parts.append(expect_block(some, model, None, gradient[int(start >= n_even)]))
+    posterior = Posterior(*(torch.cat(column) for column in zip(*parts, strict=True)))
     halves = [slice(0, n_even), slice(n_even, None)]
-    return posterior, Sums(
-        torch.stack([_signal(g, 1 + mirror, data.rings.n_angles) for g in gradient]),
-        torch.stack([share[h].T @ weight[h] for h in halves]),
-        torch.stack([share[h].sum(0) for h in halves]),
+    sums = Sums(
+        torch.stack([signal_of(g, 1 + mirror, data.rings.n_angles) for g in gradient])[:, 0],
+        torch.stack([posterior.share[h].T @ data.weight[h] for h in halves]),
+        torch.stack([posterior.share[h].sum(0) for h in halves]),
     )
+    back = order.argsort().to(device)
+    return Posterior(*(column[back] for column in posterior)), sums
+
+
+def block_size(device: torch.device, entries: int) -> int:
+    """Number of particles of a block, if the table of one has ``entries``."""
+    size = max(1, BLOCK[device.type] // entries)
+    return size if size < PIECES else size // PIECES * PIECES
 
 
 @dataclass(frozen=True, eq=False)
-class _Model:
-    """What all blocks of particles of an E-step use."""
+class Model:
+    """What all blocks of particles of an E-step use. Frequencies are separated by parity, because
+    an angle and the opposite one differ by the sign of the odd ones."""
 
-    columns: Tensor  # (m, 2, 2 r, k h) `_columns` of the classes
-    power: Tensor  # (k, r) half of `class_power`
-    inverse: Tensor  # (a, 2 m) `_inverse_transform`
-    first: list[int]  # index of the first row of each frequency's first ring
+    columns: Tensor  # (2, m, g, 2 r, k h) `_columns` of the classes of each group
+    penalty: Tensor  # (g, k, r) half of `class_power`
+    inverse: tuple[Tensor, Tensor]  # (a / 2, 2 m') `_inverse_transform` of even and odd frequencies
+    bands: list[list[tuple[slice, int]]]  # of each parity: frequencies, and their first row
     hands: int
 
     @property
     def per_shift(self) -> int:
         """Entries of the table for one particle and shift."""
-        return self.columns.shape[-1] * len(self.inverse)
+        return self.columns.shape[-1] * 2 * len(self.inverse[0])
 
 
-def _model(rings: FourierRings, classes: Tensor, mirror: bool) -> _Model:
-    if classes.shape[1:] != (rings.last, rings.n_frequencies):
+def model_of(rings: FourierRings, classes: Tensor, mirror: bool) -> Model:
+    if classes.shape[2:] != (rings.last, rings.n_frequencies):
         raise ValueError(
-            f"class features {tuple(classes.shape)} do not fit rings x frequencies "
+            f"class features {tuple(classes.shape[1:])} do not fit rings x frequencies "
             f"{(rings.last, rings.n_frequencies)} of the particles"
         )
-    return _Model(
+    device = classes.device
+    inverse = _inverse_transform(rings.n_frequencies, rings.n_angles, device)
+    bands = []
+    for parity in (0, 1):
+        own = range(parity, rings.n_frequencies, 2)
+        if device.type == "cuda":  # one product of all frequencies, whose inner rings are zero
+            bands.append([(slice(0, len(own)), 0)])
+        else:
+            first = [2 * (rings.first_ring(m) - 1) for m in own]
+            bands.append([(slice(i, i + BAND), first[i]) for i in range(0, len(own), BAND)])
+    return Model(
         _columns(classes, mirror),
-        class_power(classes, rings) / 2,
-        _inverse_transform(rings.n_frequencies, rings.n_angles, classes.device),
-        [2 * (rings.first_ring(m) - 1) for m in range(rings.n_frequencies)],
+        class_power(classes.flatten(0, 1), rings).view(classes.shape[:3]) / 2,
+        (inverse[:, :, 0::2].flatten(1).contiguous(), inverse[:, :, 1::2].flatten(1).contiguous()),
+        bands,
         1 + mirror,
     )
 
 
-def _expect_block(
-    data: Features, some: Tensor, model: _Model, gradient: Tensor
-) -> tuple[Tensor, ...]:
-    """The fields of `Posterior` for the particles with indices ``some`` (b,). Their sums are added
-    to ``gradient``."""
-    x = data.rows[:, some].flatten(1, 2)  # (m, b s, 2 r)
-    angles, hands, columns = len(model.inverse), model.hands, model.columns
-    b, s, kh = len(some), len(data.shifts), columns.shape[-1]
-    spectrum = x.new_empty(len(x), 2, b * s, kh)
-    for m, first in enumerate(model.first):
-        for part in (0, 1):
-            torch.mm(x[m][:, first:], columns[m, part, first:], out=spectrum[m, part])
-    constant = -(data.weight[some] @ model.power.T)  # (b, k)
-    spectrum[0, 0].view(b, s, -1, hands).add_(angles * constant[:, None, :, None])
-    table = (model.inverse @ spectrum.view(-1, b * s * kh)).view(angles, b, s, -1, hands)
-    peak = table.amax(0)  # (b, s, k, h)
+def expect_block(
+    data: Features, model: Model, tiles: tuple[Tensor, Tensor] | None, gradient: Tensor
+) -> Posterior:
+    """The posterior of b = t p particles in t tiles. Their sums are added to ``gradient``.
+
+    Args:
+        data: the particles.
+        model: the classes of all groups.
+        tiles: (t,) group of each tile, and (t, p) bool, which particles count; None is one tile of
+            the first group.
+        gradient: (2, m, t, 2 r, k h), added to.
+    """
+    group, here = (None, None) if tiles is None else tiles
+    columns = model.columns if group is None else model.columns[:, :, group]
+    t, hands, kh = columns.shape[2], model.hands, columns.shape[-1]  # (2, m, t, 2 r, k h)
+    b, s, half = len(data), len(data.shifts), len(model.inverse[0])
+    penalty = model.penalty if group is None else model.penalty[group]  # (t, k, r)
+    constant = -(data.weight.unflatten(0, (t, -1)) @ penalty.mT).flatten(0, 1)  # (b, k)
+    spectra, tables, inputs = [], [], []
+    n_even = len(data.rows[::2])
+    own = slice(0, n_even), slice(n_even, None)  # frequencies of each parity
+    for parity, inverse in enumerate(model.inverse):
+        x = data.rows[own[parity]].unflatten(1, (t, -1)).flatten(2, 3)  # (m', t, p s, 2 r)
+        spectrum = x.new_empty(2, len(x), b * s, kh)
+        y = columns[:, own[parity]]  # (2, m', t, 2 r, k h)
+        for band, first in model.bands[parity]:
+            left = x[band, ..., first:].flatten(0, 1)
+            for part in (0, 1):
+                out = spectrum[part, band].unflatten(1, (t, -1)).flatten(0, 1)
+                torch.bmm(left, y[part, band, :, first:].flatten(0, 1), out=out)
+        if parity == 0:
+            spectrum[0, 0].view(b, s, -1, hands).add_(2 * half * constant[:, None, :, None])
+        inputs.append(x)
+        spectra.append(spectrum)
+        tables.append(inverse @ spectrum.view(-1, b * s * kh))  # (a / 2, b s k h)
+    even, odd = tables
+    # The logits of an angle and of the opposite one are even + odd and even - odd.
+    peak = odd.abs().add_(even).amax(0).view(b, s, -1, hands)
     best, place = peak.permute(0, 2, 1, 3).flatten(2).max(-1)  # (b, k)
     shift, hand = place // hands, place % hands
-    row, column = torch.arange(b, device=x.device)[:, None], torch.arange(kh // hands)
-    angle = table[:, row, shift, column.to(x.device), hand].argmax(0)
+    row, column = torch.arange(b, device=even.device)[:, None], torch.arange(kh // hands)
+    where = ((row * s + shift) * (kh // hands) + column.to(even.device)) * hands + hand
+    angle = _both_ways(even, odd, where.flatten()).argmax(0).view(best.shape)
     top = best.amax(1)  # (b,)
-    back = _weights(table, peak, top, model, spectrum)
-    # Frequency 0 is the mean of the weights over angles.
-    total = back[0, 0].view(b, s, -1, hands).sum((1, 3)) * angles  # (b, k)
-    norm = total.sum(1).reciprocal().repeat_interleave(s)
-    for m, first in enumerate(model.first):
-        scaled = (x[m][:, first:] * norm[:, None]).T
-        for part in (0, 1):
-            gradient[m, part, first:] += scaled @ back[m, part]
+    total, rows, weights = _weights(tables, peak, top, model, spectra, here)
+    for parity, (x, back) in enumerate(zip(inputs, weights, strict=True)):
+        g = gradient[:, own[parity]]
+        if rows is not None:
+            x = x.index_select(2, rows)
+        for band, first in model.bands[parity]:
+            left = x[band, ..., first:]
+            for part in (0, 1):
+                _add_product(g[part, band, :, first:], left, back[part, band].unflatten(1, (t, -1)))
     sum_all = total.sum(1, keepdim=True)
-    return sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle
+    return Posterior(sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle)
 
 
-def _weights(table: Tensor, peak: Tensor, top: Tensor, model: _Model, out: Tensor) -> Tensor:
-    """(m, 2, b s, k h) Fourier sums over angles of the weights exp(table - top).
+def _both_ways(even: Tensor, odd: Tensor, columns: Tensor) -> Tensor:
+    """(a, c) logits of some columns (c,) at all angles."""
+    one, other = even[:, columns], odd[:, columns]
+    return torch.cat([one + other, one - other])
+
+
+def _add_product(into: Tensor, x: Tensor, back: Tensor) -> None:
+    """Add the products of x (m, t, q, 2 r), transposed, with back (m, t, q, k h) to a view (m, t,
+    2 r, k h). A GPU divides the sum over q into `PIECES`, to use all of its processors."""
+    q = x.shape[2]
+    if x.is_cuda and x.shape[1] < PIECES and q % PIECES == 0:
+        left, right = (each.unflatten(2, (PIECES, -1)).flatten(0, 2) for each in (x, back))
+        products = torch.bmm(left.mT, right).view(*x.shape[:2], PIECES, *into.shape[2:])
+        into += products.sum(2)
+    else:
+        products = torch.bmm(x.flatten(0, 1).mT, back.flatten(0, 1))
+        into += products.view(into.shape)
+
+
+def _weights(
+    tables: Sequence[Tensor], peak: Tensor, top: Tensor, model: Model, spectra: Sequence[Tensor],
+    here: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:  # fmt: skip
+    """The weights exp(table - top), as sums over poses and as Fourier sums over angles.
 
     They are computed only for combinations of particle, shift, class and hand with weights above
     `NEGLIGIBLE`, which are few once the classes have settled.
 
     Args:
-        table: (a, b, s, k, h) logits, overwritten.
+        tables: (a / 2, b s k h) sums over even and over odd frequencies, overwritten.
         peak: (b, s, k, h) maxima over angles.
         top: (b,) maxima over angles, shifts, classes and hands.
         model: has the inverse transform.
-        out: (m, 2, b s, k h), overwritten and returned.
+        spectra: (2, m', b s, k h) for even and odd frequencies, overwritten.
+        here: (t, p) bool, which of the b = t p particles count; None is all.
+
+    Returns:
+        (b, k) sums over poses; the indices (c,) of pairs of particle and shift, None for all; and
+        for even and odd frequencies the (2, m', c, k h) Fourier sums over angles for these pairs,
+        divided by the sum over the poses of a particle.
     """
-    below = top[:, None, None, None]
-    counts = (peak - below > NEGLIGIBLE).flatten().nonzero().squeeze(1)
-    flat = table.flatten(1)  # (a, b s k h)
-    if 2 * len(counts) > flat.shape[1]:
-        weights = table.sub_(below).flatten(1)
+    b, half, kh = len(peak), len(model.inverse[0]), spectra[0].shape[-1]
+    enough = (peak - top[:, None, None, None] > NEGLIGIBLE).flatten()
+    columns = enough.nonzero().squeeze(1)
+    owner = columns // (len(enough) // b)
+    few = 2 * len(columns) <= len(enough)
+    even, odd = tables
+    if few:
+        logits = _both_ways(even, odd, columns).sub_(top[owner])
     else:
-        # Only these columns have weights; the others are set to zero below.
-        weights = flat[:, counts] - below.expand_as(peak).flatten()[counts]
+        even.view(half, b, -1).sub_(top[:, None])
+        logits = even.new_empty(2 * half, len(enough))
+        torch.add(even, odd, out=logits[:half])
+        torch.sub(even, odd, out=logits[half:])
     # Smaller weights have no effect, and arithmetic with denormal numbers is ten times slower.
-    weights.clamp_(min=2 * NEGLIGIBLE).exp_()
-    waves = out.flatten(0, 1).flatten(1)  # (2 m, b s k h)
-    if weights.shape[1] == flat.shape[1]:
-        torch.mm(model.inverse.T, weights, out=waves)
-    else:
-        waves.zero_()[:, counts] = model.inverse.T @ weights
-    return out
+    weights = logits.clamp_(min=2 * NEGLIGIBLE).exp_()
+    sums = weights.sum(0)
+    if few:
+        sums = sums.new_zeros(len(enough)).index_copy_(0, columns, sums)
+    total = sums.view(peak.shape).sum((1, 3))  # (b, k)
+    scale = total.sum(1).reciprocal()
+    if here is not None:
+        scale = scale * here.flatten()
+    one, other = weights[:half], weights[half:]
+    if not few:
+        weights.view(2 * half, b, -1).mul_(scale[:, None])
+        for inverse, spectrum, function, into in zip(
+            model.inverse, spectra, (torch.add, torch.sub), tables, strict=True
+        ):
+            function(one, other, out=into)
+            torch.mm(inverse.T, into, out=spectrum.flatten(0, 1).flatten(1))
+        return total, None, spectra
+    weights *= scale[owner]
+    rows = None
+    if here is None:
+        used = enough.view(-1, kh).any(1)
+        rows = used.nonzero().squeeze(1)
+        columns = (used.cumsum(0) - 1)[columns // kh] * kh + columns % kh
+        rows = torch.nn.functional.pad(rows, (0, -len(rows) % PIECES))  # further ones have weight 0
+        spectra = [each.new_empty(*each.shape[:2], len(rows), kh) for each in spectra]
+    for inverse, spectrum, both in zip(
+        model.inverse, spectra, (one + other, one - other), strict=True
+    ):
+        spectrum.zero_().flatten(0, 1).flatten(1)[:, columns] = inverse.T @ both
+    return total, rows, spectra
 
 
 def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
@@ -248,50 +365,67 @@ def class_power(classes: Tensor, rings: FourierRings) -> Tensor:
 
 
 def _columns(classes: Tensor, mirror: bool) -> Tensor:
-    """Real matrices (m, 2, 2 r, k h) of complex classes (k, r, m). The rows of a particle times
-    these are the real and the imaginary part of the products with each class in each hand."""
-    y = classes.permute(2, 1, 0)  # (m, r, k)
+    """Real matrices (2, m, g, 2 r, k h) of complex classes (g, k, r, m), even m before odd ones.
+
+    The rows of a particle times these are the real and the imaginary part of the products with each
+    class in each hand.
+    """
+    y = _even_first(classes.permute(3, 0, 2, 1))  # (m, g, r, k)
     re, im = y.real, y.imag
-    hands = [torch.stack([torch.stack([re, im], 2), torch.stack([im, -re], 2)], 1)]
+    hands = [torch.stack([torch.stack([re, im], 3), torch.stack([im, -re], 3)])]
     if mirror:
-        sign = (1 - 2 * (torch.arange(len(y), device=y.device) % 2))[:, None, None, None, None]
-        mirrored = torch.stack([torch.stack([re, -im], 2), torch.stack([-im, -re], 2)], 1)
-        hands.append(sign * mirrored)
-    return torch.stack(hands, -1).flatten(4).flatten(2, 3).contiguous()
+        sign = _mirror_sign(re)
+        hands.append(sign * torch.stack([torch.stack([re, -im], 3), torch.stack([-im, -re], 3)]))
+    # (2, m, g, r, 2, k, h)
+    return torch.stack(hands, -1).flatten(5).flatten(3, 4).contiguous()
 
 
-def _signal(gradient: Tensor, hands: int, angles: int) -> Tensor:
-    """The adjoint of `_columns`: (m, 2, 2 r, k h) -> (k, r, m) complex sums of particles."""
-    g = gradient.unflatten(2, (-1, 2)).unflatten(-1, (-1, hands))  # (m, 2, r, 2, k, h)
-    re = g[:, 0, :, 0, :, 0] - g[:, 1, :, 1, :, 0]
-    im = g[:, 0, :, 1, :, 0] + g[:, 1, :, 0, :, 0]
+def signal_of(gradient: Tensor, hands: int, angles: int) -> Tensor:
+    """The adjoint of `_columns`: (2, m, g, 2 r, k h) -> (g, k, r, m) complex sums of particles."""
+    g = gradient.unflatten(3, (-1, 2)).unflatten(-1, (-1, hands))  # (2, m, g, r, 2, k, h)
+    re = g[0, :, :, :, 0, :, 0] - g[1, :, :, :, 1, :, 0]
+    im = g[0, :, :, :, 1, :, 0] + g[1, :, :, :, 0, :, 0]
     if hands == 2:
-        sign = (1 - 2 * (torch.arange(len(g), device=g.device) % 2))[:, None, None]
-        re = re + sign * (g[:, 0, :, 0, :, 1] - g[:, 1, :, 1, :, 1])
-        im = im - sign * (g[:, 0, :, 1, :, 1] + g[:, 1, :, 0, :, 1])
+        sign = _mirror_sign(re)[..., 0]
+        re = re + sign * (g[0, :, :, :, 0, :, 1] - g[1, :, :, :, 1, :, 1])
+        im = im - sign * (g[0, :, :, :, 1, :, 1] + g[1, :, :, :, 0, :, 1])
     # Undo the factor weights / a of irfft, so that these are plain sums over angles.
-    scale = angles / rfft_weights(angles, g)[: len(g)]
-    return (torch.complex(re, im) * scale[:, None, None]).permute(2, 1, 0)
+    scale = _even_first(angles / rfft_weights(angles, re)[: len(re)])
+    scaled = torch.complex(re, im) * scale[:, None, None, None]
+    return natural_order(scaled).permute(1, 3, 2, 0)
+
+
+def _even_first(frequencies: Tensor) -> Tensor:
+    """Values (m, ...) at frequencies 0, 2, 4, …, 1, 3, 5, …"""
+    return torch.cat([frequencies[::2], frequencies[1::2]])
+
+
+def natural_order(values: Tensor) -> Tensor:
+    """Values (m, ...) at frequencies 0, 1, 2, … from those at 0, 2, 4, …, 1, 3, 5, …"""
+    return values[_even_first(torch.arange(len(values), device=values.device)).argsort()]
+
+
+def _mirror_sign(like: Tensor) -> Tensor:
+    """(m, 1, 1, 1, 1) the factor (-1)^m of mirrored particles, even m before odd ones."""
+    sign = torch.ones(len(like), 1, 1, 1, 1, device=like.device)
+    sign[len(like[::2]) :] = -1
+    return sign
 
 
 def _inverse_transform(frequencies: int, angles: int, device: torch.device) -> Tensor:
-    """(a, 2 m) matrix of irfft, from real and imaginary parts of m < a / 2 frequencies to a
-    angles."""
-    turn = torch.arange(angles, device=device)[:, None] * torch.arange(frequencies, device=device)
-    turn = turn % angles * (2 * math.pi / angles)
+    """(a / 2, 2, m) factors of the real and imaginary parts of m < a / 2 frequencies in irfft to
+    the first half of a angles."""
+    turn = torch.arange(angles // 2, device=device)[:, None]
+    turn = turn * torch.arange(frequencies, device=device) % angles * (2 * math.pi / angles)
     scale = rfft_weights(angles, turn)[:frequencies] / angles
-    return torch.stack([turn.cos() * scale, -turn.sin() * scale], -1).flatten(1)
+    return torch.stack([turn.cos() * scale, -turn.sin() * scale], 1)
 
 
 def no_sums(classes: Tensor) -> Sums:
     """The sums of no particles over classes (k, r, m)."""
-    weight = classes.real.new_zeros(2, *classes.shape[:2])
-    return Sums(classes.new_zeros(2, *classes.shape), weight, weight[..., 0])
-
-
-def add_sums(parts: Sequence[Sums]) -> Sums:
-    """The sums of several batches of particles."""
-    return Sums(*(torch.stack(of).sum(0) for of in zip(*parts, strict=True)))
+    k, r, _ = classes.shape
+    zeros = classes.real.new_zeros
+    return Sums(classes.new_zeros(2, *classes.shape), zeros(2, k, r), zeros(2, k))
 
 
 def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
@@ -299,11 +433,6 @@ def mix_sums(old: Sums, new: Sums, momentum: float) -> Sums:
     new, plus 1 - ``momentum`` times the new."""
     per = new.size.sum() / old.size.sum()
     return Sums(*(momentum * per * a + (1 - momentum) * b for a, b in zip(old, new, strict=True)))
-
-
-def join_classes(parts: Sequence[Sums]) -> Sums:
-    """Join the sums of several sets of classes into those of one set."""
-    return Sums(*(torch.cat(of, 1) for of in zip(*parts, strict=True)))
 
 
 def maximise(sums: Sums, rings: FourierRings) -> Tensor:
@@ -323,13 +452,15 @@ def maximise(sums: Sums, rings: FourierRings) -> Tensor:
     twice = rings.frequency_weights(half.real)
     cross = ((half[0].conj() * half[1]).real * twice).sum(-1)  # (k, r)
     power = (torch.view_as_real(half).square().sum(-1) * twice).sum(-1)  # (2, k, r)
-    frc = cross / power.prod(0).sqrt().clamp(min=1e-20)
+    frc = cross / (power[0] * power[1]).sqrt().clamp(min=1e-20)
     images = sums.signal.sum(0) / sums.weight.sum(0).clamp(min=1e-6)[..., None]
     return images * wiener_factors(frc, HIGHEST_FRC)[..., None]
 
 
 def extend(classes: Tensor, old: FourierRings, new: FourierRings) -> Tensor:
-    """Class features (k, r, m) on the ``new`` rings, which are zero beyond the ``old`` rings."""
-    longer = classes.new_zeros(len(classes), new.last, new.n_frequencies)
-    longer[:, : old.last, : old.n_frequencies] = classes
-    return longer * math.sqrt(new.n_angles / old.n_angles)
+    """Class features (k, r, m) on the ``new`` rings, without those beyond them, and zero beyond the
+    ``old`` rings."""
+    changed = classes.new_zeros(len(classes), new.last, new.n_frequencies)
+    some = slice(min(old.last, new.last)), slice(min(old.n_frequencies, new.n_frequencies))
+    changed[:, *some] = classes[:, *some]
+    return changed * math.sqrt(new.n_angles / old.n_angles)

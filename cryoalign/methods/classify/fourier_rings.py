@@ -104,14 +104,24 @@ def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
     Returns:
         (n, s, r, m) complex, scaled so that inner products are those of images.
     """
-    angles = 2 * polar.shape[-1]
     polar = polar[:, : rings.last]
-    angle = torch.arange(angles // 2, device=polar.device) * (2 * math.pi / angles)
-    ring = torch.arange(1, rings.last + 1, device=polar.device)
-    along = shifts @ torch.stack([torch.cos(angle), torch.sin(angle)])  # (..., s, a')
-    phase = (-2 * math.pi / rings.size) * along[..., None, :] * ring[:, None]  # (..., s, r, a')
-    moved = polar[:, None] * torch.polar(torch.ones_like(phase), phase)  # (n, s, r, a')
+    moved = polar[:, None] * _phases(shifts, polar.shape[-1], rings)  # (n, s, r, a')
     return angular_spectrum(moved, rings)
+
+
+def move_half_circles(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
+    """(n, r, a // 2) half circles, on these rings only, of particles (n, r', a // 2) that are moved
+    by shifts (n, 2), pixels."""
+    return polar[:, : rings.last] * _phases(shifts, polar.shape[-1], rings)
+
+
+def _phases(shifts: Tensor, half: int, rings: FourierRings) -> Tensor:
+    """(..., r, a') complex factors of half circles with a' angles for shifts (..., 2), pixels."""
+    angle = torch.arange(half, device=shifts.device) * (math.pi / half)
+    ring = torch.arange(1, rings.last + 1, device=shifts.device)
+    along = shifts @ torch.stack([torch.cos(angle), torch.sin(angle)])  # (..., a')
+    phase = (-2 * math.pi / rings.size) * along[..., None, :] * ring[:, None]
+    return torch.polar(torch.ones_like(phase), phase)
 
 
 def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:

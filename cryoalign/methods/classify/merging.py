@@ -9,7 +9,6 @@ where L(N, D) = sum_r |N|^2_r / (2 D_r) is the log-likelihood of the members wit
 image. The maximum over poses makes the loss independent of rotation, shift and hand of the classes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,10 +24,11 @@ from cryoalign.methods.classify.fourier_rings import (
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 FINER = 4  # trial angles per angle of the E-step, because averages have less noise than particles
+PAIRS = {"cpu": 16, "cuda": 4096}  # pairs of classes that are compared at a time
 
 
 class Merger(NamedTuple):
-    """The best merger of one class with each of j others. The pose moves the other class."""
+    """The best mergers of j pairs of classes. The pose moves the second class of a pair."""
 
     loss: Tensor  # (j,) loss of log-likelihood
     angle: Tensor  # (j,) radians
@@ -55,18 +55,18 @@ def merge_classes(
     k = signal.shape[1]
     if k <= n_classes:
         return sums, torch.arange(k, device=signal.device)
-    alive = torch.ones(k, dtype=torch.bool, device=signal.device)
+    alive = torch.ones(k, dtype=torch.bool)
     target = torch.arange(k, device=signal.device)
     moved = ring_features(half_circle_of(signal.sum(0), rings), shifts, rings)  # (k, s, r, m)
 
-    def row(a: int, others: Tensor) -> Merger:
-        return best_mergers(signal.sum(0), weight.sum(0), moved, a, others, shifts, rings, mirror)
+    def compare(pairs: Tensor) -> Merger:
+        return best_mergers(signal.sum(0), weight.sum(0), moved, pairs, shifts, rings, mirror)
 
     # (k, k) tables in which every pair occurs once, in the row of its first class.
-    later = [torch.arange(a + 1, k, device=signal.device) for a in range(k)]
-    workers = workers_for(signal.device)
-    rows = list(map_in_order(lambda a: row(a, later[a]), range(k - 1), workers))
-    pairs = Merger(*(_table_of(of, later, k) for of in zip(*rows, strict=True)))
+    every = torch.triu_indices(k, k, 1, device=signal.device)  # (2, j)
+    parts = every.split(PAIRS[signal.device.type], 1)
+    found = list(map_in_order(compare, parts, workers_for(signal.device)))
+    pairs = Merger(*(_table_of(torch.cat(of), every, k) for of in zip(*found, strict=True)))
     for _ in range(k - n_classes):
         place = int(pairs.loss.argmin())
         a, b = place // k, place % k
@@ -79,40 +79,41 @@ def merge_classes(
         moved[a] = ring_features(half_circle_of(total.sum(0)[None], rings), shifts, rings)[0]
         for gone in (a, b):
             pairs.loss[gone], pairs.loss[:, gone] = torch.inf, torch.inf
-        others = (alive & (torch.arange(k, device=alive.device) != a)).nonzero().squeeze(1)
+        others = (alive & (torch.arange(k) != a)).nonzero().squeeze(1).to(signal.device)
         if not len(others):
             break
-        for table, of in zip(pairs, row(a, others), strict=True):
+        of_a = torch.stack([torch.full_like(others, a), others])
+        for table, of in zip(pairs, compare(of_a), strict=True):
             table[a, others] = of
+    alive = alive.to(signal.device)
     number = torch.cumsum(alive, 0) - 1
     return Sums(signal[:, alive], weight[:, alive], count[:, alive]), number[target]
 
 
-def _table_of(rows: Sequence[Tensor], columns: Sequence[Tensor], k: int) -> Tensor:
-    """(k, k, ...) table from rows with some columns each; infinity or False in the others."""
-    nothing = False if rows[0].dtype == torch.bool else torch.inf
-    table = rows[0].new_full((k, k, *rows[0].shape[1:]), nothing)
-    for a, row in enumerate(rows):
-        table[a, columns[a]] = row
+def _table_of(values: Tensor, pairs: Tensor, k: int) -> Tensor:
+    """(k, k, ...) table with values (j, ...) for pairs (2, j); infinity or False for the others."""
+    nothing = False if values.dtype == torch.bool else torch.inf
+    table = values.new_full((k, k, *values.shape[1:]), nothing)
+    table[pairs[0], pairs[1]] = values
     return table
 
 
 def best_mergers(
-    signal: Tensor, weight: Tensor, moved: Tensor, a: int, others: Tensor, shifts: Tensor,
+    signal: Tensor, weight: Tensor, moved: Tensor, pairs: Tensor, shifts: Tensor,
     rings: FourierRings, mirror: bool,
 ) -> Merger:  # fmt: skip
-    """The best mergers of class ``a`` with each of ``others`` (j,).
+    """The best mergers of pairs of classes.
 
     Args:
         signal: (k, r, m) signal of all classes.
         weight: (k, r) weight of all classes.
         moved: (k, s, r, m) signal moved by the shifts.
-        a: index of the class.
-        others: (j,) indices of the other classes.
+        pairs: (2, j) indices of the two classes of each pair.
         shifts: (s, 2) trial shifts, pixels.
         rings: rings of the signal.
         mirror: whether a view and its mirror image may be merged.
     """
+    a, others = pairs
     power = class_power(signal, rings)
     weight = weight.clamp(min=1e-6)
     alone = (power / weight).sum(1) / 2  # (k,)

@@ -1,8 +1,11 @@
 """The E-step of all particles at one level of resolution.
 
-Each process has a shard of the particles; the results for all particles are on every process.
+Each process has whole parts of the particles (`runtime.processes`), and every computation stays
+within a part, so that results do not depend on the number of processes. The results for all
+particles are on every process.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
@@ -14,7 +17,6 @@ from cryoalign.methods.classify.em_step import (
     Features,
     Posterior,
     Sums,
-    add_sums,
     expect,
     features,
     no_sums,
@@ -22,19 +24,31 @@ from cryoalign.methods.classify.em_step import (
 from cryoalign.methods.classify.fourier_rings import FourierRings
 from cryoalign.methods.classify.whitening import Observations
 from cryoalign.pose import Pose, wrap_degrees
-from cryoalign.runtime.processes import gather_over_ranks, sum_over_ranks
-from cryoalign.runtime.threads import map_in_order, workers_for
+from cryoalign.runtime.processes import ExactSum, gather_over_ranks, part_length, shard
+from cryoalign.runtime.threads import available_memory, map_in_order, workers_for
 
-KEEP = 2**30  # bytes; features that take less are kept in memory between iterations
-CHUNK = {"cpu": 256, "cuda": 4096}  # particles of an E-step at a time; a GPU needs more
+KEPT_SHARE = 0.125  # largest share of the free memory for features kept between iterations
+CHUNK = {"cpu": 256, "cuda": 4096}  # most particles of an E-step at a time; a GPU needs more
+# Parts are few and not small, because the members of a class are computed part by part.
+LEAST, PARTS = {"cpu": 512, "cuda": 4096}, 24
 POWER_SAMPLE = 2000  # particles on which the signal's power is measured
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
+def length_of(n: int, device: torch.device) -> int:
+    """Number of particles of a part, if there are n in all: a multiple of `whitening.CHUNK`."""
+    return part_length(n, LEAST[device.type], PARTS)
+
+
+def own_of(n: int, device: torch.device) -> slice:
+    """The particles of this process, if there are n in all."""
+    return shard(n, length_of(n, device))
+
+
 class Classified(NamedTuple):
-    """The result of an E-step for n particles, on the CPU."""
+    """The result of an E-step for n particles."""
 
     log_evidence: Tensor  # (n,) log-sum-exp over classes and poses
     share: Tensor  # (n,) posterior of the likeliest class
@@ -61,6 +75,7 @@ class ResolutionLevel:
         shifts: (s, 2) trial shifts, added to ``own``, pixels.
         rings: the rings that are used.
         mirror: whether mirrored particles are tried.
+        keep: whether features are kept in memory between iterations; None: if there is room.
         cache: features of batches by their first particle, as far as they are kept.
     """
 
@@ -70,7 +85,15 @@ class ResolutionLevel:
     shifts: Tensor
     rings: FourierRings
     mirror: bool
+    keep: bool | None = None
     cache: dict[int, Features] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep is None:
+            count = len(self.observations) * len(self.shifts)
+            needed = 8 * count * self.rings.last * self.rings.n_frequencies
+            room = KEPT_SHARE * available_memory(self.device)
+            object.__setattr__(self, "keep", needed <= room)
 
     def __len__(self) -> int:
         return len(self.own)
@@ -78,7 +101,27 @@ class ResolutionLevel:
     @property
     def device(self) -> torch.device:
         """Device of the computation."""
-        return self.observations.polar.device
+        return self.observations.device
+
+    @property
+    def length(self) -> int:
+        """Number of particles of a part."""
+        return length_of(len(self), self.device)
+
+    def evenly(self, most: int) -> int:
+        """Size of batches of at most ``most`` particles which are equal in a whole part."""
+        return math.ceil(self.length / math.ceil(self.length / most))
+
+    def batches(self, rows: Tensor) -> list[Tensor]:
+        """Batches of particles of one part, whose indices are ``rows`` (b,)."""
+        return list(rows.split(self.evenly(CHUNK[self.device.type])))
+
+    def in_parts(self, rows: Tensor) -> dict[int, Tensor]:
+        """Places among ``rows`` (b,) of the particles of each part of this process, by the part's
+        number; only of parts that have some, in ascending order."""
+        here = self.is_here(rows).nonzero().squeeze(1)
+        part = rows[here] // self.length
+        return {int(number): here[part == number] for number in part.unique()}
 
     def is_here(self, rows: Tensor) -> Tensor:
         """(b,) bool: whether the particles with indices ``rows`` (b,) are on this process."""
@@ -86,14 +129,9 @@ class ResolutionLevel:
 
     def of(self, rows: Tensor) -> Features:
         """Features of the particles with indices ``rows``, all of this process."""
-        here = (rows - self.start).to(self.device)
-        polar, weight = self.observations.polar[here], self.observations.weight[here]
+        polar, weight = self.observations.take(rows - self.start)
         own = self.own[rows].to(self.device)
         return features(polar, weight, own, self.shifts, self.rings)
-
-    def fits(self, n: int) -> bool:
-        """Whether the features of n particles are few enough to be kept."""
-        return n * 8 * len(self.shifts) * self.rings.last * self.rings.n_frequencies <= KEEP
 
     def over(self, function: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[Outcome]:
         """Results of ``function`` for each item, in order, computed on all cores."""
@@ -105,22 +143,27 @@ class ResolutionLevel:
         Args:
             classes: (k, r, m) features of the class images.
         """
-        keep = self.fits(len(self.observations))
 
         def step(rows: Tensor) -> tuple[Classified, Sums]:
             made = self.cache.get(int(rows[0])) or self.of(rows)
-            if keep:
+            if self.keep:
                 self.cache[int(rows[0])] = made
             posterior, sums = expect(made, classes, half=rows % 2, mirror=self.mirror)
             return self.classified(rows, posterior), sums
 
         rows = torch.arange(self.start, self.start + len(self.observations))
-        steps = list(self.over(step, rows.split(CHUNK[self.device.type])))
-        found = Classified(
-            *(torch.cat(of) for of in zip(*(each for each, _ in steps), strict=True))
-        )
-        found = Classified(*(gather_over_ranks(each) for each in found))
-        return found, sums_over_ranks(add_sums([sums for _, sums in steps]))
+        batches = [batch for part in rows.split(self.length) for batch in self.batches(part)]
+        steps = self.over(step, filter(len, batches))
+        each = [self.classified(rows[:0], no_posterior(classes))]
+
+        def sums() -> Iterator[Sums]:
+            for found, of_batch in steps:
+                each.append(found)
+                yield of_batch
+
+        total = sums_over_ranks(sums(), classes)
+        whole = (torch.cat(column).cpu() for column in zip(*each, strict=True))
+        return Classified(*(gather_over_ranks(column) for column in whole)), total
 
     def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:
         """Mean log-evidence and sums of an E-step of the particles with indices ``rows`` (b,)."""
@@ -129,11 +172,17 @@ class ResolutionLevel:
             posterior, sums = expect(self.of(part), classes, half=part % 2, mirror=self.mirror)
             return posterior.log_evidence.sum(), sums
 
-        here = rows[self.is_here(rows)].split(CHUNK[self.device.type])
-        steps = list(self.over(step, [part for part in here if len(part)]))
-        evidence = sum_over_ranks(sum((e for e, _ in steps), classes.real.new_zeros(())))
-        sums = add_sums([no_sums(classes), *(sums for _, sums in steps)])
-        return float(evidence) / len(rows), sums_over_ranks(sums)
+        evidence = ExactSum(1, 1, self.device)
+        batches = (self.batches(rows[places]) for places in self.in_parts(rows).values())
+        steps = self.over(step, (batch for part in batches for batch in part))
+
+        def sums() -> Iterator[Sums]:
+            for of_particles, of_batch in steps:
+                evidence.add(of_particles.view(1, 1))
+                yield of_batch
+
+        total = sums_over_ranks(sums(), classes)
+        return float(evidence.total()) / len(rows), total
 
     def classified(self, rows: Tensor, posterior: Posterior) -> Classified:
         """The likeliest class and pose of the particles with indices ``rows`` (b,)."""
@@ -143,31 +192,33 @@ class ResolutionLevel:
             each.gather(1, label).squeeze(1)
             for each in (posterior.angle, posterior.shift, posterior.hand)
         )
+        own = self.own[rows].to(label.device, non_blocking=True)
         return Classified(
-            log_evidence=posterior.log_evidence.cpu(),
-            share=two.values[:, 0].cpu(),
-            runner_up=two.values[:, 1].cpu(),
-            label=label.squeeze(1).cpu(),
-            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)).cpu(),
-            shift=self.own[rows] + self.shifts[shift].cpu(),
-            mirror=hand.bool().cpu(),
+            log_evidence=posterior.log_evidence,
+            share=two.values[:, 0],
+            runner_up=two.values[:, 1],
+            label=label.squeeze(1),
+            angle=wrap_degrees(angle.float() * (360.0 / self.rings.n_angles)),
+            shift=own + self.shifts[shift],
+            mirror=hand.bool(),
         )
 
     def signal_power(self) -> Tensor:
         """(r,) variance of a feature of class images: the variance of particles minus noise."""
         n = len(self)
         rows = torch.arange(0, n, max(1, n // POWER_SAMPLE))
-        spectra, weight = self.centred(rows[self.is_here(rows)])
         first = torch.tensor([self.rings.first_ring(m) for m in range(self.rings.n_frequencies)])
         ring = torch.arange(1, self.rings.last + 1)
         twice = torch.full((self.rings.n_frequencies,), 2.0)
         twice[0] = 1.0
         free = (twice[:, None] * (first[:, None] <= ring)).sum(0).to(self.device)  # (r,)
-        power = spectra.abs().square() @ twice.to(self.device)  # (b, r)
-        noise = self.rings.n_angles * weight * free
-        signal, scale = sum_over_ranks(
-            torch.stack([(power - noise).sum(0), weight.square().sum(0)])
-        )
+        total = ExactSum(2 * self.rings.last, 1, self.device)
+        for places in self.in_parts(rows).values():
+            spectra, weight = self.centred(rows[places])
+            power = spectra.abs().square() @ twice.to(self.device)  # (b, r)
+            noise = self.rings.n_angles * weight * free
+            total.add(torch.cat([(power - noise).sum(0), weight.square().sum(0)])[:, None])
+        signal, scale = total.total().float().view(2, -1)
         signal = signal / scale / free
         # Above zero, because class images could never get signal on a ring without it.
         return signal.clamp(min=1e-3 * float(signal.max()) + 1e-12)
@@ -176,23 +227,45 @@ class ResolutionLevel:
         """Features (b, r, m) of particles moved by their own shifts, and their weights (b, r)."""
         centre = torch.zeros(1, 2, device=self.device)
         made = replace(self, shifts=centre, cache={}).of(rows)
-        spectra = torch.view_as_complex(made.rows[:, :, 0].unflatten(-1, (-1, 2)).contiguous())
-        return spectra.permute(1, 2, 0), made.weight
+        return made.spectra[:, 0], made.weight
 
     def single_particles(self, rows: Tensor, prior: Tensor) -> Tensor:
         """(b, r, m) class images from one particle each, Wiener-filtered with the signal's power
         ``prior`` (r,)."""
-        images = torch.zeros(
-            len(rows), self.rings.last, self.rings.n_frequencies, 2, device=self.device
-        )
-        here = self.is_here(rows)
-        spectra, weight = self.centred(rows[here])
-        shrunk = spectra / (weight + self.rings.n_angles / prior)[..., None]
-        images[here.to(self.device)] = torch.view_as_real(shrunk.contiguous())
-        return torch.view_as_complex(sum_over_ranks(images))
+        here = self.in_parts(rows)
+        found = [torch.zeros(0, self.rings.last, self.rings.n_frequencies, 2, device=self.device)]
+        for places in here.values():
+            spectra, weight = self.centred(rows[places])
+            shrunk = spectra / (weight + self.rings.n_angles / prior)[..., None]
+            found.append(torch.view_as_real(shrunk.contiguous()))
+        places = gather_over_ranks(torch.cat([rows[:0], *here.values()]))
+        return torch.view_as_complex(gather_over_ranks(torch.cat(found))[places.argsort()])
 
 
-def sums_over_ranks(sums: Sums) -> Sums:
-    """The sums over every process's particles."""
-    signal = torch.view_as_complex(sum_over_ranks(torch.view_as_real(sums.signal)))
-    return Sums(signal, sum_over_ranks(sums.weight), sum_over_ranks(sums.size))
+def no_posterior(classes: Tensor) -> Posterior:
+    """The posterior of no particles over classes (k, r, m)."""
+    share = classes.real.new_zeros(0, len(classes))
+    return Posterior(share[:, 0], share, share, share.long(), share.long(), share.long())
+
+
+def sums_over_ranks(parts: Iterable[Sums], classes: Tensor) -> Sums:
+    """The sums over batches of all processes, which no order of the batches changes.
+
+    Args:
+        parts: sums of each batch of this process.
+        classes: (k, r, m) classes of the sums.
+    """
+
+    def rows(sums: Sums) -> list[Tensor]:
+        # Numbers of one half, class and ring are of one magnitude.
+        signal = torch.view_as_real(sums.signal).flatten(0, 2).flatten(1)
+        return [signal, sums.weight.reshape(-1, 1), sums.size.reshape(-1, 1)]
+
+    none = no_sums(classes)
+    totals = [ExactSum(len(each), each.shape[1], classes.device) for each in rows(none)]
+    for sums in parts:
+        for total, values in zip(totals, rows(sums), strict=True):
+            total.add(values)
+    signal, weight, size = (total.total().float() for total in totals)
+    signal = torch.view_as_complex(signal.view(*none.signal.shape, 2))
+    return Sums(signal, weight.view(none.weight.shape), size.view(none.size.shape))

@@ -6,7 +6,9 @@ second only the means of H^2 / N on rings. Particles whose phases were flipped a
 |H|, and those that were multiplied by H before are only divided by N (`ctf.matched_filter`).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +24,12 @@ from cryoalign.images.fourier import (
 )
 from cryoalign.images.masks import background, soft_mask
 from cryoalign.methods.classify.fourier_rings import FourierRings, half_circle
-from cryoalign.runtime.threads import map_in_order, workers_for
+from cryoalign.runtime.threads import available_memory, map_in_order, workers_for
 
 NOISE_SAMPLE = 1000  # particles for the noise spectrum, at least 10,000 values on a shell
 CHUNK = 256  # particles that are worked on at a time; limits the memory
+CUDA_CHUNK = 2048  # the same on a GPU, which needs more
+KEPT_SHARE = 0.25  # largest share of the free memory for particles on rings
 EDGE = 4.0  # width of the soft edge of masks, px
 
 Read = Callable[[Tensor], Tensor]
@@ -34,20 +38,48 @@ Read = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """n whitened particles on Fourier rings.
+    """n whitened particles on Fourier rings: the first ones in memory, as many as there is room
+    for; the others are made again from their images whenever they are needed.
 
     Attributes:
-        polar: (n, r, a // 2) complex half circles of H x / N.
-        weight: (n, r) means of H^2 / N on each ring.
+        polar: (n', r, a // 2) complex half circles of H x / N, of the first n' particles.
+        weight: (n', r) means of H^2 / N on each ring.
         rings: the r rings; fewer of them can be used.
+        others: makes half circles and weights of particles n' … n - 1 from their indices (b,).
+        count: number n of particles; None is n'.
     """
 
     polar: Tensor
     weight: Tensor
     rings: FourierRings
+    others: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    count: int | None = None
 
     def __len__(self) -> int:
-        return len(self.polar)
+        return len(self.polar) if self.count is None else self.count
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the particles."""
+        return self.polar.device
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Half circles (b, r, a // 2) and weights (b, r) of the particles with indices ``index``
+        (b,), on the CPU."""
+        kept = index < len(self.polar)
+        if self.others is None or bool(kept.all()):
+            here = index.to(self.device)
+            return self.polar[here], self.weight[here]
+        made = self.others(index[~kept])
+        if not bool(kept.any()):
+            return made
+        place = torch.cat([kept.nonzero(), (~kept).nonzero()]).squeeze(1).argsort().to(self.device)
+        here = index[kept].to(self.device)
+        polar, weight = (
+            torch.cat([of[here], new])[place]
+            for of, new in zip((self.polar, self.weight), made, strict=True)
+        )
+        return polar, weight
 
 
 def noise_spectrum(images: Tensor, radius: float) -> Tensor:
@@ -80,11 +112,82 @@ def noise_spectrum(images: Tensor, radius: float) -> Tensor:
     return shells.clamp(min=1e-6 * float(images.var()) + 1e-12)
 
 
-def observe(
+@dataclass(frozen=True, eq=False)
+class Observer:
+    """Whitens particles.
+
+    Attributes:
+        read: reads images with a background of zero; called by several threads.
+        optics: CTFs of all particles; None is a CTF of 1.
+        noise: (size, size // 2 + 1) power of the noise, float32, on the device of the images.
+        mask: (box, box) soft disc in which the particle is, on cropped images.
+        rings: the rings.
+    """
+
+    read: Read
+    optics: Optics | None
+    noise: Tensor
+    mask: Tensor
+    rings: FourierRings
+
+    def __call__(self, rows: Tensor) -> Observations:
+        """Observations of the particles with rows (b,); there may be none."""
+        device, rings = self.noise.device, self.rings
+        shape = rings.last, rings.n_angles // 2
+        room = KEPT_SHARE * available_memory(device) / (8 * shape[0] * (shape[1] + 1))
+        kept = min(len(rows), int(room))
+        polar = torch.empty(kept, *shape, dtype=torch.complex64, device=device)
+        weight = torch.empty(kept, shape[0], device=device)
+        place = 0
+        for made in self._in_chunks(rows[:kept]):
+            part = slice(place, place + len(made[0]))
+            polar[part], weight[part] = made
+            place = part.stop
+        if kept == len(rows):
+            return Observations(polar, weight, rings)
+
+        def others(index: Tensor) -> tuple[Tensor, Tensor]:
+            parts = [self.whiten(rows[part]) for part in index.split(self.chunk)]
+            halves, weights = (torch.cat(of) for of in zip(*parts, strict=True))
+            return halves, weights
+
+        return Observations(polar, weight, rings, others, len(rows))
+
+    @property
+    def chunk(self) -> int:
+        """Particles that are worked on at a time."""
+        return CUDA_CHUNK if self.noise.is_cuda else CHUNK
+
+    def _in_chunks(self, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        if not len(rows):
+            return ()
+        return map_in_order(self.whiten, rows.split(self.chunk), workers_for(self.noise.device))
+
+    def whiten(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Half circles (b, r, a // 2) and weights (b, r) of the particles with rows (b,)."""
+        size, last, device = self.rings.size, self.rings.last, self.noise.device
+        box, shell = len(self.mask), shell_index(size, device)
+        factor = power = torch.ones_like(self.noise)[None]
+        if self.optics is not None:
+            factor, power = (x.to(device) for x in matched_filter(self.optics[rows], size))
+        spectra = torch.fft.rfft2(torch.fft.ifftshift(self.read(rows), dim=(-2, -1)))
+        factor = factor / self.noise
+        cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
+        small = torch.fft.irfft2(cropped, s=(box, box))
+        small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
+        # Shell 0, the mean, and shells beyond the last ring are not used.
+        count, weight = (
+            shell_sums(x, shell, last + 2)[..., 1:-1]
+            for x in (torch.ones_like(self.noise), power / self.noise)
+        )
+        return half_circle(small * self.mask, self.rings), (weight / count).expand(len(rows), -1)
+
+
+def observer(
     read: Read, n: int, size: int, optics: Optics | None, last_ring: int, radius: float,
-    max_shift: float, rows: slice = slice(None),
-) -> Observations:  # fmt: skip
-    """Read particles and whiten them.
+    max_shift: float, read_sample: Read | None = None,
+) -> Observer:  # fmt: skip
+    """Measure the noise of particles, by which they are whitened.
 
     Args:
         read: reads images with a background of zero; called by several threads.
@@ -94,10 +197,10 @@ def observe(
         last_ring: resolution limit, 1/box.
         radius: radius of the particle, pixels.
         max_shift: largest distance of a particle from the centre of its box, pixels.
-        rows: the particles that are whitened.
+        read_sample: reads the images on which the noise is measured; None is ``read``.
     """
     few = torch.arange(0, n, max(1, n // NOISE_SAMPLE))
-    sample = read(few)
+    sample = (read_sample or read)(few)
     device = sample.device
     room = size / 2 - 2  # then at least the corners are background
     shell = shell_index(size, device)
@@ -107,27 +210,17 @@ def observe(
         noise = noise / _gain(optics[few], size, outside).to(device)
     noise = noise[shell]
     reach = min(radius + max_shift, size / 2 - EDGE)
-    rings = FourierRings(size, last_ring, reach)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
     mask = soft_mask(box, reach * box / size, EDGE * box / size, device)
-    # Shell 0, the mean, and shells beyond the last ring are not used.
-    count = shell_sums(torch.ones_like(noise), shell, last_ring + 2)[1:-1]
+    return Observer(read, optics, noise, mask, FourierRings(size, last_ring, reach))
 
-    def part(rows: Tensor) -> tuple[Tensor, Tensor]:
-        factor = power = torch.ones_like(noise)[None]
-        if optics is not None:
-            factor, power = (x.to(device) for x in matched_filter(optics[rows], size))
-        spectra = torch.fft.rfft2(torch.fft.ifftshift(read(rows), dim=(-2, -1)))
-        factor = factor / noise
-        cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
-        small = torch.fft.irfft2(cropped, s=(box, box))
-        small = torch.fft.fftshift(small, dim=(-2, -1)) * (box / size) ** 2
-        weight = shell_sums(power / noise, shell, last_ring + 2)[:, 1:-1]
-        return half_circle(small * mask, rings), (weight / count).expand(len(rows), -1)
 
-    parts = list(map_in_order(part, torch.arange(n)[rows].split(CHUNK), workers_for(device)))
-    polar, weight = (torch.cat(of) for of in zip(*parts, strict=True))
-    return Observations(polar, weight, rings)
+def observe(
+    read: Read, n: int, size: int, optics: Optics | None, last_ring: int, radius: float,
+    max_shift: float,
+) -> Observations:  # fmt: skip
+    """Whiten all of n particles, see `observer`."""
+    return observer(read, n, size, optics, last_ring, radius, max_shift)(torch.arange(n))
 
 
 def _gain(optics: Optics, size: int, radius: float) -> Tensor:

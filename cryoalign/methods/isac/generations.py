@@ -36,6 +36,7 @@ from cryoalign.particles.prepare import PreparedParticles, Progress
 from cryoalign.particles.settings import Particle
 from cryoalign.pose import Pose, compose
 from cryoalign.results.averages import LOW_PASS, TRUSTED, Averaging
+from cryoalign.runtime.processes import gather_over_ranks
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 SHARING = 8  # largest number of iterations of the assignment in a pass; limits the time
@@ -65,12 +66,13 @@ class Work:
 
     def shrunk(self) -> Tensor:
         """(n, size, size) shrunk images of all particles."""
+        size, device = self.scale.size, self.particles.device
         parts = map_in_order(
-            lambda part: fourier_resize(self.particles.read(part), self.scale.size),
+            lambda part: fourier_resize(self.particles.read(part), size),
             self.particles.parts(),
-            workers_for(self.particles.device),
+            workers_for(device),
         )
-        return torch.cat(list(parts))
+        return gather_over_ranks(torch.cat([torch.zeros(0, size, size, device=device), *parts]))
 
     def pyramid(self, images: Tensor) -> Pyramid:
         """Shrunk images (n, size, size) at two resolutions."""
@@ -123,7 +125,7 @@ def prealign(particles: Pyramid, iterations: int, report: Progress) -> Tensor:
     for i in range(iterations):
         before = pose.shift
         references, _ = references_of(
-            particles.low, particles.half, label, pose, 1, particles.averaging
+            particles.low, particles.half, label, pose, 1, particles.averaging, shared=True
         )
         pose = match_low(particles, references).pose[:, 0]
         rest = float((pose.shift != before).any(1).double().mean()) < RESTED
@@ -213,9 +215,9 @@ def _share(particles: Pyramid, references: Tensor, k: int, slack: float) -> Tens
         before, label = label, assign_equal(found.score, slack)
         if float((label != before).double().mean()) < RESTED:
             break
-        pose = refine_at(particles.low, references, label, found.pose[row, label])
+        pose = refine_at(particles.low, references, label, found.pose[row, label], shared=True)
         references, _ = references_of(
-            particles.low, particles.half, label, pose, k, particles.averaging
+            particles.low, particles.half, label, pose, k, particles.averaging, shared=True
         )
     return label
 
@@ -228,7 +230,7 @@ def _core(
         return stable
     used = torch.where(stable, label, -1)
     references, pose = references_of(
-        particles.high, particles.half, used, pose, k, particles.averaging
+        particles.high, particles.half, used, pose, k, particles.averaging, shared=True
     )
     score = scores_at(particles.high, references, label, pose)
     return core_members(score, label, stable, deviations)
@@ -241,7 +243,10 @@ def _stable_references(
     enough = torch.bincount(label[stable], minlength=k) >= 4 * TRUSTED
     used = torch.where(stable | ~enough[label], label, -1)
     low = pose.scaled(1 / particles.coarse.factor)
-    return references_of(particles.low, particles.half, used, low, k, particles.averaging)[0]
+    references, _ = references_of(
+        particles.low, particles.half, used, low, k, particles.averaging, shared=True
+    )
+    return references
 
 
 def _agreement(before: Tensor, now: Tensor, k: int) -> float:

@@ -112,7 +112,6 @@ class StableClassification(Method):
     purpose = "stable classes of equal size"
     instead = {"n_classes": "isac.images_per_group"}  # noqa: RUF012
     in_order = True
-    in_processes = False
 
     iterations: int = 20
     isac: Isac = field(default_factory=Isac)
@@ -262,8 +261,7 @@ def classify_stable(particles: Stack | Array | PreparedParticles, **settings: An
             generation.
 
     Raises:
-        ValueError: settings that do not fit, or several processes, before the work starts; or no
-            class is stable.
+        ValueError: settings that do not fit, before the work starts; or no class is stable.
     """
     return StableClasses(align_with(StableClassification, particles, **settings))
 

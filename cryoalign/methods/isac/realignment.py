@@ -2,6 +2,9 @@
 
 All realignments (runs) of a class compare the same particles, each with the reference of its run,
 so that the particles' ring spectra are computed once for all runs and iterations.
+
+Every process has the shrunk images of all particles. Processes share searches of all particles by
+batches, and realignments by classes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from cryoalign.operators.aligned_sums import sum_aligned
 from cryoalign.operators.correlation import correlation_peaks
 from cryoalign.pose import Pose
 from cryoalign.results.averages import Averaging, ClassSums, centring, filtered_averages, move
+from cryoalign.runtime.processes import ExactSum, gather_over_ranks, shard
 from cryoalign.runtime.threads import map_in_order, workers_for
 from cryoalign.search.coarse_to_fine import CoarseReferences, prepare_coarse
 from cryoalign.search.match import Match
@@ -118,31 +122,42 @@ def search_low(spectra: Tensor, references: Tensor, coarse: CoarseReferences) ->
 
 
 def match_low(particles: Pyramid, references: Tensor) -> Match:
-    """`search_low` of all particles, in batches: scores and poses (n, k) on the CPU."""
-    coarse = particles.coarse
+    """`search_low` of all particles, in batches of all processes: scores and poses (n, k) on the
+    CPU."""
+    coarse, images, k = particles.coarse, particles.low.images, len(references)
 
     def matched(part: Tensor) -> Match:
         found = search_low(ring_spectra(part, coarse.rings, coarse.shifts), references, coarse)
         return Match(found.score.cpu(), found.pose.to("cpu"))
 
-    images = particles.low.images
-    parts = list(map_in_order(matched, images.split(BATCH), workers_for(images.device)))
-    return Match(torch.cat([p.score for p in parts]), Pose.cat([p.pose for p in parts]))
+    own = images[shard(len(images), BATCH)]
+    found = [Match(torch.zeros(0, k), Pose.identity(0, k))]
+    found += map_in_order(matched, filter(len, own.split(BATCH)), workers_for(images.device))
+    poses = pose_over_ranks(Pose.cat([each.pose for each in found]))
+    return Match(gather_over_ranks(torch.cat([each.score for each in found])), poses)
 
 
-def refine_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Pose:
-    """(n,) poses refined on the references with indices ``label`` (n,), on the CPU."""
-    return _refined(level, references, label, pose, steps=2)[0]
+def pose_over_ranks(pose: Pose) -> Pose:
+    """The poses of all processes, joined along the first axis."""
+    return Pose(*(gather_over_ranks(each) for each in (pose.angle, pose.shift, pose.mirror)))
+
+
+def refine_at(
+    level: Level, references: Tensor, label: Tensor, pose: Pose, shared: bool = False
+) -> Pose:
+    """(n,) poses refined on the references with indices ``label`` (n,), on the CPU. If ``shared``,
+    all processes have these particles and share the work."""
+    return _refined(level, references, label, pose, 2, shared)[0]
 
 
 def scores_at(level: Level, references: Tensor, label: Tensor, pose: Pose) -> Tensor:
     """(n,) correlation coefficients at given poses (n,) with the references with indices ``label``
-    (n,), on the CPU."""
-    return _refined(level, references, label, pose, steps=0)[1]
+    (n,), on the CPU. All processes have these particles and share the work."""
+    return _refined(level, references, label, pose, 0, shared=True)[1]
 
 
 def _refined(
-    level: Level, references: Tensor, label: Tensor, pose: Pose, steps: int
+    level: Level, references: Tensor, label: Tensor, pose: Pose, steps: int, shared: bool
 ) -> tuple[Pose, Tensor]:
     """`search.refine.refine` of all particles in batches: poses and scores (n,) on the CPU."""
     device = level.images.device
@@ -152,14 +167,24 @@ def _refined(
         found, score = refine(images, references, label[rows].to(device), start, level.rings, steps)
         return found.to("cpu"), score.cpu()
 
-    parts = map_in_order(refined, torch.arange(len(label)).split(BATCH), workers_for(device))
-    poses, scores = zip(*parts, strict=True)
-    return Pose.cat(poses), torch.cat(scores)
+    batches = _batches(torch.arange(len(label)), shared)
+    found = [(pose[:0].to("cpu"), torch.zeros(0))]
+    found += map_in_order(refined, batches, workers_for(device))
+    poses, scores = Pose.cat([each for each, _ in found]), torch.cat([each for _, each in found])
+    return (pose_over_ranks(poses), gather_over_ranks(scores)) if shared else (poses, scores)
+
+
+def _batches(rows: Tensor, shared: bool) -> list[Tensor]:
+    """Batches of particles with indices ``rows`` (b,): all, or those of this process if the
+    processes share them."""
+    own = rows[shard(len(rows), BATCH)] if shared else rows
+    return [batch for batch in own.split(BATCH) if len(batch)]  # an empty tensor has one part
 
 
 def references_of(
-    level: Level, half: Tensor, label: Tensor, pose: Pose, k: int, averaging: Averaging
-) -> tuple[Tensor, Pose]:
+    level: Level, half: Tensor, label: Tensor, pose: Pose, k: int, averaging: Averaging,
+    shared: bool = False,
+) -> tuple[Tensor, Pose]:  # fmt: skip
     """Filtered, centred and masked class averages (k, size, size), and poses (n,) on them.
 
     Args:
@@ -169,9 +194,11 @@ def references_of(
         pose: (n,), in pixels of ``level``.
         k: number of classes.
         averaging: how averages become references.
+        shared: whether all processes have these particles and share the work.
     """
     images, size = level.images, level.images.shape[-1]
-    total = torch.zeros(2 * k, size, size, dtype=torch.float64, device=images.device)
+    total = torch.zeros(2 * k, size**2, dtype=torch.float64, device=images.device)
+    exact = ExactSum(2 * k, size**2, images.device) if shared else None
     group = half * k + label
     used = (label >= 0).nonzero().squeeze(1)
 
@@ -182,9 +209,14 @@ def references_of(
             some, moved.angle, moved.shift, moved.mirror, member.to(images.device), len(there)
         )
 
-    parts = [rows for rows in used.split(BATCH) if len(rows)]  # an empty tensor has one part
-    for there, part in map_in_order(summed, parts, workers_for(images.device)):
-        total.index_add_(0, there.to(images.device), part)
+    batches = _batches(used, shared)
+    for there, part in map_in_order(summed, batches, workers_for(images.device)):
+        there, part = there.to(images.device), part.flatten(1)
+        if exact is None:
+            total.index_add_(0, there, part)
+        else:
+            exact.add(part, there)
+    total = total if exact is None else exact.total()
     count = torch.bincount(group[used], minlength=2 * k).to(images.device)
     sums = ClassSums(total.view(2, k, size, size), count.view(2, k))
     references = filtered_averages(sums, averaging, level.mask)
@@ -229,7 +261,8 @@ def realign_groups(
     particles: Pyramid, label: Tensor, k: int, runs: int, generator: torch.Generator,
     on_class: Callable[[int], None] | None = None,
 ) -> Pose:  # fmt: skip
-    """Independent realignments of the members of every class: (runs, n) poses, on the CPU.
+    """Independent realignments of the members of every class: (runs, n) poses, on the CPU. The
+    processes share the classes.
 
     Args:
         particles: n particles.
@@ -237,7 +270,7 @@ def realign_groups(
         k: number of classes.
         runs: number of realignments, each from random angles and hands.
         generator: random numbers.
-        on_class: called with the number of classes done.
+        on_class: called with the number of classes that this process has done.
     """
     n = len(label)
     start = random_poses(runs * n, particles.coarse.mirror, generator).reshape(runs, n)
@@ -249,11 +282,12 @@ def realign_groups(
     angle, shift, mirror = start.angle.clone(), start.shift.clone(), start.mirror.clone()
     groups = [members for members in groups if len(members)]
     workers = workers_for(particles.low.images.device)
-    for done, (members, found) in enumerate(
-        zip(groups, map_in_order(aligned, groups, workers), strict=True)
-    ):
-        angle[:, members], shift[:, members] = found.angle, found.shift
-        mirror[:, members] = found.mirror
+    found = [Pose.identity(0, runs)]
+    for each in map_in_order(aligned, groups[shard(len(groups))], workers):
+        found.append(Pose(each.angle.T, each.shift.transpose(0, 1), each.mirror.T))
         if on_class is not None:
-            on_class(done + 1)
+            on_class(len(found) - 1)
+    members, whole = torch.cat(groups), pose_over_ranks(Pose.cat(found))  # (n, runs)
+    angle[:, members], shift[:, members] = whole.angle.T, whole.shift.transpose(0, 1)
+    mirror[:, members] = whole.mirror.T
     return Pose(angle, shift, mirror)

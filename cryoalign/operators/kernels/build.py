@@ -1,6 +1,6 @@
 """Compile the sources of this folder into libraries: ``cryoalign build-kernels``.
 
-The CUDA sources become one library if nvcc is installed, and the C++ source another if a C++
+The CUDA sources become one library if nvcc is installed, and the C++ sources another if a C++
 compiler is. The first uses only PyTorch's stable ABI, the second nothing of PyTorch, so one build
 serves PyTorch 2.10 and later. File names contain a hash of the sources and the compiler flags, so
 that a library of other sources or for another kind of processor is never loaded.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +39,6 @@ FLAGS = (
 # -DCRYOALIGN_RACECHECK (see hopper.cu).
 EXTRA = "CRYOALIGN_NVCC_FLAGS"
 LINK = ("-shared", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu")
-CPU_SOURCE = "peaks.cpp"
 # Not -march=native, because machines of several kinds often share a home directory.
 CPU_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 CPU_LEVELS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
@@ -57,24 +57,32 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
+def cpu_sources() -> list[Path]:
+    """The C++ sources, in a fixed order."""
+    return sorted(SOURCES.glob("*.cpp"))
+
+
 def _flags() -> list[str]:
     return [*FLAGS, *os.environ.get(EXTRA, "").split()]
 
 
 def library_name() -> str:
     """File name of the CUDA library of the present sources, headers and flags."""
-    digest = hashlib.sha256(" ".join((*_flags(), *LINK)).encode())
-    for path in sorted(SOURCES.glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"_cuda_{digest.hexdigest()[:16]}.so"
+    digest = _digest((*_flags(), *LINK), sorted(SOURCES.glob("*.cu*")))
+    return f"_cuda_{digest}.so"
 
 
 def cpu_library_name() -> str:
-    """File name of the CPU library of the present source, for this kind of processor."""
+    """File name of the CPU library of the present sources, for this kind of processor."""
     prefix, flags = _cpu_target()
+    return f"{prefix}{_digest(flags, [*cpu_sources(), *sorted(SOURCES.glob('*.h'))])}.so"
+
+
+def _digest(flags: Iterable[str], files: Iterable[Path]) -> str:
     digest = hashlib.sha256(" ".join(flags).encode())
-    digest.update((SOURCES / CPU_SOURCE).read_bytes())
-    return f"{prefix}{digest.hexdigest()[:16]}.so"
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _cpu_target() -> tuple[str, tuple[str, ...]]:
@@ -99,7 +107,7 @@ def find_library() -> Path | None:
 
 
 def find_cpu_library() -> Path | None:
-    """The CPU library of the present source, if it is built."""
+    """The CPU library of the present sources, if it is built."""
     return _find(cpu_library_name())
 
 
@@ -176,7 +184,7 @@ def build_cpu(verbose: bool = False) -> Path:
         "set CXX",
     )
     prefix, flags = _cpu_target()
-    command = [compiler, *flags, str(SOURCES / CPU_SOURCE)]
+    command = [compiler, *flags, *map(str, cpu_sources())]
     return _link(command, cpu_library_name(), f"{prefix}*.so", verbose)
 
 

@@ -1,17 +1,21 @@
-"""The optional compiled search on a CPU (peaks.cpp): loading its library, and calling it.
+"""The optional compiled operators on a CPU: loading their library, and calling it.
 
-It computes what `ring_products.hand_peaks` does, in single precision, and agrees with it up to
-rounding. ``cryoalign build-kernels`` builds the library.
+They compute what the operators do in PyTorch, in single precision, and agree with it up to
+rounding: the search (peaks.cpp) with `ring_products.hand_peaks`, the refinement (refine.cpp) with
+`pose_refinement.refine_poses`. ``cryoalign build-kernels`` builds the library.
 """
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cryoalign.images.polar import Rings, ring_points
+from cryoalign.images.templates import check_labels
 from cryoalign.operators.kernels import Status, load_failed, unwanted
 
 # A vector register holds one number of each of up to 16 particles. Each thread gets a multiple of
@@ -23,7 +27,7 @@ LANES = 16
 def _load() -> tuple[ctypes.CDLL | None, Status]:
     from cryoalign.operators.kernels import build  # here, so that `python -m` can run it
 
-    instead = "the search runs in PyTorch"
+    instead = "search and refinement run in PyTorch"
     try:
         library = build.find_cpu_library()
         if library is not None:
@@ -31,7 +35,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     except OSError as error:
         return None, load_failed("CPU kernels", error, instead)
     needs = "" if build.find_compiler() else ", which needs a C++ compiler"
-    advice = f"run `cryoalign build-kernels`{needs}: it searches several times faster"
+    advice = f"run `cryoalign build-kernels`{needs}: search and refinement are several times faster"
     return None, Status(False, f"the CPU kernels are not built: {instead}", advice)
 
 
@@ -101,14 +105,50 @@ def _search(
 
     each = max(1, -(-n // (threads * LANES))) * LANES
     parts = [t.split(each) for t in (particles, score, place)]
-    if threads == 1:
-        failed = any(map(call, *parts))
-    else:  # no PyTorch operation runs in these threads
-        with ThreadPoolExecutor(threads) as pool:
-            failed = any(pool.map(call, *parts))
-    if failed:
+    if _in_threads(call, *parts):
         raise MemoryError("no memory for the search of one block of particles")
     return score, place
+
+
+def refine_poses(
+    images: Tensor, templates: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The operator `pose_refinement.refine_poses`; None for inputs that are not served."""
+    label, angle, shift, mirror, *options = others
+    library = _load()[0] if images.dtype == torch.float32 and usable() else None
+    if library is None or not len(images):
+        return None
+    check_labels(label, len(templates))
+    images, templates = images.contiguous(), templates.contiguous()
+    label, mirror = label.contiguous(), mirror.contiguous()
+    # Changed in place; `contiguous` would keep the caller's tensors.
+    angle, shift = (t.clone(memory_format=torch.contiguous_format) for t in (angle, shift))
+    score = torch.empty_like(angle)
+    order = label.argsort(stable=True)
+    size = images.shape[1:]
+    arguments = (images, *size, templates, label, *options, angle, shift, mirror, score)
+    pointers = [_pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+
+    def call(rows: Tensor) -> int:
+        return library.cryoalign_refine_poses(_pointer(rows), ctypes.c_int64(len(rows)), *pointers)
+
+    threads = torch.get_num_threads()
+    if _in_threads(call, order.split(-(-len(order) // threads))):
+        raise MemoryError("no memory for the refinement of one particle")
+    return angle, shift, score
+
+
+def _in_threads(call: Callable[..., int], *parts: Sequence[Tensor]) -> bool:
+    """Call a function of the library for each part, in as many threads as PyTorch would use.
+
+    Returns:
+        Whether any call failed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return any(map(call, *parts))
+    with ThreadPoolExecutor(threads) as pool:  # no PyTorch operation runs in these threads
+        return any(pool.map(call, *parts))
 
 
 def _serves(particles: Tensor, references: Tensor) -> bool:

@@ -7,7 +7,7 @@ are declared. They return None for inputs that the kernels do not serve.
 import functools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ MEMBERS = 16
 # (65504) and from the smallest normal number (6e-5).
 TOP = 256.0
 
-# The limits of features.cu: angles on a ring, rings, groups of 16 frequencies, trial shifts along
-# one side of their square grid, and radius in pixels.
-KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS, MOST_SIDE, MOST_RADIUS = 256, 48, 8, 11, 64
+# The limits of features.cu: angles on a ring, rings, and groups of 16 frequencies.
+KERNEL_ANGLES, MOST_RINGS, MOST_GROUPS = 256, 64, 8
 DEVIATION = 0.25  # features.cu scales the samples to this standard deviation
 RESCORED = 4  # references that a block of rescore_images.cu takes at most
+# How far below the best score, beside the rounding of half precision, a reference may be that is
+# scored again: noise on rings that are sampled half an angle step apart.
+MARGIN = 4e-3
 
 
 def unpack_options(
@@ -36,50 +38,97 @@ def unpack_options(
     return Rings(first_ring, last_ring, ring_step, angles), *others
 
 
-def image_peaks(
-    images: Tensor, references: Tensor, shifts: Tensor, *options: Any
-) -> tuple[Tensor, Tensor] | None:
-    """The operator `image_search.image_peaks`."""
-    rings, mirror, candidates = unpack_options(*options)
-    if not _serves(images):
+class ReferenceSpectra(NamedTuple):
+    """References that are ready for any number of calls of `screen`.
+
+    Attributes:
+        spectra: (k, r, m) complex64, contiguous.
+        packed: the same in half precision, in ``layout``.
+        layout: rings and frequencies in which the references have power.
+        rings: of the spectra.
+        shifts: (s, 2) trial shifts, float32.
+        reach: how far from the centre rings at any shift can reach, whole pixels.
+    """
+
+    spectra: Tensor
+    packed: peaks.Packed
+    layout: peaks.Layout
+    rings: Rings
+    shifts: Tensor
+    reach: int
+
+
+def prepare_references(references: Tensor, rings: Rings, shifts: Tensor) -> ReferenceSpectra | None:
+    """Prepare ring spectra (k, r, m) and trial shifts (s, 2) for `screen`; None if the kernels do
+    not serve them. This waits for the GPU, `screen` does not."""
+    reach = rings.last_ring + math.ceil(float(shifts.abs().max())) if len(shifts) else 0
+    if not _serves_search(references, rings, reach):
         return None
-    side = _side_of_grid(shifts)
-    if side is None or not _serves_search(images, references, rings, side):
-        return None
-    n, k = len(images), len(references)
-    images, references = images.contiguous(), references.resolve_conj().contiguous()
+    references = references.resolve_conj().contiguous()
     layout = peaks.Layout.of_references(references)
     layout = replace(layout, steps=layout.steps[:MOST_GROUPS])
     packed = peaks.pack_references(references, layout)
-    there = shifts.to(images.device, torch.float32)
+    there = shifts.to(references.device, torch.float32)
+    return ReferenceSpectra(references, packed, layout, rings, there, reach)
+
+
+def screen(
+    images: Tensor,
+    references: ReferenceSpectra,
+    mirror: bool,
+    candidates: int | None,
+    margin: float = MARGIN,
+) -> tuple[Tensor, Tensor]:
+    """The operator `image_search.image_peaks` for images (n, h, w) and prepared references.
+
+    Of the ``candidates`` those whose score is more than ``margin`` below the best one have no exact
+    score and place either.
+    """
+    n, k = len(images), len(references.spectra)
+    images, layout = images.contiguous(), references.layout
     score = images.new_empty(n, k)
     place = torch.empty(n, k, dtype=torch.int64, device=images.device)
 
     def run(rows: slice) -> None:
         some = images[rows]
-        features = pack_images(some, rings, side, layout)
-        coarse, shift = peaks.search_packed(features, packed, layout, len(some), k, mirror)
+        features = pack_images(some, references.rings, references.shifts, layout, references.reach)
+        coarse, shift = peaks.search_packed(
+            features, references.packed, layout, len(some), k, mirror
+        )
         rescore(
-            some, references, there, rings, side // 2, coarse, shift, candidates,
-            score[rows], place[rows],
+            some, references.spectra, references.shifts, references.rings, references.reach,
+            coarse, shift, candidates, score[rows], place[rows], margin,
         )  # fmt: skip
 
-    peaks.in_batches(run, n, side**2 * layout.fragments * 64, images.device)
+    peaks.in_batches(run, n, len(references.shifts) * layout.fragments * 64, images.device)
     return score, place
 
 
-def pack_images(images: Tensor, rings: Rings, side: int, layout: peaks.Layout) -> peaks.Packed:
-    """Packed spectra of images (n, h, w) float32 at side x side trial shifts, 1 pixel apart.
+def image_peaks(
+    images: Tensor, references: Tensor, shifts: Tensor, *options: Any
+) -> tuple[Tensor, Tensor] | None:
+    """The operator `image_search.image_peaks`."""
+    rings, mirror, candidates = unpack_options(*options)
+    if not (_serves(images) and len(images)):
+        return None
+    prepared = prepare_references(references, rings, shifts)
+    return None if prepared is None else screen(images, prepared, mirror, candidates)
+
+
+def pack_images(
+    images: Tensor, rings: Rings, shifts: Tensor, layout: peaks.Layout, reach: int
+) -> peaks.Packed:
+    """Packed spectra of images (n, h, w) float32 at trial shifts (s, 2) float32.
 
     The rings are sampled half an angle step away from the places that `polar` uses. At the
     frequencies that are kept, this changes the spectra of noisy images less than the rounding to
     half precision does.
     """
     gain, largest = _gains(rings, images.device)
-    packed = peaks.empty_packed(images, len(images), (side**2,), layout)
+    packed = peaks.empty_packed(images, len(images), (len(shifts),), layout)
     torch.ops.cryoalign_cuda.pack_images(
-        images, _forward_transform(largest, images.device), gain, layout.steps,
-        rings.first_ring, rings.ring_step, side, largest, *packed,
+        images, shifts, _forward_transform(largest, images.device), gain, layout.steps,
+        rings.first_ring, rings.ring_step, reach, largest, *packed,
     )  # fmt: skip
     return packed
 
@@ -89,27 +138,29 @@ def rescore(
     references: Tensor,
     shifts: Tensor,
     rings: Rings,
-    max_shift: int,
+    reach: int,
     coarse: Tensor,
     shift: Tensor,
     candidates: int | None,
     score: Tensor,
     place: Tensor,
+    margin: float = MARGIN,
 ) -> None:
     """Fill score and place (n, k): the pairs that matter are scored in single precision.
 
     Args:
         images, references, shifts, rings: as of the operator.
-        max_shift: the largest trial shift along x or y, pixels.
+        reach: as of `ReferenceSpectra`.
         coarse, shift: (n, k, hands) from `peaks.search_packed`.
         candidates: as in `peaks.rescore`, except that more than `RESCORED` means all references.
         score, place: (n, k) outputs.
+        margin: as of `screen`.
     """
     few = 0 if candidates is None or candidates > RESCORED else min(candidates, coarse.shape[1])
     weights = rings.weights(images.device).float()
     torch.ops.cryoalign_cuda.rescore_images(
-        images, references, shifts, weights, coarse, shift, few,
-        rings.first_ring, rings.ring_step, rings.last_ring + max_shift, score, place,
+        images, references, shifts, weights, coarse, shift, few, margin,
+        rings.first_ring, rings.ring_step, reach, score, place,
     )  # fmt: skip
 
 
@@ -117,26 +168,27 @@ def _serves(images: Tensor) -> bool:
     return images.dtype == torch.float32 and usable(images.device)
 
 
-def _serves_search(images: Tensor, references: Tensor, rings: Rings, side: int) -> bool:
-    """Whether the kernels take these: a Hopper GPU, 256 angles, few enough rings and shifts."""
+def _serves_search(references: Tensor, rings: Rings, reach: int) -> bool:
+    """Whether the kernels take these: 256 angles, few enough rings, and an image about its centre
+    that fits the memory of a block."""
     count = len(references) and references.shape[1]
-    return (
+    if not (
         references.dtype == torch.complex64
-        and torch.cuda.get_device_capability(images.device) == (9, 0)
+        and usable(references.device)
         and rings.n_angles == KERNEL_ANGLES
         and 0 < count <= MOST_RINGS
-        and len(images) > 0
-        and side <= MOST_SIDE
-        and rings.last_ring <= MOST_RADIUS
-    )
+    ):
+        return False
+    needed = rescore_bytes(count, reach)
+    return needed <= torch.ops.cryoalign_cuda.shared_limit(references.device.index or 0)
 
 
-def _side_of_grid(shifts: Tensor) -> int | None:
-    """Shifts along a side, if they are the square grid of whole pixels of `Search.shifts`."""
-    side = math.isqrt(len(shifts))
-    axis = torch.arange(side) - side // 2
-    grid = torch.cartesian_prod(axis, axis).to(shifts)
-    return side if side % 2 and torch.equal(shifts, grid) else None
+def rescore_bytes(rings: int, reach: int) -> int:
+    """At most so many bytes of shared memory are taken by rescore_images.cu, the kernel that needs
+    most: transforms of pairs of rings, ring products, and the window of the image."""
+    side = 2 * reach + 2
+    transforms = 8 * (max((rings + 1) // 2, 4) * 288 + 8 * 264 + 256)
+    return transforms + 4 * (112 + side * (side + 15)) + 4096
 
 
 @functools.lru_cache(maxsize=8)
@@ -173,39 +225,78 @@ def _forward_transform(largest: float, device: torch.device) -> Tensor:
     return pieces.reshape(2, 4, 2, 4, 32, 8).half().contiguous().to(device)
 
 
+class PackedTemplates(NamedTuple):
+    """`templates_of` references, as the refinement reads them.
+
+    Attributes:
+        squares: half (k, side, side, 4), the central square of each reference: value, derivatives
+            along x and y, and one unused number, all over ``scale``.
+        scale: (k,).
+        rings: first and last ring bound the pixels that are compared.
+    """
+
+    squares: Tensor
+    scale: Tensor
+    rings: Rings
+
+
 def refine_poses(
     images: Tensor, templates: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The operator `pose_refinement.refine_poses`: one GPU block makes all steps of a particle."""
     if not _serves(images):
         return None
-    label, angle, shift, mirror = (each.contiguous() for each in others[:4])
+    label, angle, shift, mirror = others[:4]
     first_ring, last_ring, steps = others[4:]
-    packed, scale = _pack_templates(templates, last_ring)
-    disc = _disc(last_ring, images.shape[-1], images.device)
+    packed = pack_templates(templates, Rings(first_ring, last_ring))
+    return refine_packed(images, packed, label, angle, shift, mirror, steps)
+
+
+def refine_packed(
+    images: Tensor,
+    templates: PackedTemplates,
+    label: Tensor,
+    angle: Tensor,
+    shift: Tensor,
+    mirror: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`refine_poses` with packed templates, for one pose of every image (n, h, w) or several.
+
+    Args:
+        label: (n, ...) int64 reference of each pose; -1 leaves the pose as it is, with the lowest
+            float as its score.
+        angle, mirror: (n, ...); shift: (n, ..., 2).
+
+    Returns:
+        Angles, shifts and scores, of these shapes.
+    """
+    packed, scale, rings = templates
+    disc = _disc(rings.last_ring, images.shape[-1], images.device)
+    angle, shift = angle.contiguous(), shift.contiguous()
     found = torch.empty_like(angle), torch.empty_like(shift), torch.empty_like(angle)
     torch.ops.cryoalign_cuda.refine_poses(
-        images.contiguous(), packed, scale, label, angle, shift, mirror, disc,
-        first_ring, last_ring, steps, *found,
+        images.contiguous(), packed, scale, label.contiguous(), angle, shift, mirror.contiguous(),
+        disc, rings.first_ring, rings.last_ring, steps, *found,
     )  # fmt: skip
     return found
 
 
-def _pack_templates(templates: Tensor, last_ring: int) -> tuple[Tensor, Tensor]:
-    """The central square of each template in half precision (k, side, side, 4), and scales (k,).
+def pack_templates(templates: Tensor, rings: Rings) -> PackedTemplates:
+    """Pack templates (k, 3, h, w) for the refinement within ``rings``.
 
-    The square reaches last_ring + 1 pixels from the centre, with zeros outside the box. A pixel
-    holds the value, its two derivatives and one unused number for alignment in memory.
+    The square that is kept reaches last_ring + 1 pixels from the centre, with zeros outside the
+    box.
     """
     height, width = templates.shape[-2:]
-    reach, y, x = last_ring + 1, height // 2, width // 2
+    reach, y, x = rings.last_ring + 1, height // 2, width // 2
     scale = templates.flatten(1).abs().amax(1) / TOP
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     # A negative margin cuts off.
     margins = (reach - x, reach + 1 + x - width, reach - y, reach + 1 + y - height)
     square = torch.nn.functional.pad(templates, margins) * inverse[:, None, None, None]
     packed = torch.nn.functional.pad(square.half().permute(0, 2, 3, 1), (0, 1))
-    return packed.contiguous(), scale
+    return PackedTemplates(packed.contiguous(), scale, rings)
 
 
 @functools.lru_cache(maxsize=8)

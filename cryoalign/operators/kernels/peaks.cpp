@@ -17,17 +17,10 @@
 #include <new>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
-#ifndef LANES
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#endif
 // References that are multiplied at a time: each needs four sums, and all must fit the registers.
 #ifndef TOGETHER
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -38,14 +31,10 @@ namespace {
 #endif
 constexpr int PAD = 2;  // zeros about an image: a sample beyond it is zero
 
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-
 struct Complex {
     Vec re, im;
 };
 
-inline Vec all(float x) { return Vec{} + x; }
 // x from 0 to `most`; NaN becomes 0, so that a sample's place is in memory whatever the numbers.
 inline float within(float x, float most) { return std::min(std::max(0.0f, x), most); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }

@@ -31,9 +31,9 @@ from cryoalign.operators.kernels import portable_only, usable
 DROPPED_POWER = 1e-4
 # The limits of the kernels and of rescoring.
 MOST_FREQUENCIES, MOST_RINGS = 640, 112
-# Size of the packed particles of a batch: at most this share of the free GPU memory, and at most
-# so many bytes, which are enough to keep any card busy.
-FREE_SHARE, MOST_BYTES = 0.25, 2**31
+# Size of the packed particles of a batch: at most this share of the GPU's memory, and at most so
+# many bytes, which are enough to keep any card busy.
+MEMORY_SHARE, MOST_BYTES = 0.0625, 2**31
 
 
 @dataclass(frozen=True)
@@ -324,13 +324,16 @@ def _most_frequencies(index: int) -> int:
     return min(MOST_FREQUENCIES, 32 * k_steps)
 
 
+@functools.cache
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU. (How much is free takes a millisecond to find out.)"""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def in_batches(run: Callable[[slice], None], n: int, bytes_each: int, device: torch.device) -> None:
     """Call ``run`` with the rows of one batch of n particles after another. The packed spectra of a
-    batch, ``bytes_each`` per particle, fit the free GPU memory; a batch is halved if they do not.
-    """
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    fits = int(min(FREE_SHARE * free, MOST_BYTES)) // bytes_each
+    batch take ``bytes_each`` per particle; a batch is halved if they do not fit the free memory."""
+    fits = int(min(MEMORY_SHARE * _memory(device), MOST_BYTES)) // bytes_each
     batch = max(8, fits // 8 * 8)
     start = 0
     while start < n:

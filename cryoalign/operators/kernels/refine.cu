@@ -1,5 +1,5 @@
-// Gauss-Newton refinement of poses, one block per particle: the CUDA body of refine_poses in
-// pose_refinement.py.
+// Gauss-Newton refinement of poses, one block per pose: the CUDA body of refine_poses in
+// pose_refinement.py. An image can have several poses, one after the other.
 //
 // A pass over the disc gathers 21 weighted moments of particle x, moved reference y and the three
 // derivatives j of y (angle, shift x, shift y); score and step follow from the moments alone, so
@@ -25,14 +25,15 @@ struct Task {
   const float* images;     // (n, h, w)
   const uint2* templates;  // (k, side, side) half4: value, d/dx, d/dy, unused; over `scale`
   const float* scale;      // (k,)
-  const int64_t* label;    // (n,)
-  const float* angle;      // (n,) degrees
-  const float* shift;      // (n, 2)
-  const uint8_t* mirror;   // (n,)
+  const int64_t* label;    // (n each,), -1: nothing to do
+  const float* angle;      // (n each,) degrees
+  const float* shift;      // (n each, 2)
+  const uint8_t* mirror;   // (n each,)
   const int2* disc;        // (d,) half2 of (x, y), and y * w + x: pixels the disc can cover
   float* new_angle;
   float* new_shift;
   float* score;
+  int each;  // poses of an image
   int height, width, points, side, pitch, first_ring, last_ring, steps;
 };
 
@@ -231,6 +232,15 @@ __global__ void __launch_bounds__(THREADS, 4) refine_kernel(const __grid_constan
   const int64_t n = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t k = task.label[n];
+  if (k < 0) {  // the same for all threads
+    if (threadIdx.x == 0) {
+      task.new_angle[n] = task.angle[n];
+      task.new_shift[2 * n] = task.shift[2 * n];
+      task.new_shift[2 * n + 1] = task.shift[2 * n + 1];
+      task.score[n] = -FLT_MAX;
+    }
+    return;
+  }
   const uint2* reference = task.templates + k * task.side * task.side;
   if (SHARED) {
     for (int y = warp; y < task.side; y += WARPS)
@@ -240,7 +250,7 @@ __global__ void __launch_bounds__(THREADS, 4) refine_kernel(const __grid_constan
     reference = tile;
   }
   const int pitch = SHARED ? task.pitch : task.side;
-  const float* image = task.images + n * task.height * task.width;
+  const float* image = task.images + n / task.each * task.height * task.width;
   const bool mirror = task.mirror[n];
   Trial now = {task.angle[n], task.shift[2 * n], task.shift[2 * n + 1]};
   float best = 0.f;
@@ -299,10 +309,12 @@ void refine_poses(const Tensor& images, const Tensor& templates, const Tensor& s
                   const Tensor& label, const Tensor& angle, const Tensor& shift,
                   const Tensor& mirror, const Tensor& disc, int64_t first_ring, int64_t last_ring,
                   int64_t steps, Tensor new_angle, Tensor new_shift, Tensor score) {
-  const int64_t n = images.size(0);
+  const int64_t n = label.numel();
   if (n == 0) return;
+  require(n % images.size(0) == 0, "refine_poses: the same number of poses for every image");
   const DeviceGuard guard(images.get_device_index());
   Task task;
+  task.each = static_cast<int>(n / images.size(0));
   task.images = floats(images, "images");
   task.templates = reinterpret_cast<const uint2*>(halfs(templates, "templates"));
   task.scale = floats(scale, "scale");
@@ -325,7 +337,9 @@ void refine_poses(const Tensor& images, const Tensor& templates, const Tensor& s
   task.pitch = task.side;
   while (task.pitch % 8 != 4) ++task.pitch;
   const size_t bytes = sizeof(uint2) * task.side * task.pitch;
-  if (bytes + 2048 <= static_cast<size_t>(shared_limit()))
+  // With fewer than three blocks on a multiprocessor, reading the reference through the cache is
+  // faster.
+  if (3 * (bytes + 2048) <= static_cast<size_t>(shared_limit()))
     launch<true>(task, n, bytes, current_stream(images));
   else
     launch<false>(task, n, 0, current_stream(images));

@@ -25,9 +25,9 @@ constexpr int PART_THREADS = 144;  // two parts of the rings side by side
 // A hand is scored again if its coarse score is within this share of the better hand's score, which
 // is many times the rounding of fp16.
 constexpr float NEAR = 4e-3f;
-// A reference is not scored again if it is this far below the best one: a share of the score for
-// the rounding of fp16, and an absolute part for noise on rings half an angle step apart.
-constexpr float HOPELESS_SHARE = 1e-2f, HOPELESS = 4e-3f;
+// A reference is not scored again if it is this share of the score, for the rounding of fp16, and
+// the task's margin below the best one.
+constexpr float HOPELESS_SHARE = 1e-2f;
 
 struct Task {
   const float* images;       // (n, h, w)
@@ -39,6 +39,7 @@ struct Task {
   float* score;              // (n, k)
   int64_t* place;            // (n, k)
   int64_t k;
+  float margin;
   int height, width, candidates, groups, hands,  // candidates 0: every reference
       rings, first_ring, ring_step, reach, pitch;
 };
@@ -386,7 +387,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         const float top = better(k), best = every ? top : better(chosen[0]);
         // Not >=, so that a NaN is scored again and appears in the result.
         if (!(coarse[k * task.hands + hand] < top - NEAR * fabsf(top)) &&
-            !(top < best - HOPELESS_SHARE * fabsf(best) - HOPELESS))
+            !(top < best - HOPELESS_SHARE * fabsf(best) - task.margin))
           shift = task.shift[(particle * task.k + k) * task.hands + hand];
       }
       job_shift[lane] = shift;
@@ -455,8 +456,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 // reach: how far from the centre rings at any shift can reach, pixels.
 void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weights, Tensor coarse,
-                    Tensor shift, int64_t candidates, int64_t first_ring, int64_t ring_step,
-                    int64_t reach, Tensor score, Tensor place) {
+                    Tensor shift, int64_t candidates, double margin, int64_t first_ring,
+                    int64_t ring_step, int64_t reach, Tensor score, Tensor place) {
   require(images.dim() == 3 && references.dim() == 3 && coarse.dim() == 3,
           "rescore_images: images (n, h, w), references (k, r, m), coarse (n, k, hands)");
   const int64_t n = images.size(0), k = references.size(0);
@@ -477,6 +478,7 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
   task.score = floats(score, "score");
   task.place = longs(place, "place");
   task.k = k;
+  task.margin = static_cast<float>(margin);
   task.height = static_cast<int>(images.size(1));
   task.width = static_cast<int>(images.size(2));
   task.candidates = static_cast<int>(candidates);
@@ -504,8 +506,8 @@ void rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weig
 STABLE_TORCH_LIBRARY_FRAGMENT(cryoalign_cuda, m) {
   m.def(
       "rescore_images(Tensor images, Tensor references, Tensor shifts, Tensor weights, Tensor "
-      "coarse, Tensor shift, int candidates, int first_ring, int ring_step, int reach, "
-      "Tensor(a!) score, Tensor(b!) place) -> ()");
+      "coarse, Tensor shift, int candidates, float margin, int first_ring, int ring_step, "
+      "int reach, Tensor(a!) score, Tensor(b!) place) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cryoalign_cuda, CUDA, m) {

@@ -25,15 +25,14 @@ def made_up(n: int = 12, k: int = 3, seed: int = 0) -> tuple[Features, torch.Ten
     polar = torch.complex(half[0], half[1])
     weight = 0.5 + torch.rand(n + k, 5, generator=generator)
     data = features(polar, weight, torch.zeros(n + k, 2), SHIFTS, rings)
-    rows = data.rows[:, n:, 4].unflatten(-1, (-1, 2)).contiguous()
-    classes = 20 * torch.view_as_complex(rows).permute(1, 2, 0).contiguous()
+    classes = 20 * data.spectra[n:, 4].contiguous()
     data = data.take(torch.arange(n))
     return Features(20 * data.rows, data.weight, data.shifts, data.rings), classes
 
 
 def logits(data: Features, classes: torch.Tensor, mirror: bool) -> torch.Tensor:
     """(n, k, s, h, a) the formula, without blocks."""
-    x = torch.view_as_complex(data.rows.unflatten(-1, (-1, 2)).contiguous()).permute(1, 2, 3, 0)
+    x = data.spectra
     hands = [torch.einsum("nsrm,krm->nksm", x.conj(), classes)]
     if mirror:
         sign = 1 - 2 * (torch.arange(x.shape[-1]) % 2)
@@ -106,8 +105,7 @@ def test_noise_makes_no_class_image() -> None:
     noise = torch.complex(half[0], half[1])
     signal = noise[:1] * torch.tensor([2.0, 2, 0, 0, 0])[:, None]
     data = features(signal + noise, torch.ones(n, 5), torch.zeros(n, 2), torch.zeros(1, 2), rings)
-    rows = data.rows[:, :, 0].unflatten(-1, (-1, 2)).contiguous()
-    x = torch.view_as_complex(rows).permute(1, 2, 0)  # (n, r, m)
+    x = data.spectra[:, 0]  # (n, r, m)
     sums = expectation.Sums(
         torch.stack([x[::2].sum(0), x[1::2].sum(0)])[:, None],
         torch.full((2, 1, 5), n / 2),

@@ -56,8 +56,9 @@ def test_hands_are_two_views_where_mirrors_are_not_searched() -> None:
     signal[:, 1] = sign * signal[:, 1].conj()
     total, weight = signal.sum(0), sums.weight.sum(0)[[0, 0]]
     moved = ring_features(half_circle_of(total, RINGS), SHIFTS, RINGS)
+    pair = torch.tensor([[0], [1]])
     losses = [
-        float(best_mergers(total, weight, moved, 0, torch.tensor([1]), SHIFTS, RINGS, m).loss)
+        float(best_mergers(total, weight, moved, pair, SHIFTS, RINGS, m).loss)
         for m in (True, False)
     ]
     assert losses[0] < 0.05 * losses[1]

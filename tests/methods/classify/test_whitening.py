@@ -6,6 +6,7 @@ from oracle import some_optics
 
 from cryoalign.images.ctf import ctf_2d
 from cryoalign.images.fourier import filter_shells
+from cryoalign.methods.classify import whitening as module
 from cryoalign.methods.classify.fourier_rings import half_circle
 from cryoalign.methods.classify.whitening import noise_spectrum, observe
 
@@ -78,3 +79,24 @@ def test_the_likelihood_is_that_of_the_particles_as_they_were_recorded(done: str
         )
         gain = (one.polar[:, ring].conj() * two.polar[:, ring]).real.sum()
         assert float(gain / one.polar[:, ring].abs().square().sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_particles_without_room_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, _ = coloured(30, 64, 2)
+    optics = some_optics(30, pixel_size=4.0)
+    observe = module.observer(lambda rows: noise[rows], 30, 64, optics, 10, 20.0, 2.0)
+    rows = torch.arange(3, 28)
+    all_of_them = observe(rows)
+    assert len(all_of_them.polar) == len(all_of_them) == 25
+    bytes_each = 8 * (all_of_them.polar[0].numel() + 10)
+    monkeypatch.setattr(module, "KEPT_SHARE", 0.5)
+    monkeypatch.setattr(module, "available_memory", lambda _: 2 * 11 * bytes_each)
+    some = observe(rows)
+    assert len(some.polar) == 11
+    assert len(some) == 25
+    for index in ([20, 2, 24, 10, 11, 0], [13, 12], [4, 3]):
+        for one, other in zip(
+            some.take(torch.tensor(index)), all_of_them.take(torch.tensor(index)), strict=True
+        ):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)

@@ -171,16 +171,13 @@ def test_started_by_likelihood_on_phase_flipped_particles(monkeypatch: pytest.Mo
         assert float((alignment.averages[c] - expected).norm() / expected.norm()) < 5e-3
 
 
-def test_what_does_not_fit_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_refused_before_work() -> None:
     with pytest.raises(ValueError, match="min_group_size 80 is above"):
         Isac(images_per_group=20, min_group_size=80)
     with pytest.raises(ValueError, match="from 4 to 12"):
         scale_of(Isac(), Particle(radius="15 px"), Box(32, None))
     with pytest.raises(ValueError, match=r"fewer than a class needs, isac\.images_per_group 200"):
         classify_stable(torch.randn(20, 32, 32), isac=Isac(), device="cpu")
-    monkeypatch.setattr("cryoalign.methods.base.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="start it without torchrun"):
-        classify_stable(torch.randn(20, 32, 32), device="cpu")
 
 
 def test_particles_are_shrunk_to_the_target_and_never_enlarged() -> None:

@@ -1,16 +1,21 @@
-"""The compiled CPU search against float64 and against the search in PyTorch."""
+"""The compiled CPU operators against float64 and against those in PyTorch."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cryoalign.images.polar import Rings, reference_spectra, ring_spectra
+from cryoalign.images.templates import templates_of
 from cryoalign.operators.correlation import (
     correlation_peaks,
     correlation_table,
@@ -19,8 +24,10 @@ from cryoalign.operators.correlation import (
 )
 from cryoalign.operators.image_search import image_peaks
 from cryoalign.operators.kernels import CRYOALIGN_NO_KERNELS, build, cpu
+from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.operators.ring_products import ring_factors
 from cryoalign.particles.simulate import Simulation, simulate
+from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.match import best_poses, match, prepare_target
 from cryoalign.search.settings import Search
 
@@ -237,24 +244,157 @@ def test_what_the_kernels_do_not_serve_is_left_to_pytorch() -> None:
     assert cpu.image_peaks(made.images.double(), wide, Rings(1, 9), shifts, True) is None
 
 
+def refinement(n: int, k: int, size: int, last_ring: int, first_ring: int = 1) -> tuple:
+    """Arguments of `refine_poses`, but the steps: starts about as far off as a search leaves them,
+    so that the discs of some particles leave the box."""
+    made = simulate(n, k, size=size, snr=0.1, max_shift=3.0, seed=n + k)
+    generator = torch.Generator().manual_seed(n)
+    angle = made.pose.angle + torch.randn(n, generator=generator)
+    shift = made.pose.shift + 0.4 * torch.randn(n, 2, generator=generator)
+    label = made.class_number - 1
+    mirror = made.pose.mirror
+    return made.images, templates_of(made.views), label, angle, shift, mirror, first_ring, last_ring
+
+
+def widened(arguments: tuple) -> tuple:
+    return tuple(a.double() if getattr(a, "dtype", None) == torch.float32 else a for a in arguments)
+
+
+def loops_score(image: Tensor, reference: Tensor, pose: Pose, first: int, last: int) -> float:
+    """The correlation coefficient over the disc, pixel by pixel, in float64."""
+    size, linear = len(image), pose.linear().double().tolist()
+    (dx, dy), rows = pose.shift.double().tolist(), []
+    for y, x in itertools.product(range(size), repeat=2):
+        ux, uy = x - size // 2 + dx, y - size // 2 + dy
+        radius = math.hypot(ux, uy)
+        weight = min(max(last + 1 - radius, 0.0), 1.0)
+        weight *= min(max(radius - (first - 1), 0.0), 1.0) if first > 1 else 1.0
+        at = [a * ux + b * uy + size // 2 for a, b in linear]
+        column, row = math.floor(at[0]), math.floor(at[1])
+        value = 0.0
+        for j, i in itertools.product((0, 1), repeat=2):
+            if weight and 0 <= row + j < size and 0 <= column + i < size:
+                share = (1 - abs(at[0] - column - i)) * (1 - abs(at[1] - row - j))
+                value += share * float(reference[row + j, column + i])
+        rows.append((weight, float(image[y, x]), value))
+    weight, a, b = np.array(rows).T
+    a, b = a - np.average(a, weights=weight), b - np.average(b, weights=weight)
+    return float((weight * a * b).sum() / np.sqrt((weight * a * a).sum() * (weight * b * b).sum()))
+
+
+@pytest.mark.parametrize(("size", "last_ring", "first_ring"), [(31, 11, 1), (32, 14, 5)])
+def test_scores_are_those_of_the_formula(size: int, last_ring: int, first_ring: int) -> None:
+    arguments = refinement(6, 2, size, last_ring, first_ring)
+    images, templates, label, angle, shift, mirror, *_ = arguments
+    found, moved, score = refine_poses(*arguments, 0)
+    torch.testing.assert_close(found, wrap_degrees(angle))
+    torch.testing.assert_close(moved, shift)
+    for i in range(6):
+        pose = Pose(angle[i], shift[i], mirror[i])
+        truth = loops_score(images[i], templates[label[i], 0], pose, first_ring, last_ring)
+        assert abs(float(score[i]) - truth) < 1e-6
+
+
+# Boxes, last rings and first rings: even and odd, a ring of pixels, discs larger than the box.
+DISCS = [(90, 36, 1), (45, 18, 1), (64, 28, 9), (33, 3, 1), (41, 25, 1)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize(("size", "last_ring", "first_ring"), DISCS)
+def test_refined_poses_are_float64s(size, last_ring, first_ring, steps) -> None:
+    arguments = refinement(41, 3, size, last_ring, first_ring)
+    found = cpu.refine_poses(*arguments, steps)
+    assert found is not None
+    expected = refine_poses(*widened(arguments), steps)
+    # In degrees and pixels; angles to 180 degrees are rounded by 1.5e-5.
+    for one, other, rounding in zip(found, expected, (5e-5, 5e-6, 1e-6), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=rounding)
+    moved = (found[1] - arguments[4]).abs().max() > 0.1
+    assert bool(moved) == (steps > 0)
+
+
+def test_refinement_is_the_same_in_any_batch_and_number_of_threads() -> None:
+    arguments = refinement(37, 4, 48, 20)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = cpu.refine_poses(*arguments, 2)
+        rows = torch.tensor([30, 2, 11])
+        few = cpu.refine_poses(
+            arguments[0][rows], arguments[1], *(t[rows] for t in arguments[2:6]), 1, 20, 2
+        )
+        torch.set_num_threads(3)
+        shared = cpu.refine_poses(*arguments, 2)
+    finally:
+        torch.set_num_threads(before)
+    for one, other, part in zip(whole, shared, few, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one[rows], part)
+
+
+def test_refinement_leaves_its_input_and_takes_any_strides() -> None:
+    images, templates, label, angle, shift, mirror, *rings = refinement(9, 2, 32, 12)
+    kept = angle.clone(), shift.clone()
+    plain = cpu.refine_poses(images, templates, label, angle, shift, mirror, *rings, 1)
+    assert torch.equal(angle, kept[0])
+    assert torch.equal(shift, kept[1])
+    strided = cpu.refine_poses(
+        images.mT.contiguous().mT, templates.flip(0).flip(0), label, angle.repeat(2, 1).T[:, 0],
+        shift.T.contiguous().T, mirror.repeat_interleave(2)[::2], *rings, 1,
+    )  # fmt: skip
+    for one, other in zip(plain, strided, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_refinement_of_particles_and_poses_that_are_no_numbers_or_far_away() -> None:
+    images, templates, label, angle, shift, mirror, *rings = refinement(8, 2, 32, 12)
+    plain = cpu.refine_poses(images, templates, label, angle, shift, mirror, *rings, 2)
+    images, angle, shift = images.clone(), angle.clone(), shift.clone()
+    images[0, 16, 16], images[1, 16, 16] = torch.nan, torch.inf
+    angle[2], shift[3, 0], shift[4, 1] = torch.nan, torch.nan, torch.inf
+    shift[5], shift[6] = 1e9, -1e30
+    found = cpu.refine_poses(images, templates, label, angle, shift, mirror, *rings, 2)
+    assert found[2][:5].isnan().all()
+    assert torch.equal(found[2][5:7], torch.zeros(2))
+    assert torch.equal(found[1][:2], shift[:2])
+    assert torch.equal(found[1][5:7], shift[5:7])
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one[7:], other[7:])
+
+
+def test_refinement_that_is_not_served_or_refused() -> None:
+    arguments = refinement(3, 2, 32, 12)
+    assert cpu.refine_poses(*widened(arguments), 1) is None
+    images, templates, label, *others = arguments
+    for wrong in (label + 1, label - 2):
+        with pytest.raises(ValueError, match="2 references"):
+            refine_poses(images, templates, wrong, *others, 1)
+
+
+def copy_sources(folder: Path) -> None:
+    for path in (*build.cpu_sources(), *build.SOURCES.glob("*.h")):
+        shutil.copy(path, folder)
+
+
 def test_a_stale_library_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = (build.SOURCES / build.CPU_SOURCE).read_text()
+    copy_sources(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "SOURCES", tmp_path)
-    (tmp_path / build.CPU_SOURCE).write_text(source)
     library = tmp_path / build.cpu_library_name()
     library.touch()
-    assert build.find_cpu_library() == library
-    (tmp_path / build.CPU_SOURCE).write_text(source + "\n")
-    assert build.find_cpu_library() is None
+    for name in ("peaks.cpp", "refine.cpp", "vectors.h"):
+        source = (tmp_path / name).read_text()
+        assert build.find_cpu_library() == library
+        (tmp_path / name).write_text(source + "\n")
+        assert build.find_cpu_library() is None
+        (tmp_path / name).write_text(source)
 
 
 def test_a_library_that_does_not_load_is_said_and_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = (build.SOURCES / build.CPU_SOURCE).read_bytes()
+    copy_sources(tmp_path)
     monkeypatch.setattr(build, "SOURCES", tmp_path)
-    (tmp_path / build.CPU_SOURCE).write_bytes(source)
     library = tmp_path / build.cpu_library_name()
     library.write_bytes(b"half a library")
     cpu._load.cache_clear()

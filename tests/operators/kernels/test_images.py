@@ -30,7 +30,7 @@ from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search.match import best_match, match
 from cryoalign.search.settings import Search
 
-# Box, ring, shifts a side: the kernel for images is another for each side, and for wide windows.
+# Box, ring, shifts a side.
 SIZES = [
     (90, 36, 7),
     (90, 30, 3),
@@ -49,11 +49,6 @@ def gpu() -> torch.device:
     if not found.loaded:
         pytest.skip(f"{found.message}; {found.advice}")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def hopper(device: torch.device) -> None:
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("features straight from images are made for Hopper")
 
 
 @pytest.fixture
@@ -215,12 +210,18 @@ def unpacked(packed, layout: Layout, n: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("size", "last_ring", "side"), [*SIZES, (101, 40, 9)])
+@pytest.mark.parametrize(("size", "last_ring", "side"), [*SIZES, (101, 40, 9), (140, 64, 3)])
 @pytest.mark.parametrize(("first_ring", "ring_step"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize("shift_step", [1.0, 0.7])
 def test_packed_features_are_ring_spectra(
-    gpu, size: int, last_ring: int, side: int, first_ring: int, ring_step: int
+    gpu,
+    size: int,
+    last_ring: int,
+    side: int,
+    first_ring: int,
+    ring_step: int,
+    shift_step: float,
 ) -> None:
-    hopper(gpu)
     n = 11
     images = particles(n, 2, size)[0] * 37 + 5
     rings = Rings(first_ring, last_ring, ring_step, 256)
@@ -228,9 +229,10 @@ def test_packed_features_are_ring_spectra(
     radii = rings.radii()
     carried = [int((math.pi * radii >= low).sum()) for low in range(0, 128, 16)]
     layout = Layout(len(radii), 256, tuple(-(-count // 16) for count in carried if count))
-    axis = torch.arange(side) - side // 2
-    shifts = torch.cartesian_prod(axis, axis).double()
-    packed = kernel_images.pack_images(images, rings, side, layout)
+    axis = (torch.arange(side) - side // 2) * shift_step
+    there = torch.cartesian_prod(axis, axis).float()
+    shifts, reach = there.double(), last_ring + side // 2
+    packed = kernel_images.pack_images(images, rings, there.cuda(), layout, reach)
     found, kept = unpacked(packed, layout, n)
     # The same at angles half a step on, turned back.
     like = images.cpu().double()
@@ -245,10 +247,10 @@ def test_packed_features_are_ring_spectra(
     rest = found[:, :, kept] - expected[..., : kept.shape[1]][:, :, kept]
     error = rest.abs().square().sum(-1) / expected[:, :, kept].abs().square().sum(-1)
     assert error.sqrt().max() < 4e-3
-    again = kernel_images.pack_images(images, rings, side, layout)
+    again = kernel_images.pack_images(images, rings, there.cuda(), layout, reach)
     assert torch.equal(again.spectra, packed.spectra)
     assert torch.equal(again.scale, packed.scale)
-    part = kernel_images.pack_images(images[8:], rings, side, layout)
+    part = kernel_images.pack_images(images[8:], rings, there.cuda(), layout, reach)
     assert torch.equal(part.spectra[0, :, :, :12], packed.spectra[1, :, :, :12])
 
 
@@ -275,7 +277,7 @@ def test_image_peaks_are_float64s(
         score.double(), table.gather(2, place[..., None])[..., 0], atol=2e-5, rtol=0
     )
     assert (table.amax(2) - score).max() < 4e-3
-    assert (table.amax(2) - score).mean() < 2e-4
+    assert (table.amax(2) - score).mean() < 3e-4
     few, where = image_peaks(images, spectra, search.shifts(), *numbers, 4)
     best, label = score.max(1)
     assert torch.equal(few.max(1).values, best)
