@@ -82,6 +82,10 @@ COLUMNS = {
 }
 
 
+CTF_COLUMNS = frozenset({*COLUMNS.values(), *FLAGS.values(), "rlnOpticsGroup"})
+"""Columns of the particles that `optics_from_relion` reads."""
+
+
 def optics_from_relion(
     particles: Mapping[str, Any], optics: Mapping[str, Any] | None, pixel_size: float
 ) -> Optics | None:
