@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cryoalign.images.ctf import (
     phase_flip,
     transfer_2d,
 )
+from cryoalign.io.star import read_star
 
 
 @pytest.mark.parametrize("size", [64, 45])
@@ -171,3 +173,15 @@ def test_what_was_done_is_read_by_optics_group() -> None:
     assert optics.phase_flipped.tolist() == [False, True]
     assert optics.premultiplied.tolist() == [True, False]
     assert optics[1:].scaled(2.0).phase_flipped.tolist() == [True]
+
+
+@pytest.mark.parametrize("layout", ["relion30", "relion31"])
+def test_other_programs_files_have_finite_ctfs(shared_data: Path, layout: str) -> None:
+    """In all rows of these files of ASPIRE, DefocusU is smaller than DefocusV."""
+    tables = read_star(shared_data / "formats" / f"aspire_sample_particles_{layout}.star")
+    optics = optics_from_relion(tables.particles, tables.optics, 1.4)
+    assert optics is not None
+    assert (optics.defocus_u < optics.defocus_v).all()
+    assert implausible(optics) == []
+    made, expected = ctf_2d(optics, 64), ctf(optics, 64)
+    torch.testing.assert_close(made.double(), expected, atol=5e-3, rtol=0)
