@@ -56,6 +56,10 @@ class Optics:
     def __getitem__(self, rows: Any) -> Optics:
         return Optics(**{name: value[rows] for name, value in vars(self).items()})
 
+    def to(self, device: torch.device | str) -> Optics:
+        """The same optics on a device, where the CTFs are then computed."""
+        return Optics(**{name: value.to(device) for name, value in vars(self).items()})
+
     def scaled(self, scale: float) -> Optics:
         """The same optics for images whose pixels are ``scale`` times as large."""
         return replace(self, pixel_size=self.pixel_size * scale)
@@ -225,7 +229,7 @@ def phase_flip(images: Tensor, optics: Optics) -> Tensor:
 
     Images whose phases were flipped before, or that were multiplied by their CTF, stay as they are.
     """
-    sign = torch.sign(transfer_2d(optics, images.shape[-1])).to(images.device)
+    sign = torch.sign(transfer_2d(optics.to(images.device), images.shape[-1]))
     return torch.fft.irfft2(torch.fft.rfft2(images) * sign, s=images.shape[-2:])
 
 

@@ -150,13 +150,14 @@ def ctf_weighted_sums(
     optics, size, device = particles.optics, particles.size, particles.device
     if optics is None:
         raise ValueError("these particles have no CTF: use class_sums")
-    shell, shells = shell_index(size), size // 2 + 1
-    components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
+    shell, shells = shell_index(size, device), size // 2 + 1
+    ones = torch.ones(size, shells, dtype=torch.float64, device=device)
+    components = shell_sums(ones, shell, shells + 1)[:-1]
     power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
 
     def read(rows: Tensor) -> Tensor:
-        factor, _ = matched_filter(optics[rows], size)
-        spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
+        factor, _ = matched_filter(optics[rows].to(device), size)
+        spectra = torch.fft.rfft2(particles.read(rows)) * factor
         return torch.fft.irfft2(spectra, s=(size, size))
 
     sums = sum_parts(
@@ -164,11 +165,11 @@ def ctf_weighted_sums(
         particles.part_of,
     )  # fmt: skip
     for rows in particles.parts():
-        _, square = matched_filter(optics[rows], size)
-        curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
+        _, square = matched_filter(optics[rows].to(device), size)
+        curves = shell_sums(square.double(), shell, shells + 1)[:, :-1] / components
         group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
         of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
-        power.add(of_batch.index_add_(0, number, curves.double()), group)
+        power.add(of_batch.index_add_(0, number, curves.cpu()), group)
     return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 

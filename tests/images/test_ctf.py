@@ -14,6 +14,7 @@ from cryoalign.images.ctf import (
     phase_flip,
     transfer_2d,
 )
+from cryoalign.images.masks import normalise
 from cryoalign.io.star import read_star
 
 
@@ -185,3 +186,25 @@ def test_other_programs_files_have_finite_ctfs(shared_data: Path, layout: str) -
     assert implausible(optics) == []
     made, expected = ctf_2d(optics, 64), ctf(optics, 64)
     torch.testing.assert_close(made.double(), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    optics = some_optics()
+    images = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(0))
+    card = optics.to("cuda")
+    for here, there in zip(matched_filter(optics, 64), matched_filter(card, 64), strict=True):
+        torch.testing.assert_close(there.cpu(), here, atol=1e-3, rtol=0)
+    flipped = phase_flip(images.cuda(), optics).cpu()
+    expected = phase_flip(images, optics)
+    # Signs beside zeros of the CTF are uncertain.
+    assert float((flipped - expected).norm() / expected.norm()) < 0.03
+    for subtract in ("ramp", "constant", "none"):
+        torch.testing.assert_close(
+            normalise(images.cuda(), 32.0, subtract).cpu(),
+            normalise(images, 32.0, subtract),
+            atol=1e-4,
+            rtol=0,
+        )

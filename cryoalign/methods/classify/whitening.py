@@ -169,7 +169,7 @@ class Observer:
         box, shell = len(self.mask), shell_index(size, device)
         factor = power = torch.ones_like(self.noise)[None]
         if self.optics is not None:
-            factor, power = (x.to(device) for x in matched_filter(self.optics[rows], size))
+            factor, power = matched_filter(self.optics[rows].to(device), size)
         spectra = torch.fft.rfft2(torch.fft.ifftshift(self.read(rows), dim=(-2, -1)))
         factor = factor / self.noise
         cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
