@@ -64,7 +64,7 @@ def run(
     n: Annotated[int, "particles"] = 2000,
     k: Annotated[int, "classes"] = 10,
     size: Annotated[int, "box, px"] = 64,
-    threads: Annotated[int, "of each process"] = 1,
+    threads_each: Annotated[int, "threads of each process"] = 1,
     deterministic: Annotated[bool, "PyTorch's deterministic algorithms, for a GPU"] = False,
     device: Annotated[str, "cpu or cuda"] = "cpu",
 ) -> Result:
@@ -76,7 +76,7 @@ def run(
     """
     rows: list[Row] = []
     for name in method:
-        given = {"n": n, "k": k, "size": size, "threads": threads, "device": device}
+        given = {"n": n, "k": k, "size": size, "threads": threads_each, "device": device}
         given |= {"method": name, "deterministic": deterministic}
         first = None
         for count in processes:
@@ -111,7 +111,7 @@ def run(
                 "same bits": True,
             }
         )
-    told = f"{n} particles of {size} px, {k} classes, {threads} threads a process; {device}"
+    told = f"{n} particles of {size} px, {k} classes, {threads_each} threads a process; {device}"
     return Result(rows, [told + (", deterministic" if deterministic else "")])
 
 

@@ -53,7 +53,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         for count in n:
             path = Path(folder) / "particles.mrcs"
-            _sparse(path, count, size)
+            sparse_stack(path, count, size)
             for how in ("stream", "shuffled dataset"):
                 job = json.dumps([str(path), how, block, window])
                 done = subprocess.run(
@@ -74,7 +74,7 @@ def run(
     return Result(rows)
 
 
-def _sparse(path: Path, n: int, size: int) -> None:
+def sparse_stack(path: Path, n: int, size: int) -> None:
     """A stack of zeros that takes no room on the disk."""
     path.unlink(missing_ok=True)
     with mrcfile.new(path) as mrc:

@@ -83,6 +83,22 @@ def hand_peaks(
     return score, place
 
 
+def pair_peaks(particles: Tensor, references: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
+    """The best score (p,) over all angles of p pairs, and the index (p,) of the angle.
+
+    Args:
+        particles: (p, r, m) spectra at one shift.
+        references: (p, r, m) spectra.
+        mirror: (p,) bool, whether the mirrored hand is compared.
+    """
+    a = 2 * (particles.shape[-1] - 1)
+    x = torch.where(mirror[:, None, None], particles, particles.conj())
+    table = torch.fft.irfft((x * references).sum(1), n=a)
+    score, angle = table.max(1)
+    # In the mirrored hand's table, entry i belongs to angle a / 2 - i, as in `_tables`.
+    return score, torch.where(mirror, (a // 2 - angle) % a, angle)
+
+
 def logsumexp_of(
     particles: Tensor, factors: RingFactors, temperature: float, mirror: bool, *block: int
 ) -> Tensor:

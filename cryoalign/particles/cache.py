@@ -143,7 +143,7 @@ class ImageCache:
             part = images if len(at) == len(rows) else images[_selection(at, images.device)]
             where = _selection(index[at], block.place.device)
             if block.scale is not None:
-                scale = (part.flatten(1).abs().amax(1) / LARGEST).clamp(min=1)[:, None, None]
+                scale = _scale(part)
                 block.scale[_selection(index[at], self.device)] = scale
                 part = (part / scale).to(block.place.dtype)
             if isinstance(where, slice):
@@ -151,6 +151,14 @@ class ImageCache:
             else:
                 block.images[where] = part.to(block.place.device)
             block.there[index[at]] = True
+
+    def as_kept(self, images: Tensor) -> Tensor:
+        """Images (b, size, size) as the cache would give them, rounded to float16 if it keeps such:
+        results then do not depend on which images there is room for."""
+        if all(each.dtype == torch.float32 for each in self.places):
+            return images
+        scale = _scale(images)
+        return (images / scale).half() * scale
 
     def kept(self) -> dict[Place, int]:
         """Number of images in each place."""
@@ -213,6 +221,11 @@ class ImageCache:
 
     def _bytes(self, number: int, place: Place) -> int:
         return self._length(number) * place.dtype.itemsize * self.size**2
+
+
+def _scale(images: Tensor) -> Tensor:
+    """(b, 1, 1) what images (b, h, w) are divided by to fit the range of float16."""
+    return (images.flatten(1).abs().amax(1) / LARGEST).clamp(min=1)[:, None, None]
 
 
 def _selection(index: np.ndarray, device: torch.device) -> slice | Tensor:

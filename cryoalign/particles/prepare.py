@@ -23,6 +23,7 @@ from cryoalign.particles.stack import Stack, as_stack, optics_of
 from cryoalign.runtime.arrays import Array
 from cryoalign.runtime.processes import (
     choose_device,
+    even_batch,
     gather_over_ranks,
     part_length,
     shard,
@@ -34,7 +35,8 @@ Progress = Callable[[str, int, int], None]
 """Called from time to time with the name of the present work, the amount done, and the total."""
 
 CPU_BATCH = 64  # particles; the arrays of a batch then fit a CPU's cache
-CUDA_BATCH_BYTES = 2**29  # bytes of the images of a batch; a GPU needs many particles at a time
+CUDA_BATCH_BYTES = 2**29  # most bytes of the images of a batch; a GPU needs many at a time
+CUDA_BATCH = 4096  # particles of a batch, at least, if that many fit
 
 
 def prepare(
@@ -111,7 +113,8 @@ class PreparedParticles:
         self._unflipped: Optics | None = None  # CTFs before phases were flipped
         usual = CPU_BATCH
         if device.type == "cuda":
-            usual = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
+            most = max(64, CUDA_BATCH_BYTES // (4 * self.size**2))
+            usual = even_batch(len(stack), most, CUDA_BATCH)
         self.batch_size = batch_size or usual
         # Until it is known which images are usable, a process has its share of all.
         own = shard(len(stack), part_length(len(stack), self.batch_size))
@@ -212,9 +215,10 @@ class PreparedParticles:
         root, own = self._root(members)
         made = self._ahead.take(members) if self._ahead is not None else None
         made = made or root._make(own)
-        if made.new:
-            root._cache.put(root.rows[own].numpy(), made.images)
-        return made.images
+        if not made.new:
+            return made.images
+        root._cache.put(root.rows[own].numpy(), made.images)
+        return root._cache.as_kept(made.images)
 
     def read_shared(self, members: Tensor) -> Tensor:
         """(b, size, size) images of any particles (b,), on every process. Each is read by the
@@ -376,7 +380,7 @@ class PreparedParticles:
         if self._unflipped is None:
             return Made(self._load(rows), True)
         images = self._caches[False].get(rows.numpy())
-        images = self._load(rows) if images is None else images
+        images = self._caches[False].as_kept(self._load(rows)) if images is None else images
         if len(members) == 1:  # as in `_prepared`
             images, members = images.expand(2, -1, -1), members.expand(2)
             return Made(phase_flip(images, self._unflipped[members])[:1], True)

@@ -129,7 +129,7 @@ def class_sums(
     """
     return sum_parts(
         particles.parts(doing), particles.read, pose, label, particles.half, n_classes,
-        particles.size, particles.device, lambda rows: int(rows[0]) // particles.part_length,
+        particles.size, particles.device, particles.part_of,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from cryoalign.operators.kernels.images import (
     RESCORED,
     PackedTemplates,
     ReferenceSpectra,
+    logsumexp,
     pack_templates,
     prepare_references,
     refine_packed,
@@ -87,6 +88,13 @@ def kernel_match(images: Tensor, search: KernelSearch) -> tuple[Tensor, Pose]:
     score, place = screen(small, search.spectra, coarse.mirror, None)
     pose = grid_pose(place, coarse.shifts, coarse.rings, coarse.mirror)
     return score, Pose(pose.angle, pose.shift * coarse.factor, pose.mirror)
+
+
+def kernel_log_evidence(images: Tensor, search: KernelSearch, temperature: float) -> Tensor:
+    """(n, k) `search.match.log_evidence` of particles (n, size, size)."""
+    coarse = search.coarse
+    small = fourier_shrink(images, coarse.size)
+    return logsumexp(small, search.spectra, temperature, coarse.mirror)
 
 
 def _batch_poses(images: Tensor, search: KernelSearch) -> Found:

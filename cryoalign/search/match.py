@@ -23,6 +23,7 @@ from cryoalign.search.coarse_to_fine import (
 )
 from cryoalign.search.kernel_search import (
     KernelSearch,
+    kernel_log_evidence,
     kernel_match,
     kernel_poses,
     prepare_kernel_search,
@@ -199,6 +200,8 @@ def refine_match(images: Tensor, target: Target, label: Tensor, pose: Pose) -> t
 
 def log_evidence(images: Tensor, target: Target, temperature: float) -> Tensor:
     """(n, k) T log sum exp(score / T) over all poses that `match_all` tries, T the temperature."""
+    if target.kernels is not None:
+        return kernel_log_evidence(images.detach(), target.kernels, temperature)
     mirror, screen = target.search.mirror, target.screen
     if screen is not None:
         rings, shifts, spectra = screen.rings, screen.shifts, screen.spectra

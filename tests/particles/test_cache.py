@@ -177,3 +177,18 @@ def test_a_gpu_keeps_float16_and_the_rest_in_pinned_memory() -> None:
         assert torch.equal(found, expected.half().float())
     assert cache.holds(np.arange(8))
     assert not cache.holds(np.arange(9))
+
+
+def test_images_for_which_there_is_no_room_are_as_those_that_are_kept() -> None:
+    images = 3 * torch.randn(6, 5, 5, generator=torch.Generator().manual_seed(2))
+    images[4] *= 1e5  # beyond the range of float16
+    half = Place("half", torch.device("cpu"), torch.float16, False, 10**6)
+    cache = ImageCache(6, range(6), 5, torch.device("cpu"), [half])
+    rows = np.arange(6)
+    cache.put(rows, images)
+    kept = cache.get(rows)
+    assert kept is not None
+    assert torch.equal(cache.as_kept(images), kept)
+    assert not torch.equal(kept, images)
+    whole = ImageCache(6, range(6), 5, torch.device("cpu"), [half._replace(dtype=torch.float32)])
+    assert whole.as_kept(images) is images

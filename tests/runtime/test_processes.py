@@ -141,6 +141,24 @@ def test_processes_have_whole_parts_of_one_division(monkeypatch, n, count):
         assert max(map(len, owned)) - min(map(len, owned)) <= length + length % 64 + 64
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+@pytest.mark.parametrize("n", [100_000, 400_000, 1_000_000])
+def test_batches_of_a_gpu_are_shared_equally(monkeypatch, n, count):
+    batch = processes.even_batch(n, 16_570, 4096)
+    assert 4096 <= batch <= 16_570
+    monkeypatch.setattr(processes, "world_size", lambda: count)
+    shares = []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(len(range(n)[processes.shard(n, processes.part_length(n, batch))]))
+    assert max(shares) <= 1.005 * n / count
+
+
+def test_batches_of_a_gpu_are_not_small_and_fit():
+    assert processes.even_batch(9000, 16_570, 4096) == 4096
+    assert processes.even_batch(9000, 500, 4096) == 500
+
+
 def sum_in(order, values, rows, size):
     exact = processes.ExactSum(size, values.shape[2], torch.device("cpu"))
     for i in order:

@@ -9,8 +9,9 @@ import torch
 
 from cryoalign.images.fourier import fourier_shrink
 from cryoalign.images.geometry import sampling_places
-from cryoalign.images.polar import reference_spectra, shifted_rings
+from cryoalign.images.polar import reference_spectra, ring_spectra, shifted_rings
 from cryoalign.operators import kernels
+from cryoalign.operators.correlation import correlation_table
 from cryoalign.operators.kernels.images import pack_templates, refine_packed
 from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.operators.ring_products import ring_factors
@@ -18,7 +19,13 @@ from cryoalign.particles.simulate import simulate
 from cryoalign.pose import pixel_error
 from cryoalign.search.coarse_to_fine import coarse_poses
 from cryoalign.search.kernel_search import kernel_match, kernel_poses
-from cryoalign.search.match import Target, best_poses, match_all, prepare_target
+from cryoalign.search.match import (
+    Target,
+    best_poses,
+    log_evidence,
+    match_all,
+    prepare_target,
+)
 from cryoalign.search.settings import Search
 
 pytestmark = pytest.mark.gpu
@@ -132,6 +139,21 @@ def test_all_pairs_are_those_of_the_coarse_search() -> None:
     assert (found.score.cpu() - expected).abs().max() < 2e-3
     near = (found.pose.angle.cpu() - pose.angle).abs() < 1e-3
     assert near.double().mean() > 0.98
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_evidence_is_summed_over_all_poses(mirror: bool) -> None:
+    data = simulate(40, 5, size=64, snr=0.1, max_shift=3.0)
+    target = target_of(data.views, mirror=mirror)
+    assert target.kernels is not None
+    coarse, temperature = target.kernels.coarse, 0.02
+    found = log_evidence(data.images.cuda(), target, temperature).cpu()
+    small = fourier_shrink(data.images.double(), coarse.size)
+    spectra = ring_spectra(small, coarse.rings, coarse.shifts.cpu().double())
+    references = reference_spectra(fourier_shrink(data.views.double(), coarse.size), coarse.rings)
+    table = correlation_table(spectra, references, mirror).flatten(2)
+    expected = temperature * torch.logsumexp(table / temperature, 2)
+    assert (found - expected).abs().max() < 2e-3
 
 
 def test_several_poses_of_an_image_are_refined_each_for_itself() -> None:

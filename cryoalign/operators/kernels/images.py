@@ -104,6 +104,23 @@ def screen(
     return score, place
 
 
+def logsumexp(
+    images: Tensor, references: ReferenceSpectra, temperature: float, mirror: bool
+) -> Tensor:
+    """(n, k) T log sum exp(score / T) over all poses, T the temperature, from images (n, h, w)."""
+    n, images, layout = len(images), images.contiguous(), references.layout
+    out = images.new_empty(n, len(references.spectra))
+
+    def run(rows: slice) -> None:
+        features = pack_images(
+            images[rows], references.rings, references.shifts, layout, references.reach
+        )
+        peaks.logsumexp_packed(features, references.packed, layout, temperature, mirror, out[rows])
+
+    peaks.in_batches(run, n, len(references.shifts) * layout.fragments * 64, images.device)
+    return out
+
+
 def image_peaks(
     images: Tensor, references: Tensor, shifts: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor] | None:

@@ -274,14 +274,28 @@ def fused_logsumexp(
     """The operator `correlation_logsumexp`; None for inputs that the kernels do not serve."""
     if not serves(particles, references):
         return None
-    size = (len(particles), len(references), 1 + mirror)
-    out = references.new_empty(size, dtype=torch.float)
+    out = references.new_empty(len(particles), len(references), dtype=torch.float)
 
     def run(rows: slice, some: Tensor, packed: Task) -> None:
-        torch.ops.cryoalign_cuda.fused_logsumexp(*_task(*packed), temperature, out[rows])
+        logsumexp_packed(*packed, temperature, mirror, out[rows])
 
     _in_packed_batches(run, particles, references.resolve_conj().contiguous())
-    return temperature * torch.logsumexp(out / temperature, 2)
+    return out
+
+
+def logsumexp_packed(
+    particles: Packed,
+    references: Packed,
+    layout: Layout,
+    temperature: float,
+    mirror: bool,
+    out: Tensor,
+) -> None:
+    """Fill ``out`` (n, k) with T log sum exp(score / T) of packed spectra, T the temperature."""
+    hands = out.new_empty(*out.shape, 1 + mirror)
+    task = _task(particles, references, layout)
+    torch.ops.cryoalign_cuda.fused_logsumexp(*task, temperature, hands)
+    out.copy_(temperature * torch.logsumexp(hands / temperature, 2))
 
 
 def _task(particles: Packed, references: Packed, layout: Layout) -> tuple[Any, ...]:
