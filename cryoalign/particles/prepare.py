@@ -159,10 +159,9 @@ class PreparedParticles:
         Raises:
             ValueError: the STAR file has a defocus, but other values that a CTF needs are missing.
         """
-        optics = self._given_optics or optics_of(self.stack)
-        if optics is None:
+        if self._optics is None:
             return None
-        optics = optics[self.rows].scaled(self.scale)
+        optics = self._optics[self.rows].scaled(self.scale)
         return optics.flipped() if self.flipped else optics
 
     def phase_flipped(self) -> PreparedParticles:
@@ -181,8 +180,12 @@ class PreparedParticles:
 
     def ctf_line(self, use: CtfUse) -> str:
         """What a method that uses CTFs in this way does with these, see `ctf_use.ctf_line`."""
-        known = None if use == "none" else self._given_optics or optics_of(self.stack)
-        return ctf_line(use, self.stack, known)
+        return ctf_line(use, self.stack, None if use == "none" else self._optics)
+
+    @cached_property
+    def _optics(self) -> Optics | None:
+        """CTFs of the whole stack as it is; None if not known."""
+        return self._given_optics or optics_of(self.stack)
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
         """The same particles with another function for the progress."""

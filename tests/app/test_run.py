@@ -1,5 +1,7 @@
 """A run folder: what it holds, what it refuses, and that an interruption costs nothing."""
 
+import html
+import io
 from contextlib import chdir
 from dataclasses import replace
 from io import StringIO
@@ -14,6 +16,7 @@ import torch
 from rich.console import Console
 from sklearn.metrics import adjusted_rand_score
 
+from cryoalign.app.check import check_stack
 from cryoalign.app.run import Interrupted, run
 from cryoalign.app.run_folder import RUN_FILES, write_csv
 from cryoalign.app.settings import load_config
@@ -41,8 +44,12 @@ def star(tmp_path_factory):
 
 
 def settings(star, output, *more):
-    words = ("n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px", "device=cpu")
-    more = ("threads=1", *more)  # small work, perhaps on a busy machine: threads would wait
+    words = ("method=mra", "n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px")
+    more = (
+        "device=cpu",
+        "threads=1",
+        *more,
+    )  # small work, perhaps on a busy machine: threads would wait
     return load_config(None, [f"particles={star}", f"output={output}", *words, *more])
 
 
@@ -66,6 +73,23 @@ def test_a_run_writes_all_its_files_and_no_others(finished):
         assert picture.read_bytes().startswith(b"\x89PNG"), picture
         assert picture.stat().st_size > 5000, picture
     assert "<html" in (finished / "report.html").read_text()[:200]
+
+
+def test_what_was_done_with_the_ctf_is_said_everywhere(tmp_path):
+    made = simulate(60, 2, size=32, snr=2.0, max_shift=1.0, defocus=(1.0, 2.0), seed=3)
+    star = write_simulation(tmp_path / "data", made)
+    line = "CTF: phases flipped, averages weighted by CTF^2 (particles.star has defocus)"
+    shown = io.StringIO()
+    config = settings(star, tmp_path / "run", "n_classes=2", "iterations=2", "embedding=false")
+    folder = run(config, console=Console(file=shown, width=200))
+    assert line in shown.getvalue().splitlines()
+    assert f"# {line}" in (folder / "class_averages.star").read_text().splitlines()
+    assert html.escape(line.removeprefix("CTF: ")) in (folder / "report.html").read_text()
+    assert Alignment.load(folder / "alignment.npz").ctf == line
+    assert check_stack(star, config.made()).ctf == line
+    plain = write_simulation(tmp_path / "plain", simulate(60, 2, size=32, seed=3, max_shift=1.0))
+    expected = "CTF: not used, because particles.star has no defocus"
+    assert check_stack(plain, config.made()).ctf == expected
 
 
 def test_particles_csv_keeps_its_contract(finished):

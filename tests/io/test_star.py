@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
@@ -203,10 +204,18 @@ def test_a_single_block_without_pixel_size(tmp_path: Path, make_stack: MakeStack
     path = tmp_path / "p.star"
     table = pd.DataFrame({"rlnImageName": ["2@a.mrcs", "1@a.mrcs"], "rlnAnglePsi": [5.0, 6.0]})
     starfile.write(table, path)
-    assert read_particles(path).pixel_size is None
+    assert read_particles(path).pixel_size == 2.5  # the header's
     assert read_particles(path).optics is None
-    starfile.write(table.assign(rlnImagePixelSize=1.25), path)
-    assert read_particles(path).pixel_size == 1.25
+    for column in ("rlnImagePixelSize", "rlnPixelSize"):
+        starfile.write(table.assign(**{column: 2.51}), path)
+        assert read_particles(path).pixel_size == 2.51
+    starfile.write(table.assign(rlnPixelSize=1.25), path)
+    with pytest.warns(UserWarning, match=r"has a pixel size of 2.5 A, the STAR file 1.25 A"):
+        assert read_particles(path).pixel_size == 1.25
+    with mrcfile.open(tmp_path / "a.mrcs", "r+") as mrc:
+        mrc.voxel_size = 0.0
+    starfile.write(table, path)
+    assert read_particles(path).pixel_size is None
     starfile.write(table.assign(rlnOriginXAngst=1.0), path)
     assert "no data_optics" in _problems(path)[0][1]
 

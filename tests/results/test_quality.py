@@ -65,8 +65,9 @@ def test_noise_and_ice_are_told_from_particles(judged: tuple[Alignment, torch.Te
     assert roc_auc_score(junk, table["junk_score"]) > 0.97
     assert marked[(kind == 0).numpy()].mean() > 0.9  # by evidence
     assert (table["evidence"][(kind == 0).numpy()] < LEAST_EVIDENCE).mean() > 0.9
-    assert marked[(kind == 1).numpy()].mean() > 0.8
-    assert (table["oddness"][(kind == 1).numpy()] > ODD).mean() > 0.8  # by what is left
+    # Planes are subtracted from all particles, and ice loses what it has of one.
+    assert marked[(kind == 1).numpy()].mean() >= 0.8
+    assert (table["oddness"][(kind == 1).numpy()] > ODD).mean() >= 0.8  # by what is left
     assert marked[~junk].mean() < 0.03
 
 

@@ -58,7 +58,7 @@ def command(*words, processes=2):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of `runs_of_all_methods` by 1, 2 and 3 processes."""
-    simulation = simulate(124, 3, size=32, snr=0.5, max_shift=1.0, seed=5)
+    simulation = simulate(124, 3, size=32, snr=0.5, max_shift=1.0, seed=5, defocus=(1.0, 2.0))
     simulation.images[7], simulation.images[110] = torch.nan, 1.0
     star = write_simulation(tmp_path_factory.mktemp("more"), simulation)
     script = Path(__file__).with_name("runs_of_all_methods.py")
@@ -128,8 +128,8 @@ def test_two_gpus_give_what_one_gives_in_deterministic_mode(method):
 
 
 def test_one_process_speaks(star, tmp_path):
-    words = (f"particles={star}", "n_classes=3", "particle.max_shift=1px", "iterations=3")
-    process = command(*words, f"output={tmp_path / '2'}")
+    words = ("method=mra", "n_classes=3", "particle.max_shift=1px", "iterations=3")
+    process = command(f"particles={star}", *words, f"output={tmp_path / '2'}")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("iteration   2") == 1
 
@@ -229,7 +229,7 @@ def test_sums_that_depend_on_the_order_are_refused():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("n_classes=100", "a whole number from 1 to the 99 usable particles"),  # in all
+        ("method=mra n_classes=100", "a whole number from 1 to the 99 usable particles"),  # in all
         ("n_classes=3 output={star.parent}", "not of a cryoalign run"),  # in process 0 only
     ],
 )
