@@ -64,10 +64,6 @@ class Optics:
         """The same optics for images whose pixels are ``scale`` times as large."""
         return replace(self, pixel_size=self.pixel_size * scale)
 
-    def to(self, device: torch.device) -> Optics:
-        """The same optics with tensors on ``device``, where CTFs are then computed."""
-        return Optics(**{name: value.to(device) for name, value in vars(self).items()})
-
     def flipped(self) -> Optics:
         """The optics of the same images after `phase_flip`."""
         return replace(self, phase_flipped=~self.premultiplied)
