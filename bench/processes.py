@@ -123,7 +123,7 @@ def _timed(given: dict[str, object], count: int) -> tuple[float, list[float], li
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": str(given["threads"]),
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic products need it
         }
