@@ -68,7 +68,8 @@ def run(
         rows.append(row)
     notes = [
         f"CPU ms per particle; {n} particles of {size} px at SNR {snr:g}; median of {repeats}",
-        "SPARX: EMAN2/SPARX compiled with -march=native, on the same kind of machine",
+        "SPARX: constants, EMAN2/SPARX compiled with -march=native, measured on the same kind of "
+        "machine",
     ]
     return Result(rows, notes)
 

@@ -146,7 +146,8 @@ def simulate_particles(
     noise = torch.randn(n, size, size, generator=generator)
     noise = filter_shells(noise, noise_power(size).sqrt())
     images = images * (settings.snr / power).sqrt() + noise / noise.std()
-    return Particles(normalise(images, min(radius + EDGE, size / 2)), ctf, label, pose.mirror)
+    images = normalise(images, min(radius + EDGE, size / 2), "constant")
+    return Particles(images, ctf, label, pose.mirror)
 
 
 @plain_dataclass(frozen=True)

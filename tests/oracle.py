@@ -11,6 +11,7 @@ from cryoalign.images.ctf import Optics
 from cryoalign.images.frc import ring_correlation
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked, normalise
+from cryoalign.pose import Pose
 from cryoalign.results.alignment import Alignment
 
 
@@ -93,6 +94,20 @@ def ctf(optics: Optics, size: int) -> torch.Tensor:
     defocus = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (theta - torch.deg2rad(angle)))
     chi = torch.pi * wavelength * defocus * k2 - torch.pi / 2 * cs * 1e7 * wavelength**3 * k2**2
     return torch.sin(chi + torch.asin(amplitude))
+
+
+def ctf_average(images: torch.Tensor, optics: Optics, pose: Pose) -> torch.Tensor:
+    """(size, size) sum of CTF * particle over sum of CTF^2, of images as they were recorded, in
+    float64; the sum of CTF^2 is the mean over a circle of all angles, plus 0.1 % of the members."""
+    n, size = len(images), images.shape[-1]
+    transfer = ctf(optics, size)
+    prepared = torch.fft.rfft2(normalise(images.double(), size / 2)) * transfer
+    moved = transform(torch.fft.irfft2(prepared, s=(size, size)).float(), pose).double()
+    radius = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    square = transfer.square().sum(0).numpy()
+    rings = [square[radius.round() == ring].mean() for ring in range(size // 2 + 1)]
+    below = np.interp(radius, np.arange(size // 2 + 1), 1 / (np.array(rings) + 0.001 * n))
+    return torch.fft.irfft2(torch.fft.rfft2(moved.sum(0)) * torch.from_numpy(below), s=(size, size))
 
 
 def curves_by_row(images: torch.Tensor, found: Alignment, mask: torch.Tensor) -> torch.Tensor:

@@ -44,23 +44,29 @@ def write_results(
 ) -> None:  # fmt: skip
     """Write tables, averages, pictures and the report, each file completely or not at all.
 
-    ``doing`` is called with a few words about each part of the work before it starts. A second
-    thread, the only one that uses Matplotlib, draws while this one writes tables.
+    ``doing`` is called with a few words about each part of the work before it starts. Other threads
+    draw and compute t-SNE maps while this one writes tables. No two of them use Matplotlib at the
+    same time.
     """
     method = config.made()
     limit = method.max_shift(box_of(alignment)) * alignment.scale
-    with ThreadPoolExecutor(1) as artist:
-        drawn = artist.submit(draw, alignment, limit)
+    rows = _embedded_rows(config, alignment)
+    with ThreadPoolExecutor(3) as beside:
         doing(f"writing tables of {len(stack):,} particles, and drawing pictures")
+        drawn = beside.submit(draw, alignment, limit)
+        maps = []
+        if len(rows):
+            doing(f"mapping {len(rows):,} particles by t-SNE")
+            maps = [
+                beside.submit(_embedded, config, stack, alignment, rows, aligned)
+                for aligned in (None, alignment)
+            ]
         _write_tables(folder, stack, alignment)
         _write_averages(folder, alignment)
-        maps = None
-        if config.embedding:
-            doing(f"mapping particles by t-SNE, at most {EMBEDDED:,} of them")
-            maps = _embedding(config, stack, alignment)
         pictures = drawn.result()
-    if maps is not None:
-        pictures.append(picture("tsne.png", maps))
+        places = [each.result() for each in maps]
+    if places:
+        pictures.append(picture("tsne.png", _maps(places, alignment.class_number.numpy()[rows])))
     for each in pictures:
         with replacing(folder / each.name) as temporary:
             temporary.write_bytes(each.png)
@@ -109,8 +115,7 @@ def box_of(alignment: Alignment) -> Box:
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table as a CSV file, completely or not at all; cells that are not known are empty."""
     with replacing(path) as temporary:
-        types = pd.api.types
-        if all(types.is_numeric_dtype(k) and not types.is_bool_dtype(k) for k in table.dtypes):
+        if all(_is_plain(table[column]) for column in table):
             # Only numbers: many times faster than by pandas.
             columns = pa.Table.from_pandas(table, preserve_index=False)
             with temporary.open("wb") as file:
@@ -121,6 +126,18 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
                 csv.write_csv(columns, file, options)
         else:
             table.to_csv(temporary, index=False)
+
+
+def _is_plain(column: pd.Series) -> bool:
+    """Whether Arrow writes a column as pandas does: numbers, with a fraction if they are floats.
+
+    Arrow writes 1.0 as 1, which would be read as a whole number."""
+    types = pd.api.types
+    if types.is_float_dtype(column):
+        values = column.to_numpy()
+        values = values[np.isfinite(values)]
+        return bool((values % 1 != 0).any())
+    return types.is_integer_dtype(column)
 
 
 def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> None:
@@ -139,20 +156,25 @@ def _write_tables(folder: Path, stack: ParticleStack, alignment: Alignment) -> N
     )  # fmt: skip
 
 
-def _embedding(config: RunConfig, stack: ParticleStack, alignment: Alignment) -> Figure | None:
-    """t-SNE maps of some of the particles, coloured by class; None for fewer than four."""
+def _embedded_rows(config: RunConfig, alignment: Alignment) -> np.ndarray:
+    """Rows of the particles in the t-SNE maps; none for fewer than four, or without maps."""
     used = (alignment.class_number > 0).nonzero().flatten().numpy()
-    if len(used) < 4:
-        return None
-    chosen = np.random.default_rng(config.seed).choice(
-        used, min(EMBEDDED, len(used)), replace=False
-    )
-    rows = np.sort(chosen)
+    if not config.embedding or len(used) < 4:
+        return np.zeros(0, np.int64)
+    count = min(EMBEDDED, len(used))
+    return np.sort(np.random.default_rng(config.seed).choice(used, count, replace=False))
+
+
+def _embedded(
+    config: RunConfig, stack: ParticleStack, alignment: Alignment, rows: np.ndarray,
+    aligned: Alignment | None,
+) -> np.ndarray:  # fmt: skip
+    """(m, 2) t-SNE map of the particles in ``rows``, moved by their poses if ``aligned``."""
     radius = config.made().radius(box_of(alignment)) * alignment.scale
-    labels = alignment.class_number.numpy()[rows]
-    maps = [
-        embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
-        for aligned in (None, alignment)
-    ]
-    before, after = (neighbour_purity(places, labels) for places in maps)
-    return plot.embedding(maps[0], maps[1], labels, (before, after))
+    return embed(features(stack, aligned, rows=rows, mask_radius=radius), config.seed)
+
+
+def _maps(places: list[np.ndarray], labels: np.ndarray) -> Figure:
+    """The t-SNE maps before and after alignment, coloured by class."""
+    before, after = (neighbour_purity(each, labels) for each in places)
+    return plot.embedding(places[0], places[1], labels, (before, after))

@@ -63,9 +63,10 @@ class RunConfig:
     MOVED: ClassVar[dict[str, str]] = MOVED
 
     particles: Path = Field(description="STAR file, .mrcs, .mrc or .npy of the particles")
-    method: Literal[tuple(METHODS)] = Field(  # type: ignore[valid-type]
-        default="mra",
-        description="; ".join(f"{name}: {each.purpose}" for name, each in METHODS.items()),
+    method: Literal[tuple(METHODS)] | None = Field(  # type: ignore[valid-type]
+        default=None,
+        description="; ".join(f"{name}: {each.purpose}" for name, each in METHODS.items())
+        + "; null: classify, or mra if references are given",
     )
     references: str = Field(
         default="random",
@@ -131,29 +132,36 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.method is None:  # frozen, so not by assignment
+            given = self.references not in SEEDINGS
+            object.__setattr__(self, "method", "mra" if given else "classify")
         problems = list(self._conflicts())
         if problems:
             raise ValueError("\n  ".join(problems))
 
     def made(self) -> Method:
         """Make the method with these settings."""
-        return METHODS[self.method].from_settings(self)
+        return METHODS[str(self.method)].from_settings(self)
 
     def uses(self, key: str) -> bool:
         """Whether the run or its method uses a setting, given by its dotted key."""
-        return key.partition(".")[0] in RUN_KEYS or METHODS[self.method].uses(key)
+        return key.partition(".")[0] in RUN_KEYS or METHODS[str(self.method)].uses(key)
 
     def _conflicts(self) -> Iterator[str]:
         """Settings that contradict each other, as far as that can be seen without the input."""
         yield from self._unused()
         chosen = self.references in SEEDINGS
-        if self.n_classes is None and METHODS[self.method].needs_classes(chosen):
+        if self.n_classes is None and METHODS[str(self.method)].needs_classes(chosen):
             yield f"n_classes is missing: method={self.method} needs it, e.g. n_classes=10"
+        try:
+            METHODS[str(self.method)].ctf_use(self.particle.ctf)
+        except ValueError as error:
+            yield str(error)
         if self.overwrite and self.resume:
             yield "overwrite and resume exclude each other: choose one"
         if self.resume and self.output is None:
             yield "resume needs output, the folder of the run to continue: add output=FOLDER"
-        if METHODS[self.method].uses("assign"):
+        if METHODS[str(self.method)].uses("assign"):
             yield from self._wrong_assignment()
         lengths = [self.particle.max_shift, self.particle.radius or ""]
         if self.images.box is not None and not any(each.endswith("A") for each in lengths):
@@ -164,7 +172,7 @@ class RunConfig:
 
     def _unused(self) -> Iterator[str]:
         """Settings that were changed although the method does not use them."""
-        method = METHODS[self.method]
+        method = METHODS[str(self.method)]
         for key, setting in known_keys(RunConfig):
             if self.uses(key) or attrgetter(key)(self) == setting.default:
                 continue
@@ -202,6 +210,16 @@ class SimulateConfig:
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of all random choices")
     noise: Literal["white", "coloured"] = Field(default="white", description="noise spectrum")
     pixel_size: float = Field(default=3.0, gt=0, description="pixel size, Å")
+    defocus: tuple[float, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="smallest and largest defocus, µm, e.g. [1, 3]; null: no CTF",
+    )
+    astigmatism: float = Field(default=0.02, ge=0, description="largest, µm")
+    voltage: float = Field(default=300.0, gt=0, description="kV")
+    spherical_aberration: float = Field(default=2.7, description="mm")
+    amplitude_contrast: float = Field(default=0.1, ge=0, le=1, description="share")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -56,6 +56,10 @@ class Optics:
     def __getitem__(self, rows: Any) -> Optics:
         return Optics(**{name: value[rows] for name, value in vars(self).items()})
 
+    def to(self, device: torch.device | str) -> Optics:
+        """The same optics on a device, where the CTFs are then computed."""
+        return Optics(**{name: value.to(device) for name, value in vars(self).items()})
+
     def scaled(self, scale: float) -> Optics:
         """The same optics for images whose pixels are ``scale`` times as large."""
         return replace(self, pixel_size=self.pixel_size * scale)
@@ -82,6 +86,10 @@ COLUMNS = {
 }
 
 
+CTF_COLUMNS = frozenset({*COLUMNS.values(), *FLAGS.values(), "rlnOpticsGroup"})
+"""Columns of the particles that `optics_from_relion` reads."""
+
+
 def optics_from_relion(
     particles: Mapping[str, Any], optics: Mapping[str, Any] | None, pixel_size: float
 ) -> Optics | None:
@@ -94,8 +102,8 @@ def optics_from_relion(
         pixel_size: of the images, Å.
 
     Raises:
-        ValueError: a column is missing though ``rlnDefocusU`` is there, or has a value that no CTF
-            has (`ctf_values.impossible`).
+        ValueError: a column is missing though ``rlnDefocusU`` is there.
+        ImpossibleError: values that no CTF has.
     """
     if "rlnDefocusU" not in particles:
         return None
@@ -119,7 +127,7 @@ def optics_from_relion(
         value = torch.from_numpy(column_of(name, label))
         if not ((value == 0) | (value == 1)).all():
             wrong = int(((value != 0) & (value != 1)).nonzero()[0])
-            raise ValueError(f"{label} = {value[wrong]:g} in row {wrong + 1}: must be 0 or 1")
+            raise ValueError(f"{label} = {value[wrong]:g} in row {wrong + 1}: write 0 or 1")
         values[name] = value == 1
     found = Optics(**values, pixel_size=torch.full((n,), pixel_size))
     refuse_impossible(found)
@@ -221,8 +229,7 @@ def phase_flip(images: Tensor, optics: Optics) -> Tensor:
 
     Images whose phases were flipped before, or that were multiplied by their CTF, stay as they are.
     """
-    there = Optics(**{name: values.to(images.device) for name, values in vars(optics).items()})
-    sign = torch.sign(transfer_2d(there, images.shape[-1]))
+    sign = torch.sign(transfer_2d(optics.to(images.device), images.shape[-1]))
     return torch.fft.irfft2(torch.fft.rfft2(images) * sign, s=images.shape[-2:])
 
 
@@ -239,6 +246,12 @@ class Finding(NamedTuple):
             f"row {self.row + 1}: {self.column} {self.what}; {self.remedy}, or set "
             "particle.ctf=none"
         )
+
+
+class ImpossibleError(ValueError):
+    """Values that no CTF has: all ``findings``, which are also in the message."""
+
+    findings: tuple[Finding, ...] = ()
 
 
 class _Range(NamedTuple):
@@ -265,7 +278,7 @@ RANGES = {
     "defocus_v": _DEFOCUS,
     "defocus_angle": _Range((-1e5, 1e5), (-360, 360), "degrees"),
     "voltage": _Range(
-        (1e-3, 1e7),
+        (1, 1e7),
         (60, 1300),
         "kV",
         ((2e4, math.inf, "it looks like volts: divide by 1000"),),
@@ -303,9 +316,11 @@ def implausible(optics: Optics) -> list[Finding]:
 
 
 def refuse_impossible(optics: Optics) -> None:
-    """Raise ValueError if `impossible` finds something."""
+    """Raise `ImpossibleError` if `impossible` finds something."""
     if found := impossible(optics):
-        raise ValueError("; ".join(str(each) for each in found))
+        error = ImpossibleError("; ".join(str(each) for each in found))
+        error.findings = tuple(found)
+        raise error
 
 
 def _inside(values: Tensor, limits: tuple[float, float]) -> Tensor:

@@ -1,5 +1,6 @@
 """Particles in files, read in any order, a few at a time."""
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
@@ -145,4 +146,6 @@ def read_particles(
     found = survey(path, root=None if root is None else Path(root), allow_outside=allow_outside)
     if found.problems:
         raise input_error(found.problems)
+    for each in found.warnings:
+        warnings.warn(str(each), stacklevel=2)
     return ParticleStack(found)

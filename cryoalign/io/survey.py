@@ -23,8 +23,10 @@ NUMBERS = (
     *("rlnOriginX", "rlnOriginY", "rlnClassNumber", "rlnIsFlip", "rlnOpticsGroup"),
     *("rlnDetectorPixelSize", "rlnMagnification", "rlnImagePixelSize", "rlnImageSize"),
     *("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnVoltage"),
-    *("rlnSphericalAberration", "rlnAmplitudeContrast"),
+    *("rlnSphericalAberration", "rlnAmplitudeContrast", "rlnPixelSize"),
+    *("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"),
 )
+PIXEL_SIZE_DIFFERS = 0.03  # share by which the pixel sizes of STAR file and header may differ
 _IMAGE_NAME = "^(?P<number>[0-9]{1,12})@(?P<stack>.+)$"
 _SAME_SCALE = (
     "run each optics group by itself, or re-extract the particles at one pixel size and box "
@@ -44,6 +46,7 @@ class Survey:
         image_of: (n,) 0-based number of each particle's image in its file.
         pixel_size: Å per pixel; None if it is not known.
         problems: what is wrong. Use the other fields only if there are none.
+        warnings: what may be wrong; the particles can be used.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Survey:
     image_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pixel_size: float | None = None
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -105,6 +109,7 @@ def _survey_star(found: Survey, root: Path | None, allow_outside: bool) -> None:
         found.pixel_size, problems = _pixel_size(found.path, star)
         found.problems += problems
     _locate(found, star.table.text("rlnImageName"), root, allow_outside)
+    _compare_pixel_sizes(found)
     found.problems += _size_problems(found, star)
 
 
@@ -164,14 +169,38 @@ def _pixel_sizes(path: Path, star: StarTables) -> tuple[np.ndarray | None, list[
 
 
 def _pixel_sizes_of_one_block(particles: StarTable) -> np.ndarray | None:
-    """(n,) Å per pixel from magnification and detector (RELION 3.0); None without them."""
+    """(n,) Å per pixel, from magnification and detector if they are given (RELION 3.0); None if
+    nothing gives it."""
     if "rlnImagePixelSize" in particles:
         return particles.numbers("rlnImagePixelSize")
     if not {"rlnDetectorPixelSize", "rlnMagnification"} <= set(particles.labels):
-        return None
+        return particles.numbers("rlnPixelSize") if "rlnPixelSize" in particles else None
     micrometres = particles.numbers("rlnDetectorPixelSize")
     with np.errstate(divide="ignore", invalid="ignore"):
         return micrometres * 1e4 / particles.numbers("rlnMagnification")
+
+
+def _compare_pixel_sizes(found: Survey) -> None:
+    """Take the pixel size of the headers if the STAR file has none; else warn if they differ."""
+    sizes = [stack.pixel_size for stack in found.files]
+    known = [size for size in sizes if size]
+    if found.pixel_size is None:
+        same = len(known) == len(sizes) and np.ptp(known or [0]) <= 1e-4 * max(known, default=0)
+        if known and same and not found.problems:
+            found.pixel_size = known[0]
+        return
+    for stack in found.files:
+        size = stack.pixel_size
+        if size and abs(size - found.pixel_size) > PIXEL_SIZE_DIFFERS * found.pixel_size:
+            count = sum(size == other for other in sizes)
+            what = (
+                f"the header of {stack.path} has a pixel size of {size:.4g} A, the STAR file "
+                f"{found.pixel_size:.4g} A ({count} of {len(sizes)} stacks); "
+                f"{found.pixel_size:.4g} A is used"
+            )
+            remedy = "correct the one that is wrong: radius, resolution and CTF depend on it"
+            found.warnings.append(Problem(found.path, None, what, remedy))
+            return
 
 
 def _locate(found: Survey, names: pa.ChunkedArray, root: Path | None, allow_outside: bool) -> None:

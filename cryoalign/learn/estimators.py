@@ -47,7 +47,7 @@ from cryoalign.methods.references import SEEDINGS, AlignAndAverage
 from cryoalign.methods.rfa import ReferenceFree
 from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Box, Images, Particle
-from cryoalign.particles.stack import Stack, as_stack
+from cryoalign.particles.stack import Stack, TensorStack, as_stack
 from cryoalign.pose import Found
 from cryoalign.results.averages import Averaging
 from cryoalign.runtime.arrays import Array, SupportsCuda, SupportsDLPack, as_tensor, to_numpy
@@ -97,10 +97,12 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
             particle=self.particle or Particle(), averaging=self.averaging or Averaging(), seed=seed
         )
 
-    def _prepared(self, images: Tensor, max_rejected: float) -> PreparedParticles:
+    def _prepared(
+        self, images: Tensor, pixel_size: float | None, max_rejected: float
+    ) -> PreparedParticles:
         return prepare(
-            images, self.images, device=self.device, batch_size=self.batch_size,
-            max_rejected=max_rejected,
+            TensorStack(images, pixel_size), self.images, device=self.device,
+            batch_size=self.batch_size, max_rejected=max_rejected,
         )  # fmt: skip
 
     def fit(self, X: Any, y: None = None) -> Self:
@@ -110,12 +112,12 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
             ValueError: X does not hold square images or is not finite, or the parameters do not
                 fit each other.
         """
-        images = self._images(X, reset=True)
+        images, pixel_size = self._images(X, reset=True), _pixel_size(X)
         method = self._made(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        method.check((self.images or Images()).box_of(images.shape[-1], None))
-        found = align(method, self._prepared(images, max_rejected=0.1))
+        method.check((self.images or Images()).box_of(images.shape[-1], pixel_size))
+        found = align(method, self._prepared(images, pixel_size, max_rejected=0.1))
         averaging, size = self.averaging or Averaging(), found.averages.shape[-1]
-        radius = self._search(size).rings(size).last_ring
+        radius = self._search(size, found.pixel_size).rings(size).last_ring
         mask = soft_mask(size, radius, averaging.mask_edge)
         self.alignment_ = found
         self.averages_ = to_numpy(masked(found.filtered_averages(), mask))
@@ -186,15 +188,15 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
     def _find(self, X: Any) -> tuple[PreparedParticles, Found, int]:
         """The usable particles of X, where each fits best, and the number of all particles."""
         check_is_fitted(self)
-        particles = self._prepared(self._images(X, reset=False), max_rejected=1.0)
-        search = self._search(particles.size)
+        particles = self._prepared(self._images(X, reset=False), _pixel_size(X), max_rejected=1.0)
+        search = self._search(particles.size, self.alignment_.pixel_size)
         references = torch.from_numpy(self.averages_).to(particles.device)
         work = AlignAndAverage(particles, Averaging(), search, search.rings(particles.size))
         return particles, work.align(prepare_target(references, search)), len(particles.stack)
 
-    def _search(self, size: int) -> Search:
+    def _search(self, size: int, pixel_size: float | None) -> Search:
         """The poses that are tried for new particles, in prepared images of ``size`` pixels."""
-        method, box = self._made(), Box(size, None)
+        method, box = self._made(), Box(size, pixel_size)
         reach = method.max_shift(box)
         last = min(round(method.radius(box)), (size - 1) // 2 - math.ceil(reach))
         own = self.search or SearchSettings() if hasattr(self, "search") else SearchSettings()
@@ -204,6 +206,11 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
+
+
+def _pixel_size(X: Any) -> float | None:
+    """Å per pixel of a stack; None for other particles."""
+    return X.pixel_size if isinstance(X, Stack) else None
 
 
 class _Classes(ClusterMixin, _Aligner):

@@ -204,9 +204,7 @@ def align(
     use = method.ctf_use(method.particle.ctf)
     if use != "none":
         particles = particles.phase_flipped()
-    if particles.optics is not None and rank() == 0:
-        for each in implausible(particles.optics):
-            warnings.warn(str(each), stacklevel=2)
+        _warn_of_unusual(particles)
     if resume is None:
         state = method.start(particles)
         if state.iteration and on_step is not None:
@@ -257,6 +255,13 @@ def shows_settings(method: type[Method]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def _warn_of_unusual(particles: PreparedParticles) -> None:
+    """Warn, once in all processes, of CTFs that are in another unit, for example."""
+    if particles.optics is not None and rank() == 0:
+        for each in implausible(particles.optics):
+            warnings.warn(str(each), stacklevel=3)
 
 
 def _refuse_not_finite(state: State) -> None:

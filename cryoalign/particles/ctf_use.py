@@ -23,17 +23,13 @@ def ctf_line(use: CtfUse, stack: Stack, optics: Optics | None) -> str:
     """
     if use == "none":
         return "CTF: not used, because particle.ctf is none"
-    path, table = getattr(stack, "path", None), getattr(stack, "table", None)
+    path = getattr(stack, "path", None)
     name = "the input" if path is None else path.name
     if optics is None:
-        if path is None or (table is not None and len(table.columns)):
-            return f"CTF: not used, because {name} has no defocus"
-        return f"CTF: not used, because {name} is no STAR file with a defocus"
+        return f"CTF: not used, because {name} has no defocus"
     model = "in the likelihood, " if use == "model" else ""
-    return (
-        f"CTF: {model}{_phases(optics)}, averages weighted by CTF^2 ({name} has "
-        f"{'defocus' if table is not None else 'CTFs'})"
-    )
+    why = f"{name} has {'CTFs' if path is None else 'defocus'}"
+    return f"CTF: {model}{_phases(optics)}, averages weighted by CTF^2 ({why})"
 
 
 def _phases(optics: Optics) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -158,10 +159,9 @@ class PreparedParticles:
         Raises:
             ValueError: the STAR file has a defocus, but other values that a CTF needs are missing.
         """
-        optics = self._given_optics or optics_of(self.stack)
-        if optics is None:
+        if self._optics is None:
             return None
-        optics = optics[self.rows].scaled(self.scale)
+        optics = self._optics[self.rows].scaled(self.scale)
         return optics.flipped() if self.flipped else optics
 
     def phase_flipped(self) -> PreparedParticles:
@@ -180,8 +180,12 @@ class PreparedParticles:
 
     def ctf_line(self, use: CtfUse) -> str:
         """What a method that uses CTFs in this way does with these, see `ctf_use.ctf_line`."""
-        known = None if use == "none" else self._given_optics or optics_of(self.stack)
-        return ctf_line(use, self.stack, known)
+        return ctf_line(use, self.stack, None if use == "none" else self._optics)
+
+    @cached_property
+    def _optics(self) -> Optics | None:
+        """CTFs of the whole stack as it is; None if not known."""
+        return self._given_optics or optics_of(self.stack)
 
     def reporting_to(self, progress: Progress) -> PreparedParticles:
         """The same particles with another function for the progress."""
@@ -266,7 +270,7 @@ class PreparedParticles:
         parts = [part for part in parts if len(part)]
         reader = self._ahead = ReadAhead(self.device) if ahead else None
         try:
-            for part, following in zip(parts, [*parts[1:], None], strict=True):
+            for part, following in itertools.zip_longest(parts, parts[1:]):
                 if reader is not None and following is not None:
                     self._read_ahead(following, reader)
                 yield part

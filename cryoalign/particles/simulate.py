@@ -7,7 +7,7 @@ pose without interpolation, so they can be used to test code that interpolates. 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cryoalign.images.ctf import COLUMNS, Optics, ctf_2d, refuse_impossible
 from cryoalign.io.formats import write_images
 from cryoalign.io.relion import one_group_tables
-from cryoalign.io.star import write_star
+from cryoalign.io.star import Block, StarTable, StarTables, write_star
 from cryoalign.pose import Pose
 from cryoalign.runtime.files import replacing
 
@@ -51,6 +52,7 @@ class Simulation:
         class_number: (n,) int64, from 1; particle i shows ``views[class_number[i] - 1]``.
         pixel_size: Å per pixel.
         sigma: standard deviation of the noise: 1, or 0 if ``snr`` is infinite.
+        optics: (n,) CTFs of the particles; None without. Views are without CTF.
     """
 
     images: Tensor
@@ -59,6 +61,7 @@ class Simulation:
     class_number: Tensor
     pixel_size: float
     sigma: float
+    optics: Optics | None = None
 
 
 def phantom(seed: Seed = 0, *, n_blobs: int = 600, radius: float = 22.0) -> Phantom:
@@ -208,25 +211,37 @@ def simulate(
     seed: int = 0,
     noise: Literal["white", "coloured"] = "white",
     pixel_size: float = 3.0,
+    defocus: tuple[float, ...] | None = None,
+    astigmatism: float = 0.02,
+    voltage: float = 300.0,
+    spherical_aberration: float = 2.7,
+    amplitude_contrast: float = 0.1,
 ) -> Simulation:
     """Simulate noisy particles of several views of one phantom.
 
-    Classes, angles, mirrors and shifts are random and uniformly distributed. Views, poses and noise
-    have separate random streams, so the views stay the same for another ``n`` or ``snr``.
+    Classes, angles, mirrors and shifts are random and uniformly distributed. Views, poses, noise
+    and defocus have separate random streams, so the views stay the same for another ``n`` or
+    ``snr``.
 
     Args:
         n: number of particles.
         n_classes: number of views.
         size: width and height of an image in px.
-        snr: mean variance of the clean images over the whole box / variance of the noise, which is
-            1. Infinity gives clean images with a mean variance of 1.
+        snr: mean variance of the clean images (with CTF) over the whole box / variance of the
+            noise, which is 1. Infinity gives clean images with a mean variance of 1.
         max_shift: largest shift along x and y in px.
         mirror: True mirrors half of the particles.
         seed: seed of all random choices; the same seed gives the same particles.
         noise: ``white``, or ``coloured`` with the power spectrum of ice.
         pixel_size: Å per pixel.
+        defocus: smallest and largest, µm; uniformly distributed. None: no CTF.
+        astigmatism: largest difference of the two defocus values, µm; its direction is random.
+        voltage: kV.
+        spherical_aberration: mm.
+        amplitude_contrast: from 0 to 1.
 
-    Raises ValueError if the phantom and its shifts do not fit into ``size``.
+    Raises ValueError if the phantom and its shifts do not fit into ``size``, or for CTFs that do
+    not exist.
     """
     if n < 1 or n_classes < 1 or not snr > 0 or max_shift < 0:
         raise ValueError(
@@ -239,7 +254,7 @@ def simulate(
             f"size={size} and shifts of {max_shift:g} px leave a phantom of radius {radius:g} px; "
             f"at least 6 px are needed: raise size or lower max_shift"
         )
-    shape_rng, view_rng, pose_rng, noise_rng = np.random.default_rng(seed).spawn(4)
+    shape_rng, view_rng, pose_rng, noise_rng, ctf_rng = np.random.default_rng(seed).spawn(5)
     molecule = phantom(shape_rng, radius=radius)
     directions = spread_views(n_classes, view_rng)
     label = torch.as_tensor(pose_rng.integers(n_classes, size=n))
@@ -250,12 +265,30 @@ def simulate(
     )
     views = project(molecule, directions, size=size)
     images = project(molecule, directions[label], pose, size=size)
+    optics = None
+    if defocus is not None:
+        least, *_, most = (*defocus, defocus[-1]) if defocus else (0.0, -1.0)
+        if len(defocus) > 2 or least > most:
+            raise ValueError(
+                f"defocus must be the smallest and the largest in µm, e.g. [1, 3], not "
+                f"{list(defocus)}"
+            )
+        middle = ctf_rng.uniform(1e4 * least, 1e4 * most, n)
+        half = ctf_rng.uniform(0, 0.5e4 * astigmatism, n)
+        given = [middle + half, middle - half, ctf_rng.uniform(0, 180, n)]
+        same = [voltage, spherical_aberration, amplitude_contrast, 0.0, pixel_size]
+        columns = [*given, *(np.full(n, value) for value in same)]
+        optics = Optics(*(torch.as_tensor(each).float() for each in columns))
+        refuse_impossible(optics)
+        for rows in torch.arange(n).split(256):
+            spectra = torch.fft.rfft2(images[rows]) * ctf_2d(optics[rows], size)
+            images[rows] = torch.fft.irfft2(spectra, s=(size, size))
     sigma = 1.0 if math.isfinite(snr) else 0.0
     scale = math.sqrt((snr if sigma else 1.0) / float(images.var((1, 2), correction=0).mean()))
     images *= scale
     if sigma:
         _add_noise(images, noise, noise_rng)
-    return Simulation(images, views * scale, pose, label + 1, pixel_size, sigma)
+    return Simulation(images, views * scale, pose, label + 1, pixel_size, sigma, optics)
 
 
 def _add_noise(images: Tensor, kind: str, rng: np.random.Generator) -> None:
@@ -296,8 +329,9 @@ def write_simulation(folder: str | Path, simulation: Simulation) -> Path:
     """Write a simulation into ``folder`` and return the STAR file of the particles.
 
     The files are ``particles.mrcs`` with ``particles.star`` (RELION 3.1; image names relative to
-    the folder), ``views.mrcs`` without noise, and ``truth.csv``. The folder is made if it is
-    missing. Raises FileExistsError if it already contains a ``particles.star``.
+    the folder; with the CTFs, if there are any), ``views.mrcs`` without noise and CTF, and
+    ``truth.csv``. The folder is made if it is missing. Raises FileExistsError if it already
+    contains a ``particles.star``.
     """
     folder = Path(folder)
     star = folder / "particles.star"
@@ -310,5 +344,22 @@ def write_simulation(folder: str | Path, simulation: Simulation) -> Path:
         truth_table(simulation).to_csv(path, index=False, float_format="%.6f")
     n, size = simulation.images.shape[:2]
     tables = one_group_tables("particles.mrcs", n, size, simulation.pixel_size)
-    write_star(star, tables, ("simulated, without a CTF",))
+    note = "simulated, without a CTF"
+    if simulation.optics is not None:
+        note = "simulated, with a CTF"
+        tables = _with_optics(tables, simulation.optics)
+    write_star(star, tables, (note,))
     return star
+
+
+def _with_optics(tables: StarTables, optics: Optics) -> StarTables:
+    """The tables with a defocus of each particle, and what all share in the optics table."""
+    value = {label: getattr(optics, name).double().numpy() for name, label in COLUMNS.items()}
+    own = {label: value[label].round(2) for label in value if label.startswith("rlnDefocus")}
+    shared = {label: value[label][0].round(6) for label in value if label not in own}
+    frame = tables.optics if tables.optics is not None else pd.DataFrame()
+    blocks: dict[str, Block] = {
+        "optics": StarTable.of(frame.assign(**shared)),
+        "particles": StarTable.of(tables.particles.assign(**own)),
+    }
+    return replace(tables, blocks=blocks)

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cryoalign.images.ctf import Optics, optics_from_relion
+from cryoalign.images.ctf import CTF_COLUMNS, Optics, optics_from_relion
 from cryoalign.runtime.arrays import Array, as_tensor
 
 
@@ -68,7 +68,11 @@ def optics_of(stack: Stack) -> Optics | None:
     Raises:
         ValueError: a defocus, but no pixel size; or values that are missing or impossible.
     """
-    table = getattr(stack, "table", None)
+    star = getattr(stack, "star", None)
+    if star is None:
+        table = getattr(stack, "table", None)
+    else:  # of a million rows only the columns that are needed
+        table = star.table.frame([label for label in star.table.labels if label in CTF_COLUMNS])
     if table is None or "rlnDefocusU" not in table:
         return None
     if stack.pixel_size is None:

@@ -24,7 +24,7 @@ from cryoalign.runtime.threads import map_in_order, workers_for
 
 Centre = Literal["members", "mass", "none"]
 TRUSTED = 4  # members of each half-set that a class needs for its own FRC to be used
-DAMPING = 0.02  # of the division by the mean CTF^2, which is 0.5 in general
+DAMPING = 0.001  # of the division by the mean CTF^2, which is 0.5 at most frequencies, 0.01 at 0
 LOW_PASS = 0.1  # 1/px; averages of a few particles are mostly noise at higher frequencies
 
 
@@ -98,9 +98,8 @@ class ClassSums:
 def corrected(total: Tensor, count: Tensor, power: Tensor | None) -> Tensor:
     """(..., size, size) float32 averages from sums (...), corrected for the CTF if there is one.
 
-    Where sum(CTF^2) is small, at low frequency and near zeros that all members share, the division
-    is damped by `DAMPING` members. The Wiener filter, which also needs the signal-to-noise ratio,
-    is this times the filter by FRC (`class_filters`).
+    `DAMPING` is added to the mean CTF^2, for frequencies where it is close to zero in all members.
+    This times the filter by FRC (`class_filters`) is the Wiener filter.
 
     Args:
         total: (..., size, size) sums of the members, or of the members times their CTF.
@@ -151,13 +150,14 @@ def ctf_weighted_sums(
     optics, size, device = particles.optics, particles.size, particles.device
     if optics is None:
         raise ValueError("these particles have no CTF: use class_sums")
-    shell, shells = shell_index(size), size // 2 + 1
-    components = shell_sums(torch.ones(size, shells), shell, shells + 1)[:-1]
+    shell, shells = shell_index(size, device), size // 2 + 1
+    ones = torch.ones(size, shells, dtype=torch.float64, device=device)
+    components = shell_sums(ones, shell, shells + 1)[:-1]
     power = ExactSum(2 * n_classes, shells, torch.device("cpu"))
 
     def read(rows: Tensor) -> Tensor:
-        factor, _ = matched_filter(optics[rows], size)
-        spectra = torch.fft.rfft2(particles.read(rows)) * factor.to(device)
+        factor, _ = matched_filter(optics[rows].to(device), size)
+        spectra = torch.fft.rfft2(particles.read(rows)) * factor
         return torch.fft.irfft2(spectra, s=(size, size))
 
     sums = sum_parts(
@@ -165,11 +165,11 @@ def ctf_weighted_sums(
         particles.part_of,
     )  # fmt: skip
     for rows in particles.parts():
-        _, square = matched_filter(optics[rows], size)
-        curves = shell_sums(square, shell, shells + 1)[:, :-1] / components
+        _, square = matched_filter(optics[rows].to(device), size)
+        curves = shell_sums(square.double(), shell, shells + 1)[:, :-1] / components
         group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)
         of_batch = torch.zeros(len(group), shells, dtype=torch.float64)
-        power.add(of_batch.index_add_(0, number, curves.double()), group)
+        power.add(of_batch.index_add_(0, number, curves.cpu()), group)
     return replace(sums, power=power.total().to(device).reshape(2, n_classes, shells))
 
 

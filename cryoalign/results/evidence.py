@@ -79,7 +79,9 @@ def judge(
     curvature, device = curvature_of(references, scope.rings), particles.device
     # On the device as a whole: a copy for each batch would wait for the batch before.
     comparison = _Comparison(found.pose.to(device), other.to(device), references, curvature, scope)
-    typical = _typical_residual(_sample_shells(particles, comparison))
+    # On the CPU, because PyTorch has no deterministic median on a GPU.
+    measured = _typical_residual(_sample_shells(particles, comparison).cpu())
+    typical = _TypicalResidual(*(each.to(device) for each in measured))
 
     def columns(members: Tensor) -> Tensor:
         images = particles.read(members)
@@ -186,7 +188,9 @@ class _Comparison:
 def _sample_shells(particles: PreparedParticles, comparison: _Comparison) -> Tensor:
     """(3, b, shells) `_Comparison.shells` of at most `SAMPLE` particles, on every process."""
     step = math.ceil(len(particles) / SAMPLE)
-    some = [few for part in particles.parts() for few in part[part % step == 0].split(CHUNK)]
+    # Not `parts`, which would read every batch ahead.
+    parts = torch.arange(len(particles))[particles.own].split(particles.batch_size)
+    some = [few for part in parts for few in part[part % step == 0].split(CHUNK)]
 
     def shells(members: Tensor) -> Tensor:
         there = members.to(particles.device)

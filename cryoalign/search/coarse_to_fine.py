@@ -11,7 +11,10 @@ as the start lies on the same peak of the score.
 
 The hypotheses kept at each stage are those whose score is within a margin of the best. Most of the
 noise is common to two hypotheses for one particle, and the coarse grid lowers a score by some
-tenths of the margin at most. ``python -m bench adaptive`` measures what is lost.
+tenths of the margin at most. ``python -m bench adaptive-accuracy`` measures what is lost.
+
+The compiled library searches all angles of the coarse grid. PyTorch searches half of them first,
+and then all angles of the pairs that are best there.
 """
 
 import math

@@ -156,3 +156,40 @@ def test_large_lists_need_memory_for_their_table(tmp_path: Path, make_stack: Mak
     large = check_stack(_star(tmp_path / "many.star", many)).memory_bytes
     kept = 4 * (20_000 - 10) * 16**2  # bytes of the prepared images, which stay in memory
     assert 2e6 < large - small - kept < 2e7
+
+
+def test_the_ctf_is_examined(tmp_path: Path, make_stack: MakeStack) -> None:
+    """Impossible values are problems, unusual ones and wrong headers are warnings."""
+    make_stack("a.mrcs", n=4, size=(32, 32))  # of 2.5 A in its header
+    names = [f"{i}@a.mrcs" for i in range(1, 5)]
+    columns: dict[str, object] = {
+        "rlnDefocusU": [1.5e4] * 4, "rlnDefocusV": [1.6e4] * 4, "rlnDefocusAngle": [3.0] * 4,
+        "rlnVoltage": [300.0] * 4, "rlnSphericalAberration": [2.7] * 4,
+        "rlnAmplitudeContrast": [0.1] * 4,
+    }  # fmt: skip
+
+    def checked(use: str = "auto", **more: object) -> CheckReport:
+        star = _star(tmp_path / "p.star", names, **{**columns, **more})
+        return check_stack(star, MultiReference(n_classes=1, particle=Particle(ctf=use)))
+
+    good = checked()
+    assert (good.problems, good.warnings, good.pixel_size) == ((), (), 2.5)
+    assert good.ctf.startswith("CTF: phases flipped")
+    assert "phases flipped, averages weighted by CTF^2 (p.star has defocus)" in _shown(good)
+    zero = checked(rlnVoltage=[300.0, 300.0, 0.0, 0.0])
+    (problem,) = zero.problems
+    assert (problem.row, zero.ctf) == (3, "")
+    assert "rlnVoltage = 0 is impossible in 2 of 4 rows" in problem.what
+    assert problem.remedy.endswith("or set particle.ctf=none")
+    assert checked("none", rlnVoltage=[0.0] * 4).problems == ()
+    nanometres = checked(rlnDefocusU=[1500.0] * 4)
+    assert nanometres.problems == ()
+    assert [each.row for each in nanometres.warnings] == [1]
+    assert "it looks like nanometres" in nanometres.warnings[0].remedy
+    assert "1 warning(s)" in _shown(nanometres)
+    assert "no problems found" in _shown(nanometres)
+    threefold = checked(rlnPixelSize=[0.8] * 4)
+    (warning,) = threefold.warnings
+    assert "has a pixel size of 2.5 A, the STAR file 0.8 A (1 of 1 stacks)" in warning.what
+    assert warning.what.endswith("0.8 A is used")
+    assert checked(rlnPixelSize=[2.51] * 4).warnings == ()

@@ -37,13 +37,20 @@ def test_what_simulate_says_to_run_next_runs(star, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     program, *words = shlex.split(star)
     assert program == "cryoalign"
-    more = ["iterations=2", "particle.max_shift=1px", "embedding=false", "device=cpu", "threads=1"]
+    more = [
+        "likelihood.cycles=1",
+        "particle.max_shift=1px",
+        "embedding=false",
+        "device=cpu",
+        "threads=1",
+    ]
     assert main([*words, *more]) == 0
     said, errors = capsys.readouterr()
     assert errors == ""
     lines = said.splitlines()
-    assert sum(line.startswith("iteration ") for line in lines) == 2
-    folder = tmp_path / "runs" / "particles-mra"
+    assert any(line.startswith("step ") for line in lines)
+    assert "CTF: not used, because particles.star has no defocus" in lines
+    folder = tmp_path / "runs" / "particles-classify"
     assert f"report    {folder / 'report.html'}" in lines
     assert f"picture   {folder / 'class_averages.png'}" in lines
     assert "resolution (Å)" in said
@@ -80,7 +87,7 @@ def test_check_tells_all_problems_by_exit_code_1(star, capsys):
     stack = shlex.split(star)[2].removeprefix("particles=")
     assert main(["check", stack]) == 0
     assert "no problems found" in capsys.readouterr().out
-    assert main(["check", stack, "particle.radius=13 px"]) == 1
+    assert main(["check", stack, "particle.radius=13 px", "method=mra"]) == 1
     assert "at most 12 px" in capsys.readouterr().out
     assert main(["check", stack, "images.box=64"]) == 1
 
@@ -126,7 +133,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path):
     # So many that it is far from settled when the first iteration is done.
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(2000, 32, 32)))
     words = [f"particles={tmp_path / 'noise.npy'}", f"output={tmp_path / 'out'}", "n_classes=8"]
-    words += ["iterations=100000", "settle=0", "device=cpu", "threads=1"]
+    words += ["method=mra", "iterations=100000", "settle=0", "device=cpu", "threads=1"]
     command = [sys.executable, "-m", "cryoalign", "run", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint, patience = tmp_path / "out" / "checkpoint.npz", time.monotonic() + 60

@@ -1,7 +1,10 @@
 """A run folder: what it holds, what it refuses, and that an interruption costs nothing."""
 
+import html
+import io
 from contextlib import chdir
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import mrcfile
@@ -10,10 +13,12 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from rich.console import Console
 from sklearn.metrics import adjusted_rand_score
 
+from cryoalign.app.check import check_stack
 from cryoalign.app.run import Interrupted, run
-from cryoalign.app.run_folder import RUN_FILES
+from cryoalign.app.run_folder import RUN_FILES, write_csv
 from cryoalign.app.settings import load_config
 from cryoalign.io.formats import read_images
 from cryoalign.methods.state import State
@@ -39,8 +44,12 @@ def star(tmp_path_factory):
 
 
 def settings(star, output, *more):
-    words = ("n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px", "device=cpu")
-    more = ("threads=1", *more)  # small work, perhaps on a busy machine: threads would wait
+    words = ("method=mra", "n_classes=3", "iterations=3", "settle=0", "particle.max_shift=1 px")
+    more = (
+        "device=cpu",
+        "threads=1",
+        *more,
+    )  # small work, perhaps on a busy machine: threads would wait
     return load_config(None, [f"particles={star}", f"output={output}", *words, *more])
 
 
@@ -64,6 +73,23 @@ def test_a_run_writes_all_its_files_and_no_others(finished):
         assert picture.read_bytes().startswith(b"\x89PNG"), picture
         assert picture.stat().st_size > 5000, picture
     assert "<html" in (finished / "report.html").read_text()[:200]
+
+
+def test_what_was_done_with_the_ctf_is_said_everywhere(tmp_path):
+    made = simulate(60, 2, size=32, snr=2.0, max_shift=1.0, defocus=(1.0, 2.0), seed=3)
+    star = write_simulation(tmp_path / "data", made)
+    line = "CTF: phases flipped, averages weighted by CTF^2 (particles.star has defocus)"
+    shown = io.StringIO()
+    config = settings(star, tmp_path / "run", "n_classes=2", "iterations=2", "embedding=false")
+    folder = run(config, console=Console(file=shown, width=200))
+    assert line in shown.getvalue().splitlines()
+    assert f"# {line}" in (folder / "class_averages.star").read_text().splitlines()
+    assert html.escape(line.removeprefix("CTF: ")) in (folder / "report.html").read_text()
+    assert Alignment.load(folder / "alignment.npz").ctf == line
+    assert check_stack(star, config.made()).ctf == line
+    plain = write_simulation(tmp_path / "plain", simulate(60, 2, size=32, seed=3, max_shift=1.0))
+    expected = "CTF: not used, because particles.star has no defocus"
+    assert check_stack(plain, config.made()).ctf == expected
 
 
 def test_particles_csv_keeps_its_contract(finished):
@@ -348,3 +374,44 @@ def test_a_crash_brings_the_earlier_results_back(star, tmp_path, monkeypatch):
             with pytest.raises(RuntimeError, match="as from a library"):
                 run(settings(star, tmp_path / "run", "overwrite=true", "seed=5"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_end_of_a_run_is_told_line_by_line(star, tmp_path):
+    text = StringIO()
+    console = Console(file=text, width=200)
+    run(settings(star, tmp_path / "run", "iterations=1"), console=console)
+    lines = text.getvalue().splitlines()
+    after = lines[next(i for i, line in enumerate(lines) if line.startswith("iteration")) + 1 :]
+    wanted = ("judging 89 particles", "writing tables of 90", "mapping 89 particles", "the report")
+    assert len(after) == len(wanted)
+    for words, line in zip(wanted, after, strict=True):
+        assert words in line
+
+
+def test_a_table_of_numbers_is_written_as_pandas_writes_it(tmp_path):
+    """The same cells by both, also those that are not known, bit by bit."""
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"index": np.arange(500), "mirror": rng.integers(0, 2, 500)})
+    table["mirror"] = table["mirror"].astype("Int64").mask(table["index"] % 7 == 0)
+    for name, kind in (("single", np.float32), ("double", np.float64)):
+        table[name] = (rng.normal(0, 1, 500) * 10.0 ** rng.integers(-9, 9, 500)).astype(kind)
+        table.loc[::50, name] = np.nan
+    write_csv(tmp_path / "ours.csv", table)
+    table.to_csv(tmp_path / "pandas.csv", index=False)
+    ours, theirs = ((tmp_path / f"{name}.csv").read_text() for name in ("ours", "pandas"))
+    assert ours.splitlines()[0] == theirs.splitlines()[0]
+    for one, other in zip(ours.splitlines()[1:], theirs.splitlines()[1:], strict=True):
+        cells = list(zip(one.split(","), other.split(","), strict=True))
+        assert all(a == b or float(a) == float(b) for a, b in cells), (one, other)
+
+
+def test_floats_stay_floats_when_they_are_whole(tmp_path):
+    table = pd.DataFrame({"class_number": [1, 2], "junk_share": [0.0, 0.0]})
+    write_csv(tmp_path / "classes.csv", table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "classes.csv"), table)
+
+
+def test_texts_in_a_table_keep_commas(tmp_path):
+    table = pd.DataFrame({"index": [1, 2], "reason": ['NaN, or "inf"', "constant"]})
+    write_csv(tmp_path / "rejected.csv", table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rejected.csv"), table)

@@ -27,7 +27,7 @@ from cryoalign.search.settings import Schedule
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SECTIONS = {key.partition(".")[0] for key, _ in known_keys(RunConfig) if "." in key}
-GIVEN = ("particles=stack.mrcs", "n_classes=3")
+GIVEN = ("particles=stack.mrcs", "n_classes=3", "method=mra")
 
 
 def load_text(tmp_path, text, *overrides):
@@ -75,7 +75,7 @@ def test_keys_are_the_arguments_of_the_functions_behind_them():
 
 
 def test_overrides_go_before_the_file_and_later_ones_before_earlier(tmp_path):
-    text = "particles: a.star\nn_classes: 4\nsearch:\n  first_ring: 2\n"
+    text = "particles: a.star\nmethod: mra\nn_classes: 4\nsearch:\n  first_ring: 2\n"
     config = load_text(tmp_path, text, "search.first_ring=5", "search.first_ring=4", "settle=1e-3")
     assert (config.search.first_ring, config.settle, config.n_classes) == (4, 1e-3, 4)
     assert config.search.shift_step == 1.0  # the rest of a section stays
@@ -89,7 +89,9 @@ def test_texts_on_the_command_line_are_taken_as_written():
 
 def test_yaml_means_what_it_shows(tmp_path):
     """YAML 1.1's surprises: 1e-3 is a text there, 010 is 8, and `no` is false."""
-    config = load_text(tmp_path, "particles: no\nn_classes: 010\nsettle: 1e-3\nsearch:\n")
+    config = load_text(
+        tmp_path, "particles: no\nn_classes: 010\nsettle: 1e-3\nmethod: mra\nsearch:\n"
+    )
     assert (config.particles, config.n_classes, config.settle) == (Path("no"), 10, 1e-3)
 
 
@@ -133,10 +135,9 @@ def test_yaml_means_what_it_shows(tmp_path):
         ("method=classify iterations=9", "this method has likelihood.cycles instead"),
         ("method=rfa particle.max_shift=2px", "this method has schedule.max_shift instead"),
         ("method=isac search.ring_step=2", "method=isac does not use search.ring_step"),
-        (
-            "particle.ctf=false",
-            "method=mra does not use particle.ctf: leave it out, or use",
-        ),
+        ("particle.ctf=false", "should be auto (which was true), flip, model or none (which was"),
+        ("particle.ctf=model", "method=mra has no CTF in a model: leave out particle.ctf=model"),
+        ("method=isac particle.ctf=model", "method=isac has no CTF in a model"),
         ("likelihood.starts=2", "starts: leave it out, or use method=classify"),
         ("assign.strategy=soft iterations=8", "soft anneals for 8 iterations, but there are 8"),
         ("assign.start_classes=1 iterations=8", "1 classes become 3 after 2 times 4 iterations"),
@@ -215,7 +216,15 @@ def test_search_is_not_in_the_way_of_methods_without_it():
     words = ["images.box=24", "particle.radius=9px", "particle.max_shift=4px", "n_classes=3"]
     load_config(None, [*GIVEN[:1], *words, "method=classify"])
     with pytest.raises(ValueError, match=r"images\.box"):
-        load_config(None, [*GIVEN[:1], *words])
+        load_config(None, [*GIVEN[:1], *words, "method=mra"])
+
+
+def test_the_method_follows_from_the_references():
+    """Without references the classes are found by likelihood."""
+    assert load_config(None, GIVEN[:2]).method == "classify"
+    assert load_config(None, [*GIVEN[:2], "references=random"]).method == "classify"
+    assert load_config(None, [*GIVEN[:2], "references=views.mrcs"]).method == "mra"
+    assert load_config(None, [*GIVEN[:2], "method=null"]).method == "classify"
 
 
 @pytest.mark.parametrize("method", ["mra", "rfa", "classify", "isac"])

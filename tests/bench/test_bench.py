@@ -222,6 +222,16 @@ def test_coverage_covers():
 SMALL = {"n": 60, "views": 3, "size": 48, "snr": (0.3,), "clean": 8}
 
 
+def test_the_end_of_a_run_is_measured_part_by_part():
+    made = ENTRIES["finish"](n=(120,), judged=60, k=2, size=32)
+    parts = {row["part"]: row["of"] for row in made.rows}
+    assert parts == {
+        "read STAR": 120, "averages": 60, "quality": 60, "write STAR": 120, "tables": 120,
+        "pictures": 120, "embedding": 120, "report": 120,
+    }  # fmt: skip
+    assert all(row["seconds"] > 0 and row["CPU seconds"] > 0 for row in made.rows)
+
+
 def test_peers_that_are_absent_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bench.peers.importlib.util.find_spec", lambda name: None)
     made = peers.run(**SMALL)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
@@ -203,10 +204,18 @@ def test_a_single_block_without_pixel_size(tmp_path: Path, make_stack: MakeStack
     path = tmp_path / "p.star"
     table = pd.DataFrame({"rlnImageName": ["2@a.mrcs", "1@a.mrcs"], "rlnAnglePsi": [5.0, 6.0]})
     starfile.write(table, path)
-    assert read_particles(path).pixel_size is None
+    assert read_particles(path).pixel_size == 2.5  # the header's
     assert read_particles(path).optics is None
-    starfile.write(table.assign(rlnImagePixelSize=1.25), path)
-    assert read_particles(path).pixel_size == 1.25
+    for column in ("rlnImagePixelSize", "rlnPixelSize"):
+        starfile.write(table.assign(**{column: 2.51}), path)
+        assert read_particles(path).pixel_size == 2.51
+    starfile.write(table.assign(rlnPixelSize=1.25), path)
+    with pytest.warns(UserWarning, match=r"has a pixel size of 2.5 A, the STAR file 1.25 A"):
+        assert read_particles(path).pixel_size == 1.25
+    with mrcfile.open(tmp_path / "a.mrcs", "r+") as mrc:
+        mrc.voxel_size = 0.0
+    starfile.write(table, path)
+    assert read_particles(path).pixel_size is None
     starfile.write(table.assign(rlnOriginXAngst=1.0), path)
     assert "no data_optics" in _problems(path)[0][1]
 
@@ -255,6 +264,19 @@ def test_a_long_table_keeps_every_cell(
     del cells["rlnComment"]  # starfile takes the text "nan" for a number
     for label, wanted in cells.items():
         assert again[label].tolist() == wanted, label
+
+
+def test_a_table_of_one_column_ends_at_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows and the line of the next block are all one word."""
+    monkeypatch.setattr("cryoalign.io.star.BLOCK", 30)
+    rows = "1@a.mrcs\n" * 200
+    text = f"data_particles\nloop_\n_rlnImageName\n{rows}data_extra\nloop_\n_rlnX\n7\n8\n"
+    (tmp_path / "p.star").write_text(text)
+    tables = read_star(tmp_path / "p.star")
+    assert list(tables.blocks) == ["particles", "extra"]
+    assert tables.table.text("rlnImageName").to_pylist() == ["1@a.mrcs"] * 200
 
 
 @pytest.mark.parametrize("threads", [1, 3])

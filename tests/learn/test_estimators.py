@@ -194,6 +194,20 @@ def test_tables_tensors_and_stacks_are_one(form: Any, fitted: MultiReferenceAlig
     np.testing.assert_array_equal(again.labels_, fitted.labels_)
 
 
+def test_the_pixel_size_of_a_stack_is_used() -> None:
+    """The same fit from lengths in Å and in pixels, and a resolution in Å."""
+    made = simulate(60, 2, size=24, snr=1.0, max_shift=1.0, seed=2, pixel_size=2.5)
+    stack = TensorStack(made.images, made.pixel_size)
+    scores = []
+    for particle in (Particle("8 px", "1 px"), Particle("20 A", "2.5 A")):
+        aligner = MultiReferenceAligner(
+            n_classes=2, iterations=2, particle=particle, random_state=0, device="cpu"
+        )
+        scores.append(aligner.fit(stack).score(stack))
+        assert aligner.alignment_.pixel_size == 2.5
+    assert scores[0] == scores[1]
+
+
 def test_a_constant_image_is_set_aside(fitted: MultiReferenceAligner) -> None:
     images = IMAGES[NEW].copy()
     images[3] = 1.0

@@ -8,17 +8,18 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oracle import some_optics
+from oracle import ctf_average, some_optics
 
 from bench.agreement import pose_errors
 from cryoalign.app.schema import known_keys
 from cryoalign.app.settings import RUN_KEYS, RunConfig, load_config
-from cryoalign.images.geometry import transform
+from cryoalign.images.ctf import Optics
 from cryoalign.images.masks import normalise
 from cryoalign.methods import METHODS
 from cryoalign.methods.assignment import Assignment
@@ -60,7 +61,7 @@ def data() -> tuple[Simulation, torch.Tensor]:
 
 
 def particles() -> PreparedParticles:
-    """With CTFs, which classify and isac use."""
+    """With CTFs."""
     return prepare(data()[1], optics=some_optics(120, pixel_size=4.0), device="cpu")
 
 
@@ -101,7 +102,7 @@ class Finished:
 def finished(name: str) -> Finished:
     made, own, told = method(name), particles(), []
     result = align(made, own, on_step=told.append)
-    start = method(name).start(particles())
+    start = method(name).start(particles().phase_flipped())
     return Finished(result, told if start.iteration else [start, *told], told)
 
 
@@ -269,11 +270,13 @@ def test_classes_are_sorted_by_size(name: str) -> None:
     assert len({(a, b) for a, b in zip(label.tolist(), number.tolist(), strict=True) if b}) == len(
         sizes
     )
-    flipped = particles().phase_flipped() if name in ("classify", "isac") else particles()
+    optics = some_optics(120, pixel_size=4.0)
+    assert result.ctf.endswith("averages weighted by CTF^2 (the input has CTFs)")
     quality = result.class_quality
     for c in range(len(sizes)):
         members = (number == c + 1).nonzero().squeeze(1)
-        again = transform(flipped.read(members), result.pose[used[members]]).mean(0)
+        own = used[members]
+        again = ctf_average(data()[1][own], optics[own], result.pose[own])
         likeness = np.corrcoef(again.flatten(), result.averages[c].flatten())[0, 1]
         assert likeness > 0.999
         if name == "mra":
@@ -373,7 +376,7 @@ def test_a_method_is_made_with_the_settings_of_the_run() -> None:
     for name, words in {
         "mra": ["n_classes=3", "settle=0.1", "search.ring_step=2", "assign.strategy=equal"],
         "rfa": ["iterations=3", "schedule.starts=4", "averaging.centre=mass"],
-        "classify": ["n_classes=7", "likelihood.cycles=1", "particle.ctf=false"],
+        "classify": ["n_classes=7", "likelihood.cycles=1", "particle.ctf=none"],
         "isac": ["isac.runs=3", "iterations=9", "particle.radius=9 px", "quality.junk=set_aside"],
     }.items():
         config = load_config(None, ["particles=a.star", f"method={name}", "seed=5", *words])
@@ -422,3 +425,72 @@ def test_a_prepared_particle_is_normalised_whatever_the_method() -> None:
     for name in NAMES:
         align(method(name), shared)
         assert torch.equal(shared.read(torch.arange(len(shared))), before), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_done_with_the_ctf_is_a_setting_and_is_said(name: str) -> None:
+    images, optics = data()[1], some_optics(120, pixel_size=4.0)
+    made = method(name)
+    seen: dict[str, bool] = {}
+
+    def start(wanted: str, given: Optics | None) -> str:
+        """The line of a run that ends before its first step."""
+        own = replace(made, particle=replace(WITHIN, ctf=wanted))
+        particles = prepare(images, optics=given, device="cpu")
+        use = own.ctf_use(own.particle.ctf)
+        seen[wanted] = use != "none"
+        return particles.ctf_line(use)
+
+    flip = "CTF: phases flipped, averages weighted by CTF^2 (the input has CTFs)"
+    model = flip.replace("CTF: ", "CTF: in the likelihood, ")
+    assert start("auto", optics) == (model if name == "classify" else flip)
+    assert start("flip", optics) == flip
+    assert start("none", optics) == "CTF: not used, because particle.ctf is none"
+    assert start("auto", None) == "CTF: not used, because the input has no defocus"
+    assert seen == {"auto": True, "flip": True, "none": False}
+    done = torch.arange(120) < 30
+    some = replace(optics, phase_flipped=done)
+    assert "except 30 of 120 particles (flipped before: rlnCtfDataArePhaseFlipped" in start(
+        "flip", some
+    )
+    every = replace(optics, premultiplied=done | True)
+    assert "phases not flipped (multiplied by the CTF before: rlnCtfDataAreCtfPre" in start(
+        "flip", every
+    )
+    if name != "classify":
+        with pytest.raises(ValueError, match=f"method={name} has no CTF in a model"):
+            replace(made, particle=replace(WITHIN, ctf="model"))
+
+
+def test_without_the_ctf_particles_stay_as_they_are() -> None:
+    """Averages of mra with ctf=none are plain means, those of a run that knows no CTF."""
+    made = replace(method("mra"), particle=replace(WITHIN, ctf="none"))
+    one, two = (
+        align(made, data()[1], optics=optics, device="cpu")
+        for optics in (some_optics(120, pixel_size=4.0), None)
+    )
+    assert torch.equal(one.averages, two.averages)
+    torch.testing.assert_close(one.pose.angle, two.pose.angle, atol=0, rtol=0, equal_nan=True)
+
+
+def test_unusual_ctfs_are_said_and_impossible_ones_refused() -> None:
+    optics, images = some_optics(120, pixel_size=4.0), data()[1]
+    volts = replace(optics, voltage=optics.voltage * 1000)
+    short = replace(method("mra"), iterations=1, assign=Assignment())
+    with pytest.warns(UserWarning, match="rlnVoltage = 300000 is unusual.*divide by 1000"):
+        align(short, images, optics=volts, device="cpu")
+    with pytest.raises(ValueError, match="rlnVoltage = 0 is impossible in 120 of 120 rows"):
+        align(short, images, optics=replace(optics, voltage=optics.voltage * 0), device="cpu")
+
+
+def test_a_score_that_is_not_finite_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = MultiReference.step
+
+    def broken(self: MultiReference, *args: Any) -> State:
+        state = step(self, *args)
+        state.history[-1]["mean_score"] = float("nan")
+        return state
+
+    monkeypatch.setattr(MultiReference, "step", broken)
+    with pytest.raises(ValueError, match="mean_score is nan in iteration 1"):
+        align(method("mra"), particles())

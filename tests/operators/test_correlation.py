@@ -13,7 +13,7 @@ from cryoalign.operators.correlation import (
     table_peaks,
     unravel_place,
 )
-from cryoalign.operators.ring_products import ring_factors
+from cryoalign.operators.ring_products import pair_peaks, ring_factors
 from cryoalign.pose import Pose
 
 pytestmark = pytest.mark.usefixtures("in_pytorch")  # kernels/test_cpu.py tests the compiled search
@@ -71,6 +71,17 @@ def test_the_operator_is_the_tables_maximum(mirror, shape, dtype, monkeypatch) -
     assert hand.max() <= int(mirror)
     assert angle.max() < 2 * (m - 1)
     torch.testing.assert_close((shift * (1 + mirror) + hand) * 2 * (m - 1) + angle, place)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_peak_of_a_pair_is_the_tables(mirror: bool) -> None:
+    particles, references = _spectra(6, 6, 1, 5, 9, dtype=torch.complex128)
+    hand = torch.full((6,), mirror)
+    score, angle = pair_peaks(particles[:, 0], references, hand)
+    table = correlation_table(particles, references)[:, :, 0, int(mirror)]  # (n, k, a)
+    best, where = table[torch.arange(6), torch.arange(6)].max(-1)
+    torch.testing.assert_close(score, best)
+    assert torch.equal(angle, where)
 
 
 def test_the_place_is_the_pose_of_a_turned_particle() -> None:

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from oracle import ctf
 from scipy.ndimage import affine_transform
 
 from cryoalign.io.stack import read_particles
 from cryoalign.particles.simulate import phantom, project, simulate, spread_views, write_simulation
+from cryoalign.particles.stack import optics_of
 from cryoalign.pose import Pose
 
 
@@ -181,3 +183,27 @@ def test_written_files_hold_the_simulation(tmp_path):
     assert truth.mirror.tolist() == simulation.pose.mirror.int().tolist()
     with pytest.raises(FileExistsError, match="choose another folder"):
         write_simulation(star.parent, simulation)
+
+
+def test_a_ctf_is_that_of_the_star_file(tmp_path):
+    words = {"n": 12, "n_classes": 2, "size": 32, "max_shift": 1.0, "snr": math.inf, "seed": 5}
+    plain = simulate(**words)
+    made = simulate(**words, defocus=(1.0, 2.0), voltage=200.0, astigmatism=0.3)
+    assert made.optics is not None
+    expected = torch.fft.rfft2(plain.images.double()) * ctf(made.optics, 32)
+    expected = torch.fft.irfft2(expected, s=(32, 32))
+    expected = expected / expected.var((1, 2), correction=0).mean().sqrt()
+    torch.testing.assert_close(made.images.double(), expected, atol=5e-3, rtol=0)
+    assert torch.equal(made.pose.angle, plain.pose.angle)
+    stack = read_particles(write_simulation(tmp_path, made))
+    optics = optics_of(stack)
+    assert optics is not None
+    for name in ("defocus_u", "defocus_v", "defocus_angle", "voltage", "pixel_size"):
+        torch.testing.assert_close(
+            getattr(optics, name), getattr(made.optics, name), atol=0.01, rtol=0
+        )
+    mean = (optics.defocus_u + optics.defocus_v) / 2
+    assert 1e4 <= float(mean.min()) < float(mean.max()) <= 2e4
+    assert 0 < float((optics.defocus_u - optics.defocus_v).max()) <= 3000
+    with pytest.raises(ValueError, match="smallest and the largest"):
+        simulate(**words, defocus=(3.0, 1.0))

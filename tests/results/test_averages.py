@@ -1,19 +1,26 @@
 """Class sums, centring and references, judged by loops and by pictures whose place is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from oracle import ctf
 
 from cryoalign.images.frc import wiener_curve
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import masked, soft_mask
+from cryoalign.particles.prepare import PreparedParticles, prepare
+from cryoalign.particles.simulate import Simulation, simulate
 from cryoalign.pose import Pose
 from cryoalign.results.averages import (
     Averaging,
     ClassSums,
     centring,
     class_filters,
+    class_sums,
+    ctf_weighted_sums,
     displacement,
     filtered_averages,
     move,
@@ -75,6 +82,54 @@ def test_batch_size_changes_no_bit(batch: int):
     assert torch.equal(one.averages(), other.averages())
     assert torch.equal(one.half_averages(), other.half_averages())
     assert torch.equal(one.count, other.count)
+
+
+def imaged(done: str, batch: int | None = None) -> tuple[Simulation, PreparedParticles]:
+    """Particles with CTFs, as recorded, or flipped or multiplied by another program before."""
+    made = simulate(200, 3, size=40, snr=0.5, max_shift=1.0, defocus=(1.0, 2.5), seed=SEED)
+    assert made.optics is not None
+    n = len(made.images)
+    transfer = ctf(made.optics, 40).float()
+    factor = {"nothing": 1.0, "flipped": transfer.sign(), "multiplied": transfer}[done]
+    images = torch.fft.irfft2(torch.fft.rfft2(made.images) * factor, s=(40, 40))
+    optics = replace(
+        made.optics,
+        phase_flipped=torch.full((n,), done == "flipped"),
+        premultiplied=torch.full((n,), done == "multiplied"),
+    )
+    return made, prepare(images, optics=optics, device="cpu", batch_size=batch)
+
+
+@pytest.mark.parametrize("done", ["nothing", "flipped", "multiplied"])
+def test_averages_are_corrected_for_the_ctf_whatever_was_done_before(done: str):
+    made, particles = imaged(done)
+    label = made.class_number - 1
+    flipped = particles.phase_flipped()
+    found = ctf_weighted_sums(flipped, made.pose, label, 4).ordered(torch.tensor([1, 0, 2, 3]))
+    assert not found.averages()[3].any()  # no members
+    plain = class_sums(flipped, made.pose, label, 3).averages()
+    for k, at in enumerate([1, 0, 2]):
+        view = made.views[k].flatten()
+        likeness = [
+            float(torch.corrcoef(torch.stack([view, each.flatten()]))[0, 1])
+            for each in (found.averages()[at], plain[k])
+        ]
+        assert likeness[0] > 0.95
+        assert likeness[0] > likeness[1] + 0.02
+    # The scale is that of the views, and noise is that of the background before multiplication.
+    gain = float((found.averages()[[1, 0, 2]] * made.views).sum() / made.views.square().sum())
+    assert gain == pytest.approx(1.0, abs=0.1) or done == "multiplied"
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_changes_no_bit_with_a_ctf(batch: int):
+    sums = []
+    for size in (200, batch):
+        made, particles = imaged("nothing", size)
+        label = made.class_number - 1
+        sums.append(ctf_weighted_sums(particles.phase_flipped(), made.pose, label, 3))
+    assert torch.equal(sums[0].averages(), sums[1].averages())
+    assert torch.equal(sums[0].half_averages(), sums[1].half_averages())
 
 
 def test_aligned_copies_average_to_the_original():

@@ -17,8 +17,8 @@ from cryoalign.methods.isac import realignment
 from cryoalign.runtime.processes import process_group
 
 RUNS = {
-    "mra": ["n_classes=3", "iterations=2", "quality.junk=set_aside", "images.box=24"],
-    "mra-soft": ["n_classes=3", "iterations=2", "assign.strategy=soft",
+    "mra": ["method=mra", "n_classes=3", "iterations=2", "quality.junk=set_aside", "images.box=24"],
+    "mra-soft": ["method=mra", "n_classes=3", "iterations=2", "assign.strategy=soft",
                  "assign.anneal_iterations=1"],
     "rfa": ["method=rfa", "iterations=2", "schedule.max_shift=1", "schedule.shift_step=1",
             "schedule.starts=2"],

@@ -12,7 +12,7 @@ from cryoalign.pose import Pose, wrap_degrees
 from cryoalign.search import coarse_to_fine as adaptive
 from cryoalign.search.coarse_to_fine import coarse_factor, coarse_shifts, prepare_coarse
 from cryoalign.search.match import best_poses, match, prepare_target
-from cryoalign.search.refine import refine
+from cryoalign.search.refine import grid_pose, refine
 from cryoalign.search.settings import Search
 
 
@@ -95,6 +95,41 @@ def test_molecules_and_noisy_averages_are_compared_at_half_the_resolution() -> N
     assert coarse_factor(averages * mask, rings) == 2
     assert coarse_factor(torch.zeros(2, 90, 90), rings) == 2
     assert coarse_factor(broadband(5, 90, 0.4, 33), rings) == 1
+
+
+@pytest.mark.usefixtures("in_pytorch")
+@pytest.mark.parametrize("mirror", [True, False])
+def test_half_the_angles_find_what_all_angles_do(mirror: bool) -> None:
+    data = simulate(120, 12, size=72, snr=0.05, max_shift=2.0, mirror=mirror, seed=2)
+    coarse = prepare_coarse(data.views, Rings(1, 32), 2.0, mirror)
+    assert coarse.half_factors is not None
+    small = fourier_shrink(data.images, coarse.size)
+    these = adaptive._screened(small, coarse, coarse.half_factors, 0.15)
+    score, place = (each.flatten(1) for each in adaptive._peaks_in_pytorch(small, coarse))
+    pose = grid_pose(place, coarse.shifts, coarse.rings, mirror)
+    pair = these.label * (1 + mirror) + (these.pose.mirror.long() if mirror else 0)
+    exact = score[these.particle, pair]
+    assert len(these.particle) > 1.2 * len(small)
+    assert set(these.particle.tolist()) == set(range(len(small)))
+    # A score is that of the exact table, or lower where half the angles prefer another shift.
+    assert (these.score <= exact + 1e-6).all()
+    same = (these.pose.shift == pose.shift[these.particle, pair]).all(1)
+    assert same.double().mean() > 0.8
+    torch.testing.assert_close(these.score[same], exact[same], rtol=0, atol=1e-6)
+    turn = wrap_degrees(these.pose.angle - pose.angle[these.particle, pair])[same]
+    assert (turn.abs() < 1e-3).all()
+    best = adaptive._best(these, these.score, len(small), 1, 0.0)
+    assert torch.equal(best.label, score.argmax(1) // (1 + mirror))
+
+
+@pytest.mark.usefixtures("in_pytorch")
+def test_half_the_angles_only_where_they_lose_little() -> None:
+    views = broadband(20, 72, 0.3, 29)
+    assert prepare_coarse(views, Rings(1, 32), 3.0, True).half_factors is None
+    images, truth = particles_of(views, 100, 0.012)
+    assert int((choices(images, views, "adaptive", last_ring=32) != truth).any(1).sum()) == 0
+    low = broadband(20, 72, 0.1, 29)
+    assert prepare_coarse(low, Rings(1, 32), 3.0, True).half_factors is not None
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from cryoalign.images.fourier import rfft_weights
 from cryoalign.images.frc import wiener_factors
-from cryoalign.methods.classify.fourier_rings import FourierRings, move_half_circles, ring_features
+from cryoalign.methods.classify.fourier_rings import (
+    FourierRings,
+    even_and_odd,
+    move_half_circles,
+    ring_scales,
+    shift_phases,
+    used_frequencies,
+)
 
 # Entries of a block of the table: fits a CPU's cache, and keeps the number of GPU launches small.
 BLOCK = {"cpu": 2**21, "cuda": 2**28}
@@ -89,12 +96,17 @@ def features(
         rings.n_frequencies, len(polar), len(shifts), 2 * rings.last, device=polar.device
     )
     n_even, size = len(rows[::2]), AT_A_TIME[polar.device.type]
+    used = used_frequencies(rings, polar.device)
+    scales = ring_scales(rings, polar)
+    phases = shift_phases(shifts, polar.shape[-1], rings)  # (s, r, a')
     for start in range(0, len(polar), size):
         part = slice(start, start + size)
         centred = move_half_circles(polar[part], own[part], rings)
-        made = ring_features(centred, shifts, rings)  # (b, s, r, m)
-        made = torch.view_as_real(made.permute(3, 0, 1, 2)).flatten(-2)
-        rows[:n_even, part], rows[n_even:, part] = made[::2], made[1::2]
+        moved = (centred * scales)[:, None] * phases  # (b, s, r, a')
+        halves = zip(even_and_odd(moved, rings), used, (rows[:n_even], rows[n_even:]), strict=True)
+        for made, mask, into in halves:
+            out = into[:, part].unflatten(-1, (-1, 2)).permute(1, 2, 3, 0, 4)  # (b, s, r, m', 2)
+            torch.mul(made, mask[..., None], out=out)
     return Features(rows, weight[:, : rings.last].contiguous(), shifts, rings)
 
 
@@ -227,29 +239,16 @@ def expect_block(
         gradient: (2, m, t, 2 r, k h), added to.
     """
     group, here = (None, None) if tiles is None else tiles
-    columns = model.columns if group is None else model.columns[:, :, group]
-    t, hands, kh = columns.shape[2], model.hands, columns.shape[-1]  # (2, m, t, 2 r, k h)
-    b, s, half = len(data), len(data.shifts), len(model.inverse[0])
     penalty = model.penalty if group is None else model.penalty[group]  # (t, k, r)
+    t, hands, kh = len(penalty), model.hands, model.columns.shape[-1]
+    b, s, half = len(data), len(data.shifts), len(model.inverse[0])
     constant = -(data.weight.unflatten(0, (t, -1)) @ penalty.mT).flatten(0, 1)  # (b, k)
-    spectra, tables, inputs = [], [], []
-    n_even = len(data.rows[::2])
-    own = slice(0, n_even), slice(n_even, None)  # frequencies of each parity
-    for parity, inverse in enumerate(model.inverse):
-        x = data.rows[own[parity]].unflatten(1, (t, -1)).flatten(2, 3)  # (m', t, p s, 2 r)
-        spectrum = x.new_empty(2, len(x), b * s, kh)
-        y = columns[:, own[parity]]  # (2, m', t, 2 r, k h)
-        for band, first in model.bands[parity]:
-            left = x[band, ..., first:].flatten(0, 1)
-            for part in (0, 1):
-                out = spectrum[part, band].unflatten(1, (t, -1)).flatten(0, 1)
-                torch.bmm(left, y[part, band, :, first:].flatten(0, 1), out=out)
-        if parity == 0:
-            spectrum[0, 0].view(b, s, -1, hands).add_(2 * half * constant[:, None, :, None])
-        inputs.append(x)
-        spectra.append(spectrum)
-        tables.append(inverse @ spectrum.view(-1, b * s * kh))  # (a / 2, b s k h)
-    even, odd = tables
+    inputs, spectra = products(data, model, group)
+    spectra[0][0, 0].view(b, s, -1, hands).add_(2 * half * constant[:, None, :, None])
+    even, odd = tables = [
+        inverse @ spectrum.view(-1, b * s * kh)  # (a / 2, b s k h)
+        for inverse, spectrum in zip(model.inverse, spectra, strict=True)
+    ]
     # The logits of an angle and of the opposite one are even + odd and even - odd.
     peak = odd.abs().add_(even).amax(0).view(b, s, -1, hands)
     best, place = peak.permute(0, 2, 1, 3).flatten(2).max(-1)  # (b, k)
@@ -259,8 +258,8 @@ def expect_block(
     angle = _both_ways(even, odd, where.flatten()).argmax(0).view(best.shape)
     top = best.amax(1)  # (b,)
     total, rows, weights = _weights(tables, peak, top, model, spectra, here)
-    for parity, (x, back) in enumerate(zip(inputs, weights, strict=True)):
-        g = gradient[:, own[parity]]
+    of_parities = gradient.split([len(x) for x in inputs], 1)
+    for parity, (x, g, back) in enumerate(zip(inputs, of_parities, weights, strict=True)):
         if rows is not None:
             x = x.index_select(2, rows)
         for band, first in model.bands[parity]:
@@ -269,6 +268,38 @@ def expect_block(
                 _add_product(g[part, band, :, first:], left, back[part, band].unflatten(1, (t, -1)))
     sum_all = total.sum(1, keepdim=True)
     return Posterior(sum_all.squeeze(1).log() + top, total / sum_all, best, shift, hand, angle)
+
+
+def products(
+    data: Features, model: Model, group: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Products of b = t p particles in t tiles with their classes, without a sum over frequencies.
+
+    Args:
+        data: the particles.
+        model: the classes of all groups.
+        group: (t,) group of each tile; None is one tile of the first group.
+
+    Returns:
+        For even and odd frequencies the particles, (m', t, p s, 2 r), and the real and imaginary
+        parts of the products, (2, m', b s, k h).
+    """
+    columns = model.columns if group is None else model.columns[:, :, group]
+    t, kh = columns.shape[2], columns.shape[-1]  # (2, m, t, 2 r, k h)
+    n_even = len(data.rows[::2])
+    inputs, spectra = [], []
+    for own, bands in zip((slice(0, n_even), slice(n_even, None)), model.bands, strict=True):
+        x = data.rows[own].unflatten(1, (t, -1)).flatten(2, 3)  # (m', t, p s, 2 r)
+        y = columns[:, own]  # (2, m', t, 2 r, k h)
+        spectrum = x.new_empty(2, len(x), t * x.shape[2], kh)
+        for band, first in bands:
+            left = x[band, ..., first:].flatten(0, 1)
+            for part in (0, 1):
+                out = spectrum[part, band].unflatten(1, (t, -1)).flatten(0, 1)
+                torch.bmm(left, y[part, band, :, first:].flatten(0, 1), out=out)
+        inputs.append(x)
+        spectra.append(spectrum)
+    return inputs, spectra
 
 
 def _both_ways(even: Tensor, odd: Tensor, columns: Tensor) -> Tensor:

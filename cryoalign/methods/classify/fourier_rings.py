@@ -12,6 +12,7 @@ are in units of the log-likelihood.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -105,17 +106,17 @@ def ring_features(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
         (n, s, r, m) complex, scaled so that inner products are those of images.
     """
     polar = polar[:, : rings.last]
-    moved = polar[:, None] * _phases(shifts, polar.shape[-1], rings)  # (n, s, r, a')
+    moved = polar[:, None] * shift_phases(shifts, polar.shape[-1], rings)  # (n, s, r, a')
     return angular_spectrum(moved, rings)
 
 
 def move_half_circles(polar: Tensor, shifts: Tensor, rings: FourierRings) -> Tensor:
     """(n, r, a // 2) half circles, on these rings only, of particles (n, r', a // 2) that are moved
     by shifts (n, 2), pixels."""
-    return polar[:, : rings.last] * _phases(shifts, polar.shape[-1], rings)
+    return polar[:, : rings.last] * shift_phases(shifts, polar.shape[-1], rings)
 
 
-def _phases(shifts: Tensor, half: int, rings: FourierRings) -> Tensor:
+def shift_phases(shifts: Tensor, half: int, rings: FourierRings) -> Tensor:
     """(..., r, a') complex factors of half circles with a' angles for shifts (..., 2), pixels."""
     angle = torch.arange(half, device=shifts.device) * (math.pi / half)
     ring = torch.arange(1, rings.last + 1, device=shifts.device)
@@ -131,25 +132,61 @@ def angular_spectrum(moved: Tensor, rings: FourierRings) -> Tensor:
     conj F(theta), the features are i^m c_m times the square root of the ring's area. Mirrored
     images then have features (-1)^m conj(X), as in real space.
     """
-    half = moved.shape[-1]
-    angles = 2 * half
-    m = torch.arange(rings.n_frequencies, device=moved.device)
-    angle = torch.arange(half, device=moved.device) * (2 * math.pi / angles)
+    even, odd = even_and_odd(moved * ring_scales(rings, moved), rings)
+    spectrum = moved.new_empty(*moved.shape[:-1], rings.n_frequencies)
+    spectrum[..., ::2] = torch.view_as_complex(even)
+    spectrum[..., 1::2] = torch.view_as_complex(odd)
+    return spectrum * _used(rings, moved.device)
+
+
+def even_and_odd(scaled: Tensor, rings: FourierRings) -> tuple[Tensor, Tensor]:
+    """`angular_spectrum` at even and at odd frequencies, of half circles times `ring_scales`.
+
+    Two tensors (..., r, m', 2), real and imaginary parts. They are not zero at frequencies that a
+    ring cannot have (`used_frequencies`).
+    """
+    waves = _waves(rings, scaled.shape[-1], scaled.device)
     # Even m depend on the real part of the half circle, odd m on the imaginary part (times i).
-    wave = torch.polar(torch.ones(half, len(m), device=moved.device), -angle[:, None] * m)
-    even = torch.view_as_real(wave[:, ::2].contiguous()).flatten(1)  # (a', m' 2)
-    odd = torch.view_as_real(wave[:, 1::2].contiguous()).flatten(1)
-    flat = moved.reshape(-1, half)
-    spectrum = moved.new_zeros(len(flat), len(m))
-    spectrum[:, ::2] = torch.view_as_complex((flat.real @ even).unflatten(1, (-1, 2)))
-    spectrum[:, 1::2] = 1j * torch.view_as_complex((flat.imag @ odd).unflatten(1, (-1, 2)))
-    spectrum = spectrum.reshape(*moved.shape[:-1], len(m))
-    ring = torch.arange(1, rings.last + 1, device=moved.device)
-    # Factors: mean over the circle, area of the ring in Fourier pixels, and irfft's 1 / n_angles.
-    scale = (2 * math.pi * ring * rings.n_angles).sqrt() * (2 / angles) / rings.size
-    turn = torch.tensor([1, 1j, -1, -1j], device=moved.device)[m % 4]
-    first = torch.tensor([rings.first_ring(f) for f in m.tolist()], device=moved.device)
-    return spectrum * (scale[:, None] * turn * (ring[:, None] >= first))
+    even, odd = (
+        (each.reshape(-1, scaled.shape[-1]) @ wave).view(*scaled.shape[:-1], -1, 2)
+        for each, wave in zip((scaled.real, scaled.imag), waves, strict=True)
+    )
+    return even, odd
+
+
+def ring_scales(rings: FourierRings, half_circles: Tensor) -> Tensor:
+    """(r, 1) factors of half circles (..., r, a // 2) that make inner products those of images:
+    mean over the circle, area of the ring in Fourier pixels, and irfft's 1 / n_angles."""
+    ring = torch.arange(1, rings.last + 1, device=half_circles.device)
+    scale = (2 * math.pi * ring * rings.n_angles).sqrt()
+    return (scale / (half_circles.shape[-1] * rings.size))[:, None]
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _waves(rings: FourierRings, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(a // 2, 2 m') factors of the angular Fourier coefficients c_m times i^m, real and imaginary
+    parts, at even and at odd m."""
+    m = torch.arange(rings.n_frequencies, device=device)
+    turn = torch.arange(half, device=device)[:, None] * m % (2 * half) * (math.pi / half)
+    turn = turn - (m - m % 2) * (math.pi / 2)  # i^m, and another i for the odd ones
+    sign = 1 - 2 * (m % 2)
+    wave = torch.stack([turn.cos() * sign, -turn.sin() * sign], -1)  # (a', m, 2)
+    return wave[:, ::2].flatten(1), wave[:, 1::2].flatten(1)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _used(rings: FourierRings, device: torch.device) -> Tensor:
+    """(r, m) 1 for frequencies that a ring can have, else 0."""
+    first = torch.tensor([rings.first_ring(m) for m in range(rings.n_frequencies)], device=device)
+    return (torch.arange(1, rings.last + 1, device=device)[:, None] >= first).float()
+
+
+def used_frequencies(rings: FourierRings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(r, m') 1 for frequencies that a ring can have, else 0, at even and at odd frequencies."""
+    used = _used(rings, device)
+    return used[:, ::2], used[:, 1::2]
 
 
 def half_circle_of(features: Tensor, rings: FourierRings) -> Tensor:

@@ -14,17 +14,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryoalign.methods.classify.em_step import Sums, class_power
+from cryoalign.methods.classify.em_step import (
+    Features,
+    Sums,
+    class_power,
+    features,
+    model_of,
+    natural_order,
+    products,
+)
 from cryoalign.methods.classify.fourier_rings import (
     FourierRings,
     half_circle_of,
     move_features,
-    ring_features,
 )
 from cryoalign.runtime.threads import map_in_order, workers_for
 
 FINER = 4  # trial angles per angle of the E-step, because averages have less noise than particles
-PAIRS = {"cpu": 16, "cuda": 4096}  # pairs of classes that are compared at a time
+LIKELY = 8  # pairs of shift and hand that are looked at with finer angles
+PAIRS = {"cpu": 32, "cuda": 4096}  # pairs of classes that are compared at a time
 
 
 class Merger(NamedTuple):
@@ -57,7 +65,7 @@ def merge_classes(
         return sums, torch.arange(k, device=signal.device)
     alive = torch.ones(k, dtype=torch.bool)
     target = torch.arange(k, device=signal.device)
-    moved = ring_features(half_circle_of(signal.sum(0), rings), shifts, rings)  # (k, s, r, m)
+    moved = moved_classes(signal.sum(0), shifts, rings)
 
     def compare(pairs: Tensor) -> Merger:
         return best_mergers(signal.sum(0), weight.sum(0), moved, pairs, shifts, rings, mirror)
@@ -76,7 +84,7 @@ def merge_classes(
         count[:, a] += count[:, b]
         alive[b] = False
         target[target == b] = a
-        moved[a] = ring_features(half_circle_of(total.sum(0)[None], rings), shifts, rings)[0]
+        moved.rows[:, a] = moved_classes(total.sum(0)[None], shifts, rings).rows[:, 0]
         for gone in (a, b):
             pairs.loss[gone], pairs.loss[:, gone] = torch.inf, torch.inf
         others = (alive & (torch.arange(k) != a)).nonzero().squeeze(1).to(signal.device)
@@ -98,16 +106,26 @@ def _table_of(values: Tensor, pairs: Tensor, k: int) -> Tensor:
     return table
 
 
+def moved_classes(signal: Tensor, shifts: Tensor, rings: FourierRings) -> Features:
+    """Features of classes (k, r, m) that are moved by shifts (s, 2), pixels."""
+    weight, centre = signal.real.new_ones(len(signal), rings.last), shifts.new_zeros(1, 2)
+    polar = half_circle_of(signal, rings)
+    return features(polar, weight, centre.expand(len(signal), 2), shifts, rings)
+
+
 def best_mergers(
-    signal: Tensor, weight: Tensor, moved: Tensor, pairs: Tensor, shifts: Tensor,
+    signal: Tensor, weight: Tensor, moved: Features, pairs: Tensor, shifts: Tensor,
     rings: FourierRings, mirror: bool,
 ) -> Merger:  # fmt: skip
     """The best mergers of pairs of classes.
 
+    The shifts and hands of the best mergers are looked for at the angles of the E-step, and the
+    likeliest `LIKELY` of them then at `FINER` angles.
+
     Args:
         signal: (k, r, m) signal of all classes.
         weight: (k, r) weight of all classes.
-        moved: (k, s, r, m) signal moved by the shifts.
+        moved: features of the signal moved by the shifts.
         pairs: (2, j) indices of the two classes of each pair.
         shifts: (s, 2) trial shifts, pixels.
         rings: rings of the signal.
@@ -118,25 +136,27 @@ def best_mergers(
     weight = weight.clamp(min=1e-6)
     alone = (power / weight).sum(1) / 2  # (k,)
     both = weight[a] + weight[others]  # (j, r)
+    model = model_of(rings, (signal[a] / both[..., None])[:, None], mirror)
+    number = torch.arange(len(a), device=signal.device)
+    _, spectra = products(moved.take(others), model, number)
+    even, odd = (
+        inverse @ spectrum.view(inverse.shape[1], -1)
+        for inverse, spectrum in zip(model.inverse, spectra, strict=True)
+    )
+    peak = odd.abs_().add_(even).amax(0).view(len(a), -1)  # (j, s h)
+    likely = peak.topk(min(LIKELY, peak.shape[1])).indices  # (j, c)
+    columns = (number[:, None] * peak.shape[1] + likely).flatten()
+    real, imaginary = torch.cat([each.flatten(2)[..., columns] for each in spectra], 1)  # (m, j c)
+    spectrum = natural_order(torch.complex(real, imaginary)).mT.unflatten(0, (len(a), -1))
     angles = FINER * rings.n_angles
-    table = _table(moved[others], signal[a] / both[..., None], mirror, angles)  # (j, s, h, a)
-    table *= FINER  # irfft divides by ``angles``, but features are scaled for n_angles
+    # irfft divides by ``angles``, but features are scaled for n_angles.
+    table = FINER * torch.fft.irfft(spectrum, n=angles)  # (j, c, a)
     best, place = table.flatten(1).max(1)
-    hands = table.shape[2]
+    chosen = likely.gather(1, (place // angles)[:, None]).squeeze(1)
     together = ((power[others] + power[a]) / both).sum(1) / 2 + best
     return Merger(
         alone[a] + alone[others] - together,
         place % angles * (2 * torch.pi / angles),
-        shifts[place // (angles * hands)],
-        (place // angles % hands).bool(),
+        shifts[chosen // model.hands],
+        (chosen % model.hands).bool(),
     )
-
-
-def _table(moved: Tensor, references: Tensor, mirror: bool, angles: int) -> Tensor:
-    """(k, s, h, a) products of each moved class (k, s, r, m) with its reference (k, r, m)."""
-    same = torch.einsum("ksrm,krm->ksm", moved.conj(), references)
-    spectra = [same]
-    if mirror:
-        sign = 1 - 2 * (torch.arange(moved.shape[-1], device=moved.device) % 2)
-        spectra.append(sign * torch.einsum("ksrm,krm->ksm", moved.conj(), references.conj()))
-    return torch.fft.irfft(torch.stack(spectra, 2), n=angles)

@@ -28,7 +28,7 @@ from cryoalign.runtime.processes import ExactSum, gather_over_ranks, part_length
 from cryoalign.runtime.threads import available_memory, map_in_order, workers_for
 
 KEPT_SHARE = 0.125  # largest share of the free memory for features kept between iterations
-CHUNK = {"cpu": 256, "cuda": 4096}  # most particles of an E-step at a time; a GPU needs more
+CHUNK = {"cpu": 256, "cuda": 16384}  # most particles of an E-step at a time; a GPU needs more
 # Parts are few and not small, because the members of a class are computed part by part.
 LEAST, PARTS = {"cpu": 512, "cuda": 4096}, 24
 POWER_SAMPLE = 2000  # particles on which the signal's power is measured
@@ -153,7 +153,10 @@ class ResolutionLevel:
 
         rows = torch.arange(self.start, self.start + len(self.observations))
         batches = [batch for part in rows.split(self.length) for batch in self.batches(part)]
-        steps = self.over(step, filter(len, batches))
+        # In the order of half-sets, in which the E-step needs them.
+        batches = [batch[(batch % 2).argsort(stable=True)] for batch in batches if len(batch)]
+        place = torch.cat([rows[:0], *batches]).argsort()
+        steps = self.over(step, batches)
         each = [self.classified(rows[:0], no_posterior(classes))]
 
         def sums() -> Iterator[Sums]:
@@ -162,7 +165,7 @@ class ResolutionLevel:
                 yield of_batch
 
         total = sums_over_ranks(sums(), classes)
-        whole = (torch.cat(column).cpu() for column in zip(*each, strict=True))
+        whole = (torch.cat(column).cpu()[place] for column in zip(*each, strict=True))
         return Classified(*(gather_over_ranks(column) for column in whole)), total
 
     def sums_of(self, rows: Tensor, classes: Tensor) -> tuple[float, Sums]:

@@ -169,7 +169,7 @@ class Observer:
         box, shell = len(self.mask), shell_index(size, device)
         factor = power = torch.ones_like(self.noise)[None]
         if self.optics is not None:
-            factor, power = (x.to(device) for x in matched_filter(self.optics[rows], size))
+            factor, power = matched_filter(self.optics[rows].to(device), size)
         spectra = torch.fft.rfft2(torch.fft.ifftshift(self.read(rows), dim=(-2, -1)))
         factor = factor / self.noise
         cropped = spectra * factor if box == size else crop_spectrum(spectra, box, factor)
@@ -204,15 +204,11 @@ def observer(
     device = sample.device
     room = size / 2 - 2  # then at least the corners are background
     shell = shell_index(size, device)
-    noise = noise_spectrum(sample, min(radius + EDGE, room))[shell]
+    outside = min(radius + EDGE, room)
+    noise = noise_spectrum(sample, outside)
     if optics is not None and optics.premultiplied.any():
-        # Their noise was multiplied by the CTF too; N is the noise before that.
-        measured = optics[few]
-        square = ctf_2d(measured, size).square()
-        gain = torch.where(measured.premultiplied[:, None, None], square, 1.0)
-        sums = shell_sums(gain.mean(0).to(device), shell, shell_count(size))
-        gain = (sums / shell_sums(torch.ones_like(noise), shell, shell_count(size)))[shell]
-        noise = noise / gain.clamp(min=1e-3)
+        noise = noise / _gain(optics[few], size, outside).to(device)
+    noise = noise[shell]
     reach = min(radius + max_shift, size / 2 - EDGE)
     box = min(size - size % 2, 2 * last_ring + 8)  # even, with room beyond the last ring
     mask = soft_mask(box, reach * box / size, EDGE * box / size, device)
@@ -225,3 +221,13 @@ def observe(
 ) -> Observations:  # fmt: skip
     """Whiten all of n particles, see `observer`."""
     return observer(read, n, size, optics, last_ring, radius, max_shift)(torch.arange(n))
+
+
+def _gain(optics: Optics, size: int, radius: float) -> Tensor:
+    """(shells,) by how much `noise_spectrum` finds more noise than there was before particles were
+    multiplied by their CTF. It is measured on white noise, because the shape of the background
+    mixes neighbouring shells."""
+    white = torch.randn(len(optics), size, size, generator=torch.Generator().manual_seed(0))
+    multiplied = torch.fft.irfft2(torch.fft.rfft2(white) * ctf_2d(optics, size), s=(size, size))
+    images = torch.where(optics.premultiplied[:, None, None], multiplied, white)
+    return noise_spectrum(images, radius) / noise_spectrum(white, radius)

@@ -4,11 +4,10 @@ from cryoalign.methods.classify.em_step import Sums
 from cryoalign.methods.classify.fourier_rings import (
     FourierRings,
     half_circle,
-    half_circle_of,
     move_features,
     ring_features,
 )
-from cryoalign.methods.classify.merging import best_mergers, merge_classes
+from cryoalign.methods.classify.merging import best_mergers, merge_classes, moved_classes
 from cryoalign.particles.simulate import simulate
 
 RINGS = FourierRings(64, 8, 28.0)
@@ -55,7 +54,7 @@ def test_hands_are_two_views_where_mirrors_are_not_searched() -> None:
     sign = 1 - 2 * (torch.arange(signal.shape[-1]) % 2)
     signal[:, 1] = sign * signal[:, 1].conj()
     total, weight = signal.sum(0), sums.weight.sum(0)[[0, 0]]
-    moved = ring_features(half_circle_of(total, RINGS), SHIFTS, RINGS)
+    moved = moved_classes(total, SHIFTS, RINGS)
     pair = torch.tensor([[0], [1]])
     losses = [
         float(best_mergers(total, weight, moved, pair, SHIFTS, RINGS, m).loss)

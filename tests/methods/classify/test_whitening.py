@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import some_optics
@@ -51,6 +53,32 @@ def test_observations_are_whitened_and_multiplied_by_the_ctf(size: int) -> None:
         whole[0].norm() * seen.polar[0].norm()
     )
     assert correlation > 0.6  # the mask has taken the corners' noise
+
+
+@pytest.mark.parametrize("done", ["flipped", "multiplied"])
+def test_the_likelihood_is_that_of_the_particles_as_they_were_recorded(done: str) -> None:
+    """Flipping phases, or multiplying by the CTF, loses nothing that the likelihood uses."""
+    size, n = 64, 400
+    noise, _ = coloured(n, size, 2)
+    optics = some_optics(n, pixel_size=4.0)
+    transfer = ctf_2d(optics, size)
+    factor = {"flipped": transfer.sign(), "multiplied": transfer}[done]
+    changed = torch.fft.irfft2(torch.fft.rfft2(noise) * factor, s=(size, size))
+    known = replace(
+        optics,
+        phase_flipped=torch.full((n,), done == "flipped"),
+        premultiplied=torch.full((n,), done == "multiplied"),
+    )
+    one, two = (
+        observe(images.__getitem__, n, size, own, 12, 0.3 * size, 2.0)
+        for images, own in ((noise, optics), (changed, known))
+    )
+    for ring in range(2, 12):  # the noise is measured on other images, to a few per cent
+        assert float((two.weight[:, ring] / one.weight[:, ring]).mean()) == pytest.approx(
+            1, abs=0.1
+        )
+        gain = (one.polar[:, ring].conj() * two.polar[:, ring]).real.sum()
+        assert float(gain / one.polar[:, ring].abs().square().sum()) == pytest.approx(1, abs=0.1)
 
 
 def test_particles_without_room_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,9 +44,9 @@ def test_angles_are_rounded_to_quarter_turns_now_and_then(monkeypatch: pytest.Mo
     angles: list[torch.Tensor] = []
     real = module.references_of
 
-    def spy(level: Any, half: Any, label: Any, pose: Any, *more: Any) -> Any:
+    def spy(level: Any, half: Any, label: Any, pose: Any, *more: Any, **how: Any) -> Any:
         angles.append(pose.angle)
-        return real(level, half, label, pose, *more)
+        return real(level, half, label, pose, *more, **how)
 
     monkeypatch.setattr(module, "references_of", spy)
     prealign(particles, 9, lambda *_: None)
