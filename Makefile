@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	rm -rf demo
 	$(BIN)/cryoalign simulate demo/data n=400 n_classes=4 size=64 snr=0.1 seed=1
-	$(BIN)/cryoalign run configs/mra.yaml particles=demo/data/particles.star n_classes=4 \
+	$(BIN)/cryoalign run demo/data/particles.star n_classes=4 \
 	  output=demo/run seed=3
 	@echo "Open demo/run/report.html; the pictures lie beside it."
 

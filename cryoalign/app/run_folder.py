@@ -35,7 +35,7 @@ RUN_FILES = (
 )
 """All files that a run writes and that ``overwrite`` removes."""
 BATCH = 2**14  # rows of a CSV file that are made into text at a time
-EMBEDDED = 2000  # largest number of particles in the t-SNE maps; limits the time
+EMBEDDED = 1000  # largest number of particles in the t-SNE maps; limits the time
 
 
 def write_results(

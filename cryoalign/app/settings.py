@@ -128,7 +128,7 @@ class RunConfig:
     )
     embedding: bool = Field(
         default=True,
-        description="draw t-SNE maps before and after alignment (up to 2000 particles)",
+        description="draw t-SNE maps before and after alignment (up to 1000 particles)",
     )
 
     def __post_init__(self) -> None:
