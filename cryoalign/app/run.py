@@ -96,7 +96,8 @@ def _align_and_write(
         max_rejected=config.max_rejected,
         progress=watch.progress,
     )
-    watch.console.print(particles.kept(), highlight=False, soft_wrap=True)
+    for line in filter(None, (particles.mended(), particles.kept())):
+        watch.console.print(line, highlight=False, soft_wrap=True)
 
     def keep(state: State) -> None:
         if rank() == 0:

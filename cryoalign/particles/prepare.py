@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cryoalign.images.ctf import Optics, phase_flip, refuse_impossible
 from cryoalign.images.fourier import fourier_resize
+from cryoalign.images.hot_pixels import mend_hot_pixels
 from cryoalign.images.masks import background, normalise
 from cryoalign.particles.cache import ImageCache, places_for
 from cryoalign.particles.ctf_use import CtfUse, ctf_line
@@ -29,6 +30,7 @@ from cryoalign.runtime.processes import (
     gather_over_ranks,
     part_length,
     shard,
+    sum_over_ranks,
     world_size,
 )
 from cryoalign.runtime.threads import workers_for
@@ -79,6 +81,8 @@ class PreparedParticles:
         rows: (n,) rows of the stack that are used.
         half: (n,) half-set of each particle, 0 or 1 for even or odd rows.
         rejected: table (index, reason) of the rows that are not used.
+        hot_images, hot_pixels: number of images with hot pixels, and of these pixels, which have
+            the median of their neighbours (`images.hot_pixels`); 0 if they are kept.
         size: side of the prepared images, pixels.
         scale: pixels of the input per pixel of the prepared images.
         pixel_size: pixel size of the prepared images in Å, or None.
@@ -289,6 +293,15 @@ class PreparedParticles:
             f"Prepared particles: {self._caches[False].described(len(self._own_rows()[0]))}{where}"
         )
 
+    def mended(self) -> str:
+        """How many hot pixels there are, for the log; empty if there are none."""
+        if not self.hot_pixels:
+            return ""
+        return (
+            f"Hot pixels: {self.hot_pixels:,} in {self.hot_images:,} of {len(self.stack):,} images "
+            "replaced by the median of their neighbours"
+        )
+
     def report(self, doing: str, done: int, total: int) -> None:
         """Call ``progress``, if there is one."""
         if self.progress is not None:
@@ -322,23 +335,36 @@ class PreparedParticles:
         """
         stack, cache = self.stack, self._caches[False]
 
+        hot: list[Tensor] = []  # of every chunk: images with hot pixels, and their number
+
         def keep(rows: np.ndarray, images: Tensor) -> None:
+            if self.images.hot_pixels == "mend":
+                images, count = mend_hot_pixels(images)
+                hot.append(torch.stack([(count > 0).sum(), count.sum()]))
             if cache.has_room(rows):
-                cache.put(rows, self._prepared(images))
+                cache.put(rows, self._normalised(images))
 
         rows = torch.arange(cache.rows.start, cache.rows.stop)
         found = look_through(
             stack, rows, self.device, CPU_BATCH, keep,
             lambda done: self.report("read", done, len(stack)),
         )  # fmt: skip
+        none = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.hot_images, self.hot_pixels = sum_over_ranks(sum(hot, none)).tolist()
         everyone = gather_over_ranks(torch.tensor(list(found), dtype=torch.int64))
         # The reasons are not gathered: the few bad images of other processes are read again.
         return table_of(found) if len(everyone) == len(found) else screen(stack, rows=everyone)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """(b, size, size) prepared images from those of the stack (b, h, w)."""
+        if self.images.hot_pixels == "mend":
+            images, _ = mend_hot_pixels(images)
+        return self._normalised(images)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """(b, size, size) prepared images from those without hot pixels (b, h, w)."""
         if len(images) == 1:  # the FFT of a single image has other rounding errors than of several
-            return self._prepared(images.expand(2, -1, -1))[:1]
+            return self._normalised(images.expand(2, -1, -1))[:1]
         images = -images if self.images.invert else images
         images = normalise(images, self.background_radius, self.images.background)
         return fourier_resize(images, self.size)

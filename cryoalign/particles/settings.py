@@ -124,6 +124,11 @@ class Images:
         "background_radius; constant: their mean; none: nothing",
     )
     invert: bool = Field(default=False, description="invert the contrast; density should be bright")
+    hot_pixels: Literal["mend", "keep"] = Field(
+        default="mend",
+        description="mend: single pixels far from all around them get the median of their "
+        "neighbours; keep: they stay",
+    )
     cache: Literal["auto", "none"] = Field(
         default="auto",
         description="auto: prepared images stay in memory, in up to a quarter of what is free (of "

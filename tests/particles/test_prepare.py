@@ -18,6 +18,7 @@ from cryoalign.methods.references import over_batches, seed_references
 from cryoalign.particles import cache, reading
 from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Images
+from cryoalign.particles.simulate import simulate
 from cryoalign.particles.stack import TensorStack
 from cryoalign.pose import Pose
 from cryoalign.runtime.processes import choose_device
@@ -439,3 +440,22 @@ def test_a_part_has_its_own_rows_reasons_halves_and_ctfs():
     assert list(part.rejected["index"]) == sorted(part.rejected["index"])
     assert len(whole) == N - 1
     assert whole.rejected["index"].tolist() == [2]
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_hot_pixels_are_mended_and_counted(cache: str) -> None:
+    images = simulate(n=30, n_classes=2, size=32, snr=0.1, seed=4).images
+    hot = images.clone()
+    hot[::3, 20, 9] += 300 * images.std()
+    clean, mended = (prepare(each, Images(cache=cache), device="cpu") for each in (images, hot))
+    every = torch.arange(30)
+    assert (mended.hot_images, mended.hot_pixels) == (10, 10)
+    assert "10 in 10 of 30 images" in mended.mended()
+    assert clean.mended() == ""
+    apart = (mended.read(every) - clean.read(every)).abs()
+    assert apart[:, 20, 9].max() < 6  # one pixel of noise for another
+    apart[:, 20, 9] = 0
+    assert apart.max() < 0.1
+    kept = prepare(hot, Images(cache=cache, hot_pixels="keep"), device="cpu")
+    assert kept.read(every)[0, 20, 9] > 15
+    assert kept.hot_pixels == 0
