@@ -110,6 +110,7 @@ def _survey_star(found: Survey, root: Path | None, allow_outside: bool) -> None:
         found.problems += problems
     _locate(found, star.table.text("rlnImageName"), root, allow_outside)
     _compare_pixel_sizes(found)
+    _find_duplicates(found)
     found.problems += _size_problems(found, star)
 
 
@@ -178,6 +179,27 @@ def _pixel_sizes_of_one_block(particles: StarTable) -> np.ndarray | None:
     micrometres = particles.numbers("rlnDetectorPixelSize")
     with np.errstate(divide="ignore", invalid="ignore"):
         return micrometres * 1e4 / particles.numbers("rlnMagnification")
+
+
+def _find_duplicates(found: Survey) -> None:
+    """Warn of rows that name the same image."""
+    if found.problems:
+        return
+    identity = np.stack([found.file_of, found.image_of], 1)
+    order = np.lexsort(identity.T)  # stable: the first row of an image stays the first
+    again = (identity[order][1:] == identity[order][:-1]).all(1)
+    if not again.any():
+        return
+    first = int(order[1:][again].min())
+    (same,) = np.nonzero((identity == identity[first]).all(1))
+    others = int(again.sum()) - 1
+    what = f"this row names the image of row {int(same[0]) + 1}"
+    if others:
+        what += f", and {others:,} more name an image that a row above them names"
+    remedy = (
+        "remove them: the same image in both half-sets makes resolutions look better than they are"
+    )
+    found.warnings.append(Problem(found.path, first + 1, what, remedy))
 
 
 def _compare_pixel_sizes(found: Survey) -> None:

@@ -158,6 +158,19 @@ def test_large_lists_need_memory_for_their_table(tmp_path: Path, make_stack: Mak
     assert 2e6 < large - small - kept < 2e7
 
 
+def test_images_that_are_there_twice_are_told(tmp_path: Path, make_stack: MakeStack) -> None:
+    make_stack("a.mrcs", n=3, size=(32, 32))
+    make_stack("b.mrcs", n=3, size=(32, 32))
+    names = ["1@a.mrcs", "1@b.mrcs", "2@a.mrcs", "2@b.mrcs", "3@a.mrcs"]
+    assert check_stack(_star(tmp_path / "once.star", names)).warnings == ()
+    (one,) = check_stack(_star(tmp_path / "twice.star", [*names, "1@b.mrcs"])).warnings
+    assert (one.row, one.what) == (6, "this row names the image of row 2")
+    more = [*names, "2@b.mrcs", "3@b.mrcs", "1@a.mrcs", "2@b.mrcs"]
+    (many,) = check_stack(_star(tmp_path / "more.star", more)).warnings
+    assert many.row == 6
+    assert many.what.endswith("of row 4, and 2 more name an image that a row above them names")
+
+
 def test_the_ctf_is_examined(tmp_path: Path, make_stack: MakeStack) -> None:
     """Impossible values are problems, unusual ones and wrong headers are warnings."""
     make_stack("a.mrcs", n=4, size=(32, 32))  # of 2.5 A in its header

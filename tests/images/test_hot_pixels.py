@@ -35,6 +35,8 @@ def test_hot_pixels_are_those_of_the_definition() -> None:
     images[3, 5, 5] += 900  # two side by side
     images[3, 5, 6] += 800
     images[4, 9:12, 9:12] += 900  # not a pixel, but a thing
+    y, x = torch.meshgrid(torch.arange(24.0) - 12.3, torch.arange(25.0) - 12.4, indexing="ij")
+    images[5] += 180 * torch.exp(-(x**2 + y**2) / 2)  # sharp, but not a pixel either
     before = images.clone()
     found, count = mend_hot_pixels(images)
     assert torch.equal(images, before)
