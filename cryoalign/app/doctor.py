@@ -9,7 +9,6 @@ import torch
 
 from cryoalign.operators import kernels
 from cryoalign.operators.kernels import build, cpu
-from cryoalign.operators.kernels.images import MOST_RINGS
 
 
 class Finding(NamedTuple):
@@ -70,6 +69,6 @@ def _served(index: int) -> Finding:
     memory = torch.ops.cryoalign_cuda.shared_limit(index) // 1024
     return Finding(
         f"GPU {index}, in PyTorch",
-        f"searches whose first stage has more than {MOST_RINGS} rings, or images that do not fit "
-        f"the {memory} KB of shared memory of a block",
+        "searches whose first stage has a last ring above 48 px, or images that do not fit the "
+        f"{memory} KB of shared memory of a block",
     )

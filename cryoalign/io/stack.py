@@ -90,8 +90,22 @@ class ParticleStack(Dataset[Tensor]):
         """As `read`, into a tensor (b, h, w) float32 in the host's memory; returns it.
 
         The memory may be pinned, from which copies to a GPU are fastest.
+
+        Raises ValueError if ``out`` is another kind of tensor.
         """
-        return self._read_into(out, self._rows(rows))
+        wanted = self._rows(rows)
+        shape = (len(wanted), *self.shape)
+        if (
+            tuple(out.shape) != shape
+            or out.dtype != torch.float32
+            or out.is_cuda
+            or not out.is_contiguous()
+        ):
+            raise ValueError(
+                f"read_into fills a contiguous float32 tensor {shape} in the host's memory, not "
+                f"{out.dtype} {tuple(out.shape)} on {out.device}: make it with torch.empty{shape}"
+            )
+        return self._read_into(out, wanted)
 
     def _read_into(self, out: Tensor, wanted: np.ndarray) -> Tensor:
         file_of, image_of, there = self._file_of[wanted], self._image_of[wanted], out.numpy()

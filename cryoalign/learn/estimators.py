@@ -13,8 +13,8 @@ of the functions (`align_multi_reference` and others). Groups of settings such a
 frozen dataclasses: ``set_params`` and ``GridSearchCV`` replace each of them as a whole.
 
 Fitting computes class averages. New particles are compared with these averages (`transform`,
-`predict`, `score`), with all pixels of X and without a CTF. docs/interop.md explains more, and
-lists the checks of scikit-learn that cannot pass with images.
+`predict`, `score`), with all pixels of X, and its CTFs if it is a stack. docs/interop.md explains
+more, and lists the checks of scikit-learn that cannot pass with images.
 """
 
 import math
@@ -47,7 +47,7 @@ from cryoalign.methods.references import SEEDINGS, AlignAndAverage
 from cryoalign.methods.rfa import ReferenceFree
 from cryoalign.particles.prepare import PreparedParticles, prepare
 from cryoalign.particles.settings import Box, Images, Particle
-from cryoalign.particles.stack import Stack, TensorStack, as_stack
+from cryoalign.particles.stack import Stack, TensorStack, as_stack, optics_of
 from cryoalign.pose import Found
 from cryoalign.results.averages import Averaging
 from cryoalign.runtime.arrays import Array, SupportsCuda, SupportsDLPack, as_tensor, to_numpy
@@ -97,11 +97,11 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
             particle=self.particle or Particle(), averaging=self.averaging or Averaging(), seed=seed
         )
 
-    def _prepared(
-        self, images: Tensor, pixel_size: float | None, max_rejected: float
-    ) -> PreparedParticles:
+    def _prepared(self, X: Any, images: Tensor, max_rejected: float) -> PreparedParticles:
+        """The images of X, with the CTFs of X if it is a stack that has them."""
+        optics = optics_of(X) if isinstance(X, Stack) else None
         return prepare(
-            TensorStack(images, pixel_size), self.images, device=self.device,
+            TensorStack(images, _pixel_size(X)), self.images, optics=optics, device=self.device,
             batch_size=self.batch_size, max_rejected=max_rejected,
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
         images, pixel_size = self._images(X, reset=True), _pixel_size(X)
         method = self._made(int(check_random_state(self.random_state).randint(2**31 - 1)))
         method.check((self.images or Images()).box_of(images.shape[-1], pixel_size))
-        found = align(method, self._prepared(images, pixel_size, max_rejected=0.1))
+        found = align(method, self._prepared(X, images, max_rejected=0.1))
         averaging, size = self.averaging or Averaging(), found.averages.shape[-1]
         radius = self._search(size, found.pixel_size).rings(size).last_ring
         mask = soft_mask(size, radius, averaging.mask_edge)
@@ -188,7 +188,10 @@ class _Aligner(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator,
     def _find(self, X: Any) -> tuple[PreparedParticles, Found, int]:
         """The usable particles of X, where each fits best, and the number of all particles."""
         check_is_fitted(self)
-        particles = self._prepared(self._images(X, reset=False), _pixel_size(X), max_rejected=1.0)
+        particles = self._prepared(X, self._images(X, reset=False), max_rejected=1.0)
+        method = self._made()
+        if method.ctf_use(method.particle.ctf) != "none":
+            particles = particles.phase_flipped()
         search = self._search(particles.size, self.alignment_.pixel_size)
         references = torch.from_numpy(self.averages_).to(particles.device)
         work = AlignAndAverage(particles, Averaging(), search, search.rings(particles.size))
@@ -269,7 +272,7 @@ class MultiReferenceAligner(_Classes):
 class LikelihoodClassifier(_Classes):
     """`classify` as an estimator; the parameters have the same meaning.
 
-    It does not know the CTF: correct particles with `ctf.phase_flip` first, or use `classify`.
+    It uses the CTFs of a stack; of an array it knows none.
     """
 
     n_classes: int = 8

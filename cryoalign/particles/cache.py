@@ -143,6 +143,11 @@ class ImageCache:
             images[_selection(at, self.device)] = part
         return images
 
+    def is_sample(self, rows: np.ndarray) -> bool:
+        """Whether rows (b,) are a sample from many blocks: to keep it would take their room from
+        whole batches."""
+        return len(np.unique(rows // self.length)) > 1 + 4 * -(-len(rows) // self.length)
+
     def put(self, rows: np.ndarray, images: Tensor) -> None:
         """Keep images (b, size, size) of rows (b,), as far as these may be kept and have room."""
         numbers, index = np.divmod(rows, self.length)

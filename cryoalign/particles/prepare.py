@@ -225,7 +225,9 @@ class PreparedParticles:
         made = made or root._make(own)
         if not made.new:
             return made.images
-        root._cache.put(root.rows[own].numpy(), made.images)
+        rows = root.rows[own].numpy()
+        if not root._cache.is_sample(rows):
+            root._cache.put(rows, made.images)
         return root._cache.as_kept(made.images)
 
     def read_shared(self, members: Tensor) -> Tensor:

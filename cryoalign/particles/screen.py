@@ -81,12 +81,19 @@ def refuse_above(rejected: pd.DataFrame, n_particles: int, max_rejected: float) 
     Raises ValueError if the share is larger, or if no image is usable.
     """
     count = len(rejected)
+    if not n_particles:
+        raise ValueError("there are no particles: the stack is empty")
     if count <= max_rejected * n_particles and count < n_particles:
         return
     first = rejected.head(3)
     shown = ", ".join(
         f"{i} ({why})" for i, why in zip(first["index"], first["reason"], strict=True)
     )
+    if count == n_particles:
+        raise ValueError(
+            f"none of the {n_particles} particles is usable; rows (from 0) {shown}, ...: restore "
+            "the stack"
+        )
     raise ValueError(
         f"{count} of {n_particles} particles are unusable, more than max_rejected = "
         f"{max_rejected:g} allows; rows (from 0) {shown}, ...: restore the stack, or raise "

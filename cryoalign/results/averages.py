@@ -164,7 +164,10 @@ def ctf_weighted_sums(
         particles.parts(), read, pose, label, particles.half, n_classes, size, device,
         particles.part_of,
     )  # fmt: skip
-    for rows in particles.parts():
+    # Not `particles.parts`, which reads the images ahead.
+    for rows in torch.arange(len(particles))[particles.own].split(particles.batch_size):
+        if not len(rows):
+            continue
         _, square = matched_filter(optics[rows].to(device), size)
         curves = shell_sums(square.double(), shell, shells + 1)[:, :-1] / components
         group, number = (particles.half[rows] * n_classes + label[rows]).unique(return_inverse=True)

@@ -140,5 +140,8 @@ def _free_in_control_group() -> int:
             limit = group / "memory.max"
             if limit.exists() and limit.read_text().strip() != "max":
                 used = int((group / "memory.current").read_text())
+                # Pages of files that were read count as used, but are given back when needed.
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                used -= int(stat.get("inactive_file", 0))
                 free = min(free, int(limit.read_text()) - used)
     return max(0, free)

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from cryoalign.images.fourier import fourier_shrink, radial_mean, rfft_weights
 from cryoalign.images.geometry import radius_grid, sample_at, sampling_places
-from cryoalign.images.polar import Rings, normalised_spectra, reference_spectra, shifted_rings
+from cryoalign.images.polar import (
+    Rings,
+    angular_samples,
+    normalised_spectra,
+    reference_spectra,
+    shifted_rings,
+)
 from cryoalign.images.templates import templates_of
 from cryoalign.operators.kernels import cpu
 from cryoalign.operators.kernels.images import KERNEL_ANGLES
@@ -115,7 +121,7 @@ def prepare_coarse(
     first = min(last, max(1, round(rings.first_ring / factor)))
     step = max(1, round(rings.ring_step / factor))
     on_gpu = references.device.type == "cuda"
-    low = Rings(first, last, step, angles=KERNEL_ANGLES if on_gpu else _angles(last))
+    low = Rings(first, last, step, angles=_angles(last, on_gpu))
     reduced = fourier_shrink(references, small)
     spectra = reference_spectra(reduced, low)
     shifts = coarse_shifts(max_shift / factor).to(references)
@@ -367,8 +373,10 @@ def _best(these: _Hypotheses, merit: Tensor, n: int, most: int, margin: float) -
     return _Hypotheses(these.particle[kept], these.label[kept], these.pose[kept], these.score[kept])
 
 
-def _angles(last_ring: int) -> int:
+def _angles(last_ring: int, on_gpu: bool = False) -> int:
     """An even number of angles with a fast FFT, at most 1 px apart on the last ring and at most 3
-    degrees."""
+    degrees. On a GPU that of its kernels, as long as it is enough for the last ring."""
+    if on_gpu and angular_samples(last_ring) == KERNEL_ANGLES:
+        return KERNEL_ANGLES
     needed = max(120, math.ceil(2 * math.pi * last_ring))
     return min(16 * 2**i * f for i in range(10) for f in (1, 3, 5) if 16 * 2**i * f >= needed)

@@ -8,11 +8,13 @@ reading of pixels is then the estimators' own.
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import starfile
 import torch
 from sklearn.base import clone
 from sklearn.cluster import KMeans
@@ -24,6 +26,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cryoalign.images.fourier import filter_shells, low_pass_curve
 from cryoalign.images.masks import soft_mask
+from cryoalign.io.formats import write_images
+from cryoalign.io.stack import ParticleStack, read_particles
 from cryoalign.learn.estimators import (
     LikelihoodClassifier,
     MultiReferenceAligner,
@@ -43,6 +47,26 @@ PARTICLE = Particle(max_shift="2 px", radius=f"{LAST_RING} px")
 DATA = simulate(300, n_classes=3, size=40, snr=0.5, max_shift=1.0, seed=2)
 NEW = slice(200, 300)  # particles that were not fitted
 IMAGES, LABELS = DATA.images.numpy(), DATA.class_number.numpy()
+
+
+@pytest.fixture
+def stack_with_ctf(tmp_path: Path) -> ParticleStack:
+    data = simulate(60, 2, size=40, snr=0.5, max_shift=1.0, seed=2)
+    columns = {"rlnDefocusU": 1.5e4, "rlnDefocusV": 1.5e4, "rlnDefocusAngle": 0.0}
+    group = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
+    write_images(tmp_path / "p.mrcs", data.images, 3.0)
+    table = pd.DataFrame({"rlnImageName": [f"{i + 1}@p.mrcs" for i in range(60)]})
+    table = table.assign(**columns, **group, rlnPixelSize=3.0)
+    starfile.write({"particles": table}, tmp_path / "p.star")
+    return read_particles(tmp_path / "p.star")
+
+
+@pytest.mark.parametrize("kind", [MultiReferenceAligner, LikelihoodClassifier])
+def test_the_ctf_of_a_stack_is_used(kind: Any, stack_with_ctf: ParticleStack) -> None:
+    fitted = kind(n_classes=2, particle=PARTICLE, random_state=0).fit(stack_with_ctf)
+    assert fitted.alignment_.ctf.startswith("CTF: ")
+    assert "averages weighted by CTF^2" in fitted.alignment_.ctf
+    assert fitted.predict(stack_with_ctf).shape == (60,)
 
 
 class _Patterns:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import some_optics
 
+from cryoalign.images.ctf import Optics
 from cryoalign.images.fourier import fourier_resize
 from cryoalign.images.geometry import transform
 from cryoalign.images.masks import normalise
@@ -69,7 +70,7 @@ def test_too_many_unusable_are_refused():
         prepared(images)
     assert len(prepared(images, max_rejected=0.2)) == N - 4
     images[:] = 1.0
-    with pytest.raises(ValueError, match="30 of 30"):
+    with pytest.raises(ValueError, match="none of the 30 particles is usable"):
         prepared(images, max_rejected=1.0)
 
 
@@ -459,3 +460,21 @@ def test_hot_pixels_are_mended_and_counted(cache: str) -> None:
     kept = prepare(hot, Images(cache=cache, hot_pixels="keep"), device="cpu")
     assert kept.read(every)[0, 20, 9] > 15
     assert kept.hot_pixels == 0
+
+
+def test_a_sample_takes_no_room_from_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phase-flipped images replace the others block by block; a sample has some of every block."""
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 4 * 16 * 32**2)  # 16 images
+    images = simulate(n=320, n_classes=2, size=32, snr=0.1, seed=4).images
+    constant = [torch.full((320,), value) for value in (1e4, 9e3, 10.0, 300.0, 2.7, 0.1, 0.0, 3.0)]
+    stack = TensorStack(images)
+    particles = prepare(stack, device="cpu", optics=Optics(*constant)).phase_flipped()
+    particles.read(torch.arange(0, 320, 20))
+    read: list[int] = []
+    whole = TensorStack.read
+    monkeypatch.setattr(
+        TensorStack, "read", lambda self, rows: read.append(len(rows)) or whole(self, rows)
+    )
+    for members in particles.parts():
+        particles.read(members)
+    assert read == []

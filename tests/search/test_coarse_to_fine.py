@@ -292,6 +292,13 @@ def test_small_boxes_are_compared_at_full_resolution() -> None:
     assert (coarse.factor, coarse.size, len(coarse.shifts)) == (2, 45, 9)
 
 
+def test_a_gpu_has_its_kernels_angles_only_where_they_are_enough() -> None:
+    for last in (16, 30, 48):
+        assert adaptive._angles(last, on_gpu=True) == 256
+    for last in (49, 62, 96):
+        assert adaptive._angles(last, on_gpu=True) == adaptive._angles(last) >= 2 * math.pi * last
+
+
 def test_modes_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"requires search\.refine=true"):
         Search(mode="adaptive", refine=False)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cryoalign.images.fourier import fourier_shrink
-from cryoalign.images.geometry import sampling_places
+from cryoalign.images.geometry import sampling_places, transform
+from cryoalign.images.masks import soft_mask
 from cryoalign.images.polar import reference_spectra, ring_spectra, shifted_rings
 from cryoalign.operators import kernels
 from cryoalign.operators.correlation import correlation_table
@@ -16,7 +17,7 @@ from cryoalign.operators.kernels.images import pack_templates, refine_packed
 from cryoalign.operators.pose_refinement import refine_poses
 from cryoalign.operators.ring_products import ring_factors
 from cryoalign.particles.simulate import simulate
-from cryoalign.pose import pixel_error
+from cryoalign.pose import Pose, pixel_error, wrap_degrees
 from cryoalign.search.coarse_to_fine import coarse_poses
 from cryoalign.search.kernel_search import kernel_match, kernel_poses
 from cryoalign.search.match import (
@@ -78,6 +79,19 @@ def test_poses_are_those_of_the_stages_in_float64(
     off = (score[same] - expected_score[same]).abs()
     assert off.median() < 1e-3
     assert off.quantile(0.95) < 0.1 / math.sqrt(math.pi * radius**2)
+
+
+def test_white_references_of_a_large_box_are_searched_with_all_angles() -> None:
+    """They need all frequencies, and so more rings and angles than the kernels have."""
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(4, 192, 192, generator=generator) * soft_mask(192, 80)
+    turned = Pose(torch.tensor([40.0, -100.0, 7.0, 150.0]), torch.zeros(4, 2), torch.zeros(4) > 0)
+    images = transform(views, turned.inverse()) + 3 * torch.randn(views.shape, generator=generator)
+    target = prepare_target(views.cuda(), Search(mirror=False))
+    assert target.kernels is None
+    found = best_poses(images.cuda(), target)
+    assert found.label.tolist() == [0, 1, 2, 3]
+    assert wrap_degrees(found.pose.angle.cpu() - turned.angle).abs().max() < 0.5
 
 
 def test_a_search_never_waits_for_the_gpu() -> None:

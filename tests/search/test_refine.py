@@ -107,11 +107,12 @@ def test_the_operator_keeps_its_promises_for_strided_poses() -> None:
     )
 
 
-def test_steps_go_up_and_not_far_even_of_noise() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and in PyTorch
+def test_steps_go_up_and_not_far_even_of_noise(dtype: torch.dtype) -> None:
     """White noise on both sides: least squares has nothing to follow, and steps overshoot."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(100, 32, 32, generator=generator)
-    references = torch.randn(3, 32, 32, generator=generator)
+    images = torch.randn(100, 32, 32, generator=generator, dtype=dtype)
+    references = torch.randn(3, 32, 32, generator=generator, dtype=dtype)
     start = Pose(
         torch.rand(100, generator=generator) * 360 - 180,
         torch.rand(100, 2, generator=generator) * 2 - 1,

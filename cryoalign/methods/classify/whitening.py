@@ -29,6 +29,7 @@ from cryoalign.runtime.threads import available_memory, map_in_order, workers_fo
 NOISE_SAMPLE = 1000  # particles for the noise spectrum, at least 10,000 values on a shell
 CHUNK = 256  # particles that are worked on at a time; limits the memory
 CUDA_CHUNK = 2048  # the same on a GPU, which needs more
+LEAST = 32  # particles that are computed together
 KEPT_SHARE = 0.25  # largest share of the free memory for particles on rings
 EDGE = 4.0  # width of the soft edge of masks, px
 
@@ -165,6 +166,9 @@ class Observer:
 
     def whiten(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Half circles (b, r, a // 2) and weights (b, r) of the particles with rows (b,)."""
+        if 0 < len(rows) < LEAST:  # products of few rows have other rounding errors
+            made = self.whiten(torch.cat([rows, rows[:1].expand(LEAST - len(rows))]))
+            return made[0][: len(rows)], made[1][: len(rows)]
         size, last, device = self.rings.size, self.rings.last, self.noise.device
         box, shell = len(self.mask), shell_index(size, device)
         factor = power = torch.ones_like(self.noise)[None]

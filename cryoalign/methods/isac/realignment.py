@@ -281,6 +281,8 @@ def realign_groups(
 
     angle, shift, mirror = start.angle.clone(), start.shift.clone(), start.mirror.clone()
     groups = [members for members in groups if len(members)]
+    if not groups:
+        return start
     workers = workers_for(particles.low.images.device)
     found = [Pose.identity(0, runs)]
     for each in map_in_order(aligned, groups[shard(len(groups))], workers):
