@@ -233,7 +233,7 @@ def _got(value: Value) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, str):
-        return f"the text {value!r}"
+        return f"the text {value[:60] + (' …' if len(value) > 60 else '')!r}"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     if isinstance(value, dict):

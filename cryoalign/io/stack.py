@@ -70,9 +70,11 @@ class ParticleStack(Dataset[Tensor]):
         """One row per optics group; None if the input has none."""
         return None if self.star is None else self.star.optics
 
-    def __getitem__(self, row: int) -> Tensor:
-        """(h, w) float32 image of a 0-based row."""
-        return self.read([row])[0]
+    def __getitem__(self, row: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """(h, w) float32 image of a 0-based row, or (b, h, w) images of several."""
+        if isinstance(row, int | np.integer):
+            return self.read([int(row)])[0]
+        return self.read(row)
 
     def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
         """Images of several rows; ``DataLoader`` calls this for a batch."""

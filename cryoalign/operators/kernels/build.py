@@ -253,8 +253,14 @@ def main(verbose: bool) -> int:
     Returns:
         The exit status: 1 if no library was built or if one failed, else 0.
     """
+    import torch  # here, so that looking for a library does not need it
+
     built, status = 0, 0
     for make in (build_cpu, build):
+        if make is build and torch.version.cuda is None:
+            print("not built: the CUDA kernels, which this PyTorch cannot use", file=sys.stderr)
+            continue
+        print("compiling ...", file=sys.stderr, flush=True)
         try:
             print(make(verbose))
             built += 1
