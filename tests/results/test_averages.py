@@ -105,7 +105,9 @@ def test_averages_are_corrected_for_the_ctf_whatever_was_done_before(done: str):
     made, particles = imaged(done)
     label = made.class_number - 1
     flipped = particles.phase_flipped()
-    found = ctf_weighted_sums(flipped, made.pose, label, 4).ordered(torch.tensor([1, 0, 2, 3]))
+    sums, order = ctf_weighted_sums(flipped, made.pose, label, 4), torch.tensor([1, 0, 2, 3])
+    found = sums.ordered(order)
+    assert torch.equal(found.averages(), sums.averages()[order])
     assert not found.averages()[3].any()  # no members
     plain = class_sums(flipped, made.pose, label, 3).averages()
     for k, at in enumerate([1, 0, 2]):

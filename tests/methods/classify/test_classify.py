@@ -92,9 +92,19 @@ def test_of_many_particles_a_sample_finds_the_classes(monkeypatch: pytest.Monkey
         shares.append(float((state["label"] >= 0).float().mean()))
         seen.extend((row["step"], row["largest_class"]) for row in state.history[len(seen) :])
 
+    begun: list[torch.Tensor] = []  # shifts of all particles before the last level
+    find = split_and_merge.SplitAndMerge.find_shifts
+
+    def watched(*given: Any) -> torch.Tensor:
+        begun.append(find(*given))
+        return begun[-1]
+
+    monkeypatch.setattr(split_and_merge.SplitAndMerge, "find_shifts", watched)
     settings = {"particle": FAR, "likelihood": QUICK, "seed": 0, "device": "cpu"}
     found = classify(made.images, 4, **settings, on_step=look)
     assert shares[-1] == 1
+    off = (begun[0] - found.pose.shift).norm(dim=1)
+    assert off.median() < 0.5 * found.pose.shift.norm(dim=1).median()
     assert shares[:-1] == pytest.approx([0.3] * (len(shares) - 1))
     whole = [step for step, _ in seen].index("all")
     assert max(size for _, size in seen[:whole]) <= 120
