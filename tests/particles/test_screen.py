@@ -79,7 +79,6 @@ def test_float64_beyond_float32_is_set_aside(tmp_path: Path) -> None:
         (2, 10, 0.1, True),
         (1, 10, 0.0, True),
         (9, 10, 1.0, False),
-        (10, 10, 1.0, True),
     ],
 )
 def test_too_many_are_refused(count: int, n: int, limit: float, refused: bool) -> None:
@@ -89,3 +88,11 @@ def test_too_many_are_refused(count: int, n: int, limit: float, refused: bool) -
         return
     with pytest.raises(ValueError, match=rf"{count} of {n} .*0 \(constant\).*raise max_rejected"):
         refuse_above(table, n, limit)
+
+
+def test_not_one_left_is_refused_whatever_the_limit() -> None:
+    table = pd.DataFrame({"index": range(10), "reason": ["constant"] * 10})
+    with pytest.raises(ValueError, match=r"none of the 10 particles is usable.*0 \(constant\)"):
+        refuse_above(table, 10, 1.0)
+    with pytest.raises(ValueError, match="the stack is empty"):
+        refuse_above(table[:0], 0, 1.0)
