@@ -165,18 +165,13 @@ def same_on_all_ranks(tensor: Tensor) -> Tensor:
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the process group if ``torchrun`` launched one; yield the device of this process.
 
-    The backend is gloo on CPUs and NCCL on GPUs. Each process has its own GPU, by LOCAL_RANK; with
-    the environment variable ``CRYOALIGN_SHARE_GPUS=1`` several processes may share one, to try out
-    a run of several GPUs, and the backend is gloo.
+    The backend is gloo on CPUs and NCCL on GPUs. Each process has its own GPU, by LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        if os.environ.get("CRYOALIGN_SHARE_GPUS") == "1":  # NCCL takes one process for each GPU
-            local, backend = local % torch.cuda.device_count(), "gloo"
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local} of this machine has no GPU of its own: start at most "
@@ -184,7 +179,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group(backend)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
         dist.barrier()
